@@ -1,2 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! hostmm.
+
+pub mod capability;
+mod sys;
+#[doc(hidden)]
+pub mod testing;
