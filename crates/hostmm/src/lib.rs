@@ -3,6 +3,7 @@
 
 pub mod capability;
 pub mod page;
+pub mod pin;
 mod sys;
 #[doc(hidden)]
 pub mod testing;

@@ -3,3 +3,5 @@
 pub(crate) mod procmap;
 #[cfg(test)]
 pub(crate) mod test_memory;
+pub(crate) mod uring;
+pub(crate) mod user;
