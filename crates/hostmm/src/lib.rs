@@ -5,3 +5,4 @@ pub mod capability;
 mod sys;
 #[doc(hidden)]
 pub mod testing;
+pub mod uffd;
