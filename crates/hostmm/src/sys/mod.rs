@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Raw system interfaces: the crate's `unsafe` lives here, one file per interface.
+
+pub(crate) mod mm;
 pub(crate) mod procmap;
 #[cfg(test)]
 pub(crate) mod test_memory;
+pub(crate) mod uffd;
 pub(crate) mod uring;
 pub(crate) mod user;
