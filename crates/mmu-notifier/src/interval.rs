@@ -31,6 +31,16 @@ pub struct Key {
     generation: u32,
 }
 
+impl Key {
+    pub(crate) fn to_bits(self) -> u64 {
+        u64::from(self.slot) << 32 | u64::from(self.generation)
+    }
+
+    pub(crate) fn from_bits(bits: u64) -> Key {
+        Key { slot: (bits >> 32) as u32, generation: bits as u32 }
+    }
+}
+
 #[derive(Debug)]
 struct Slot<T> {
     generation: u32,
