@@ -4,28 +4,29 @@
 use super::OpenError;
 use super::layout::Kind;
 use super::monitor::Record;
-use super::shared::Shared;
+use super::perf_rings::{self, Fields};
+use super::program::RECORD_WORDS;
+use super::shared::{Counters, Shared};
 use crate::sys::map::Mapping;
 use crate::sys::ringbuf::RingReader;
 use mmu_notifier::{PageAddr, Range};
 use std::io;
-use std::sync::Arc;
 
 /// A private page that holds nothing.
 #[derive(Debug)]
-pub struct Canary(Mapping);
+pub(crate) struct Canary(Mapping);
 
 impl Canary {
     /// Reserves the page.
     ///
     /// # Errors
     /// No memory.
-    pub fn reserve() -> io::Result<Canary> {
+    pub(crate) fn reserve() -> io::Result<Canary> {
         Ok(Canary(Mapping::anonymous(4096)?))
     }
 
     /// The page.
-    pub fn range(&self) -> Range {
+    pub(crate) fn range(&self) -> Range {
         Range::page(PageAddr::containing(self.0.ptr().as_ptr() as u64))
     }
 
@@ -49,55 +50,59 @@ impl Canary {
     }
 }
 
+/// Where records can be read while nobody else does, for the check alone.
+pub(crate) enum Records<'a> {
+    None,
+    Bpf(&'a mut RingReader),
+    Perf(Fields),
+}
+
 /// Changes the page several times and demands that counters, bucket and record tell of exactly that.
-pub(crate) fn verify(
-    canary: &Canary,
-    shared: &Arc<Shared>,
-    mut ring: Option<&mut RingReader>,
-) -> Result<(), OpenError> {
+pub(crate) fn verify(canary: &Canary, shared: &Shared, mut records: Records<'_>) -> Result<(), OpenError> {
     let range = canary.range();
     let global = shared.heads(Kind::Unmap);
-    let local = shared.local(Kind::Unmap, range);
-    let bucket = local.last().copied();
+    let bucket = shared.local(Kind::Unmap, range).last().copied();
     for how in ["madvise", "munmap", "madvise", "munmap"] {
-        let before: u64 = global.iter().map(|w| w.load()).sum();
+        let before: Vec<u64> = global.iter().map(|w| w.load()).collect();
         let bucket_before = bucket.map(|b| b.load());
         if how == "madvise" {
             canary.poke();
         } else {
             canary.overlay().map_err(super::error::system("changing the canary page"))?;
         }
-        if global.iter().map(|w| w.load()).sum::<u64>() == before {
-            return Err(OpenError::Canary(format!("{how} did not move the global counter")));
+        if global.iter().map(|w| w.load()).eq(before.iter().copied()) {
+            return Err(OpenError::Canary(format!("{how} of {range:?} did not move the global counter")));
         }
         if bucket.is_some_and(|b| Some(b.load()) == bucket_before) {
             return Err(OpenError::Canary(format!("{how} of {range:?} did not move its bucket")));
         }
-        if let Some(ring) = ring.as_deref_mut() {
-            verify_record(ring, range, how)?;
+        let of_canary = |r: &Record| (r.kind, r.start, r.end) == (Kind::Unmap, range.start(), range.end());
+        let heard = match &mut records {
+            Records::None => true,
+            Records::Bpf(ring) => drain(ring)?.iter().any(|r| of_canary(r) && r.ktime_ns != 0),
+            Records::Perf(fields) => perf_records(shared, &before, *fields).iter().any(of_canary),
+        };
+        if !heard {
+            return Err(OpenError::Canary(format!("no record tells of {how} of {range:?}")));
         }
     }
     Ok(())
 }
 
-/// The record of the page must be in the ring; others' may be too.
-fn verify_record(ring: &mut RingReader, range: Range, how: &str) -> Result<(), OpenError> {
-    let mut seen = 0;
+fn drain(ring: &mut RingReader) -> Result<Vec<Record>, OpenError> {
+    let mut out = Vec::new();
     loop {
-        match ring.next::<{ super::program::RECORD_WORDS }>() {
-            Ok(Some(words)) => {
-                let r = Record::from_words(words);
-                if (r.kind, r.start, r.end) == (Kind::Unmap, range.start(), range.end()) && r.ktime_ns != 0 {
-                    return Ok(());
-                }
-                seen += 1;
-            }
-            Ok(None) => {
-                return Err(OpenError::Canary(format!(
-                    "{how} of {range:?} is in none of the {seen} records"
-                )));
-            }
+        match ring.next::<RECORD_WORDS>() {
+            Ok(Some(words)) => out.push(Record::from_words(words)),
+            Ok(None) => return Ok(out),
             Err(len) => return Err(OpenError::Canary(format!("a record of {len} bytes"))),
         }
     }
+}
+
+/// What was written to the rings since the heads `from`; a ring that was overwritten meanwhile gives nothing.
+fn perf_records(shared: &Shared, from: &[u64], fields: Fields) -> Vec<Record> {
+    let Counters::Perf { rings, .. } = &*shared.counters else { return Vec::new() };
+    let read = |(ring, mut tail)| perf_rings::read(ring, &mut tail, 0, fields).unwrap_or_default();
+    rings.iter().zip(from.iter().copied()).flat_map(read).collect()
 }

@@ -32,6 +32,7 @@ mod error;
 mod layout;
 mod monitor;
 mod parts;
+mod perf_rings;
 mod program;
 mod shared;
 mod watch;
@@ -44,13 +45,14 @@ pub use watch::{Seq, Watch};
 use crate::sys::map::Mapping;
 use crate::sys::vm::Vm;
 use crate::sys::wipe::WipePage;
-use crate::sys::{bpf, perf, ringbuf::RingReader};
-use canary::Canary;
+use crate::sys::{bpf, perf, ringbuf::RingReader, vm};
+use canary::{Canary, Records};
 use error::system;
 use layout::LOST;
 use mmu_notifier::Range;
 use monitor::{Input, Monitor};
 use parts::Parts;
+use perf_rings::PerfRings;
 use shared::{ALIVE, CLOSED, Counters, MONITOR, Shared};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -105,8 +107,12 @@ pub struct Health {
     /// be 0; anything else means that quiet watches may have lied, so throw away what was cached and say so loudly.
     /// `None` where it cannot be known (a grant, or kernels before 5.12).
     pub misses: Option<u64>,
-    /// Records that did not fit the ring. Subscribers were told [`Notice::Everything`]; counters are not concerned.
+    /// Records that did not fit the ring (perf: times that a ring was overwritten). Subscribers were told
+    /// [`Notice::Everything`]; counters are not concerned.
     pub lost: u64,
+    /// CPUs that came online after perf rings were opened: changes made there are *not heard*. Must be 0. Always 0
+    /// with BPF, whose program runs on every CPU.
+    pub unheard_cpus: usize,
 }
 
 /// A source of the kernel's notifications about this process's memory.
@@ -137,41 +143,66 @@ impl KvmSource {
     /// # Errors
     /// [`OpenError`]: what is missing and how to get it. May sleep.
     pub fn open(options: &Options) -> Result<KvmSource, OpenError> {
+        let bpf = match options.prefer {
+            Prefer::PerfRing => return KvmSource::open_perf(options),
+            Prefer::Any | Prefer::Bpf => KvmSource::open_bpf(options),
+        };
+        match bpf {
+            // Only a refusal is worth another try: what the canary found wrong is wrong either way.
+            Err(bpf @ OpenError::Bpf { .. }) if options.prefer == Prefer::Any => {
+                KvmSource::open_perf(options)
+                    .map_err(|perf| OpenError::Neither { bpf: Box::new(bpf), perf: Box::new(perf) })
+            }
+            other => other,
+        }
+    }
+
+    fn open_bpf(options: &Options) -> Result<KvmSource, OpenError> {
         let canary = Canary::reserve().map_err(system("reserving the canary page"))?;
         let parts = Parts::make(options, canary.range())?;
         KvmSource::from_parts(parts, canary)
+    }
+
+    fn open_perf(options: &Options) -> Result<KvmSource, OpenError> {
+        let canary = Canary::reserve().map_err(system("reserving the canary page"))?;
+        let kvm = vm::open(&options.kvm_path).map_err(|e| error::kvm(&options.kvm_path, e))?;
+        let PerfRings { rings, cpus, fds, fields } = PerfRings::open(options, &canary)?;
+        let shared = new_shared(Counters::Perf { rings, cpus })?;
+        let vm = Vm::create(kvm.as_fd()).map_err(|e| error::kvm(&options.kvm_path, e))?;
+        canary::verify(&canary, &shared, Records::Perf(fields))?;
+        let input = options.ring.map(|_| (Input::Perf(fields), fds));
+        KvmSource::start(shared, Keep { vm, events: Vec::new(), canary }, input, Vec::new(), false)
     }
 
     fn from_parts(parts: Parts, canary: Canary) -> Result<KvmSource, OpenError> {
         let Parts { kvm, counters, ring, events, progs, layout } = parts;
         let map = Mapping::shared(counters.as_fd(), layout.map_len() as usize, libc::PROT_READ, 0)
             .map_err(system("mapping the counters"))?;
-        let state = WipePage::new().map_err(system("mapping the state page"))?;
         let lost =
             map.word(LOST as usize).ok_or_else(|| OpenError::Grant("the map is too small".to_owned()))?;
-        let shared = Arc::new(Shared::new(state, Counters::Bpf { map, layout }));
-        shared.set(ALIVE);
-        let keep = events
-            .iter()
-            .map(|e| perf::keep(e.as_fd()))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(system("mapping the event"))?;
+        let shared = new_shared(Counters::Bpf { map, layout })?;
+        let keep = events.iter().map(|e| perf::keep(e.as_fd())).collect::<Result<Vec<_>, _>>();
+        let keep = keep.map_err(system("mapping the event"))?;
         let vm = Vm::create(kvm.as_fd()).map_err(|e| error::kvm("/dev/kvm".as_ref(), e))?;
-        let mut input = None;
-        if let Some((fd, len)) = ring {
-            let reader = RingReader::new(fd.as_fd(), len).map_err(system("mapping the ring"))?;
-            input = Some((reader, fd));
-        }
-        canary::verify(&canary, &shared, input.as_mut().map(|(reader, _)| reader))?;
-        let monitor = match input {
+        let mut reader = match &ring {
+            Some((fd, len)) => Some(RingReader::new(fd.as_fd(), *len).map_err(system("mapping the ring"))?),
             None => None,
-            Some((reader, fd)) => {
-                let input = Input::Bpf(reader, lost);
-                Some(Monitor::start(&shared, input, vec![fd]).map_err(system("starting the monitor"))?)
-            }
         };
-        let keep = Some(Keep { vm, events: keep, canary });
-        Ok(KvmSource { shared, monitor, keep, progs, age: layout.age })
+        canary::verify(&canary, &shared, reader.as_mut().map_or(Records::None, Records::Bpf))?;
+        let input = reader.zip(ring).map(|(reader, (fd, _))| (Input::Bpf(reader, lost), vec![fd]));
+        KvmSource::start(shared, Keep { vm, events: keep, canary }, input, progs, layout.age)
+    }
+
+    fn start(
+        shared: Arc<Shared>,
+        keep: Keep,
+        input: Option<(Input, Vec<OwnedFd>)>,
+        progs: Vec<OwnedFd>,
+        age: bool,
+    ) -> Result<KvmSource, OpenError> {
+        let start = |(input, fds)| Monitor::start(&shared, input, fds);
+        let monitor = input.map(start).transpose().map_err(system("starting the monitor"))?;
+        Ok(KvmSource { shared, monitor, keep: Some(keep), progs, age })
     }
 
     /// A watch of `range`. It outlives the source, and then says that it is gone.
@@ -208,7 +239,13 @@ impl KvmSource {
     pub fn health(&self) -> Result<Health, Gone> {
         self.shared.check(if self.monitor.is_some() { ALIVE | MONITOR } else { ALIVE })?;
         let misses = self.progs.iter().map(|p| bpf::recursion_misses(p.as_fd()).ok()).sum();
-        Ok(Health { misses: if self.progs.is_empty() { None } else { misses }, lost: self.shared.lost() })
+        let unheard_cpus = match &*self.shared.counters {
+            Counters::Bpf { .. } => 0,
+            Counters::Perf { cpus, .. } => perf_rings::online_cpus()
+                .map_or(usize::MAX, |online| online.iter().filter(|cpu| !cpus.contains(cpu)).count()),
+        };
+        let misses = if self.progs.is_empty() { None } else { misses };
+        Ok(Health { misses, lost: self.shared.lost(), unheard_cpus })
     }
 
     /// Closes the source: no callback runs when this returns, and watches answer [`Gone::Closed`]. As dropping it.
@@ -229,4 +266,11 @@ impl Drop for KvmSource {
             monitor.stop(|| keep.canary.poke());
         }
     }
+}
+
+fn new_shared(counters: Counters) -> Result<Arc<Shared>, OpenError> {
+    let state = WipePage::new().map_err(system("mapping the state page"))?;
+    let shared = Arc::new(Shared::new(state, counters));
+    shared.set(ALIVE);
+    Ok(shared)
 }

@@ -12,9 +12,9 @@
 
 use super::error::Gone;
 use super::layout::Kind;
-use super::shared::{ALIVE, Lock, MONITOR, Shared, lock};
+use super::perf_rings::{self, Fields};
+use super::shared::{ALIVE, Counters, Lock, MONITOR, Shared, lock};
 use crate::sys::map::Word;
-use crate::sys::perf::Ring;
 use crate::sys::ringbuf::RingReader;
 use crate::sys::vm::blocking_signals;
 use mmu_notifier::Range;
@@ -93,8 +93,8 @@ impl std::fmt::Debug for Sub {
 pub(crate) enum Input {
     /// The program's ring, and the counter of records that did not fit.
     Bpf(RingReader, Word),
-    /// perf rings (owned by [`Shared`]) and where in them `start` and `end` lie.
-    Perf { start: usize, end: usize },
+    /// perf rings (owned by [`Shared`]), and how to read them.
+    Perf(Fields),
 }
 
 /// A running monitor.
@@ -197,11 +197,11 @@ fn drain(shared: &Shared, input: &mut Input, tails: &mut Vec<u64>, lost: &mut u6
                 dispatch(shared, &Notice::Everything);
             }
         }
-        Input::Perf { start, end } => {
-            let super::shared::Counters::Perf { rings } = &*shared.counters else { return };
+        Input::Perf(fields) => {
+            let Counters::Perf { rings, cpus } = &*shared.counters else { return };
             tails.resize(rings.len(), 0);
-            for (cpu, (ring, tail)) in rings.iter().zip(tails.iter_mut()).enumerate() {
-                match read_perf(ring, tail, cpu as u32, *start, *end) {
+            for (at, (ring, tail)) in rings.iter().zip(tails.iter_mut()).enumerate() {
+                match perf_rings::read(ring, tail, cpus[at], *fields) {
                     Some(records) => records.iter().for_each(|r| dispatch(shared, &Notice::Range(*r))),
                     None => {
                         shared.count_overrun();
@@ -211,16 +211,6 @@ fn drain(shared: &Shared, input: &mut Input, tails: &mut Vec<u64>, lost: &mut u6
             }
         }
     }
-}
-
-fn read_perf(ring: &Ring, tail: &mut u64, cpu: u32, start: usize, end: usize) -> Option<Vec<Record>> {
-    let word = |raw: &[u8], at: usize| Some(u64::from_ne_bytes(raw.get(at..at + 8)?.try_into().ok()?));
-    let record = |raw: Vec<u8>| {
-        let pid = u32::from_ne_bytes(raw.get(4..8)?.try_into().ok()?);
-        let (start, end) = (word(&raw, start)?, word(&raw, end)?);
-        Some(Record { kind: Kind::Unmap, start, end, cpu, tgid: 0, pid, ktime_ns: 0 })
-    };
-    ring.read(tail)?.into_iter().map(record).collect()
 }
 
 /// Calls back every subscription that the notice concerns. A linear scan.

@@ -26,7 +26,7 @@ pub(crate) enum Counters {
     /// In the program's map.
     Bpf { map: Mapping, layout: Layout },
     /// In the heads of the rings, one per CPU.
-    Perf { rings: Vec<Ring> },
+    Perf { rings: Vec<Ring>, cpus: Vec<u32> },
 }
 
 #[expect(
@@ -107,7 +107,7 @@ impl Shared {
     pub(crate) fn heads(&self, kind: Kind) -> Vec<Word> {
         match &*self.counters {
             Counters::Bpf { map, .. } => map.word(Layout::global(kind) as usize).into_iter().collect(),
-            Counters::Perf { rings } => rings.iter().map(|r| Word::of(r.head())).collect(),
+            Counters::Perf { rings, .. } => rings.iter().map(|r| Word::of(r.head())).collect(),
         }
     }
 

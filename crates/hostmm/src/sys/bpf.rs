@@ -189,9 +189,7 @@ pub(crate) enum Reg {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cond {
     Eq,
-    Gt,
     Ge,
-    Lt,
     Le,
 }
 
@@ -199,9 +197,7 @@ impl Cond {
     fn bits(self) -> u8 {
         match self {
             Cond::Eq => 0x10,
-            Cond::Gt => 0x20,
             Cond::Ge => 0x30,
-            Cond::Lt => 0xa0,
             Cond::Le => 0xb0,
         }
     }

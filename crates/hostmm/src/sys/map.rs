@@ -99,7 +99,7 @@ impl Word {
 impl Mapping {
     /// The word at `offset` bytes, which must be a multiple of 8 inside the mapping.
     pub(crate) fn word(&self, offset: usize) -> Option<Word> {
-        if offset % 8 != 0 || offset.checked_add(8)? > self.len {
+        if !offset.is_multiple_of(8) || offset.checked_add(8)? > self.len {
             return None;
         }
         // SAFETY: inside the mapping by the check above.

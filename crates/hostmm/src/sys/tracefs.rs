@@ -54,7 +54,7 @@ impl Event {
         let Some((_, field)) = self.fields.iter().find(|(n, _)| n == name) else {
             return Err(bad(format!("has no field `{name}`")));
         };
-        if field.size != 8 || field.offset % 8 != 0 {
+        if field.size != 8 || !field.offset.is_multiple_of(8) {
             return Err(bad(format!(
                 "field `{name}` has {} bytes at offset {}, wanted 8 aligned ones",
                 field.size, field.offset
