@@ -1,5 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! hostmm.
 
+pub mod capability;
 pub mod kvm;
+pub mod page;
+pub mod pin;
 mod sys;
+#[doc(hidden)]
+pub mod testing;

@@ -23,7 +23,9 @@ pub enum RangeError {
         start: u64,
     },
     /// One end is not a multiple of [`PAGE_SIZE`].
-    #[error("range [{start:#x}, +{len:#x}) is not aligned to {PAGE_SIZE} bytes: round it, or use Range::enclosing")]
+    #[error(
+        "range [{start:#x}, +{len:#x}) is not aligned to {PAGE_SIZE} bytes: round it, or use Range::enclosing"
+    )]
     Unaligned {
         /// First byte.
         start: u64,
