@@ -6,6 +6,7 @@ pub mod capability;
 pub mod kvm;
 pub mod page;
 pub mod pin;
+pub mod primary;
 mod sys;
 #[doc(hidden)]
 pub mod testing;

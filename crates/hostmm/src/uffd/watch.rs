@@ -124,6 +124,17 @@ impl Watch {
         self.shared().even().is_err() || self.node.changed_after(seq.0)
     }
 
+    /// Is this the thread that runs callbacks?
+    pub(crate) fn is_calling(&self) -> bool {
+        let me = rustix::thread::gettid().as_raw_nonzero().get();
+        self.shared().callback_tid.load(Ordering::Acquire) == me
+    }
+
+    /// No callback runs after this returns, unless it is called from one.
+    pub(crate) fn silence(&self) {
+        self.node.close(|| self.is_calling());
+    }
+
     fn shared(&self) -> &Shared {
         &self.core.shared
     }
@@ -164,8 +175,7 @@ impl Drop for Watch {
             Ok(()) if self.held => shared.release(self.range()),
             _ => {}
         }
-        let me = rustix::thread::gettid().as_raw_nonzero().get();
-        self.node.close(|| shared.callback_tid.load(Ordering::Acquire) == me);
+        self.silence();
         shared.forget(&self.node);
     }
 }
