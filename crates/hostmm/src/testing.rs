@@ -154,7 +154,7 @@ fn forward_skips(output: &mut File) -> String {
     let _ = output.rewind().and_then(|()| output.read_to_end(&mut bytes));
     let text = String::from_utf8_lossy(&bytes).into_owned();
     for line in text.lines().filter(|l| l.starts_with("skipped: ")) {
-        let _ = writeln!(io::stderr(), "{line}");
+        say(line);
     }
     text
 }
@@ -178,7 +178,12 @@ pub fn require(capability: Capability) -> bool {
 pub fn skip(capability: Capability, why: &str) {
     let test = env::var(CHILD).ok().or_else(|| std::thread::current().name().map(str::to_owned));
     let why = why.replace('\n', " ");
-    let _ = writeln!(io::stderr(), "skipped: {}: {capability}: {why}", test.as_deref().unwrap_or("?"));
+    say(&format!("skipped: {}: {capability}: {why}", test.as_deref().unwrap_or("?")));
+}
+
+/// A line past libtest's capture, whole and from the left edge, whatever libtest is in the middle of.
+fn say(line: &str) {
+    let _ = io::stderr().write_all(format!("\n{line}\n").as_bytes());
 }
 
 /// A setting of the machine (a sysfs, procfs or cgroup file) with another value while this lives.
