@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use rustix::process::{self, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_open};
 
-use super::Finding;
+use super::{Finding, UNEXPECTED};
 use crate::sys::probe;
 
 const BE_ROOT: &str = "be root, in a container with that part of /sys and /proc writable";
@@ -74,7 +74,7 @@ pub(super) fn uprobes() -> Finding {
     match text(TYPE).map(|id| id.parse::<u32>()) {
         Ok(Ok(pmu)) => Finding::of(probe::uprobe(pmu), "perf_event_open", |errno| match errno {
             libc::EPERM | libc::EACCES => "give CAP_PERFMON (Linux 5.8; before: CAP_SYS_ADMIN)",
-            _ => "",
+            _ => UNEXPECTED,
         }),
         Ok(Err(e)) => Finding::missing(format!("{TYPE}: {e}"), no_pmu),
         Err(e) => Finding::missing(format!("{TYPE}: {e}"), no_pmu),

@@ -51,6 +51,9 @@ pub fn probe(capability: Capability) -> State {
     examine(capability).state
 }
 
+/// What to do where we have no advice.
+const UNEXPECTED: &str = "unexpected: please report it, with the kernel's version";
+
 /// A state and, where something is missing, what would give it.
 struct Finding {
     state: State,

@@ -8,14 +8,14 @@ use std::os::unix::fs::FileExt;
 use mmu_notifier::Range;
 use rustix::process::{Resource, getrlimit};
 
-use super::Finding;
+use super::{Finding, UNEXPECTED};
 use crate::page::{Frame, Maps, Pages, PidOrSelf};
 use crate::pin::{PinError, Pinner};
 use crate::sys::probe::{self, Scratch};
 
 /// A scratch page, or why there is none.
 fn scratch() -> Result<Scratch, Finding> {
-    Scratch::page().map_err(|e| Finding::missing(format!("mapping a page: {e}"), ""))
+    Scratch::page().map_err(|e| Finding::missing(format!("mapping a page: {e}"), UNEXPECTED))
 }
 
 pub(super) fn io_uring() -> Finding {

@@ -9,15 +9,14 @@ use kvm_ioctls::Kvm;
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
-use super::Finding;
+use super::{Finding, UNEXPECTED};
 use crate::sys::probe;
 
 /// Signals interrupt the making of a VM.
 const ATTEMPTS: usize = 8;
 
 pub(super) fn dev_kvm() -> Finding {
-    let opened = (0..ATTEMPTS).map(|_| Kvm::new()).find(|r| !interrupted(r)).unwrap_or_else(|| Kvm::new());
-    let kvm = match opened {
+    let kvm = match retry(Kvm::new) {
         Ok(kvm) => kvm,
         Err(e) => {
             let how = match e.errno() {
@@ -27,14 +26,12 @@ pub(super) fn dev_kvm() -> Finding {
                 libc::ENOENT | libc::ENODEV | libc::ENXIO => {
                     "load kvm_intel, kvm_amd or kvm; enable virtualisation in the firmware, or nesting on the host"
                 }
-                _ => "",
+                _ => UNEXPECTED,
             };
             return Finding::missing(format!("/dev/kvm: {}", io::Error::from_raw_os_error(e.errno())), how);
         }
     };
-    let made =
-        (0..ATTEMPTS).map(|_| kvm.create_vm()).find(|r| !interrupted(r)).unwrap_or_else(|| kvm.create_vm());
-    match made {
+    match retry(|| kvm.create_vm()) {
         Ok(_) => Finding::there(format!("API {}", kvm.get_api_version())),
         Err(e) => Finding::missing(
             format!("KVM_CREATE_VM: {}", io::Error::from_raw_os_error(e.errno())),
@@ -43,8 +40,14 @@ pub(super) fn dev_kvm() -> Finding {
     }
 }
 
-fn interrupted<T>(tried: &Result<T, kvm_ioctls::Error>) -> bool {
-    matches!(tried, Err(e) if e.errno() == libc::EINTR)
+fn retry<T>(mut f: impl FnMut() -> Result<T, kvm_ioctls::Error>) -> Result<T, kvm_ioctls::Error> {
+    for _ in 1..ATTEMPTS {
+        match f() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            other => return other,
+        }
+    }
+    f()
 }
 
 /// The root directory of a file system of the kernel: where it is mounted, else a mount of our own that nobody sees
@@ -100,7 +103,7 @@ fn event_id() -> Result<u64, Finding> {
         }
         Err(e) => return Err(Finding::missing(format!("the event's id: {e}"), TRACEFS_HOW)),
     };
-    id.trim().parse().map_err(|_| Finding::missing(format!("the event's id is {id:?}"), ""))
+    id.trim().parse().map_err(|_| Finding::missing(format!("the event's id is {id:?}"), UNEXPECTED))
 }
 
 pub(super) fn kvm_tracepoint() -> Finding {
@@ -113,7 +116,7 @@ pub(super) fn bpf() -> Finding {
         libc::ENOSYS => "kernel: CONFIG_BPF_SYSCALL; or a seccomp filter hides it",
         libc::EINVAL => "use Linux 5.5 or later (BPF_F_MMAPABLE)",
         libc::ENOMEM => "raise RLIMIT_MEMLOCK (before Linux 5.11 maps count)",
-        _ => "",
+        _ => UNEXPECTED,
     };
     let map = Finding::of(probe::bpf_map().map(drop), "creating a map", how);
     if !map.state.is_usable() {
@@ -131,7 +134,7 @@ pub(super) fn perf_ring() -> Finding {
         libc::EPERM | libc::EACCES => "give CAP_PERFMON (Linux 5.8), or set kernel.perf_event_paranoid to -1",
         libc::ENOMEM => "raise RLIMIT_MEMLOCK or kernel.perf_event_mlock_kb",
         libc::ENOSYS => "kernel: CONFIG_PERF_EVENTS; or a seccomp filter hides it",
-        _ => "",
+        _ => UNEXPECTED,
     })
 }
 
@@ -180,7 +183,7 @@ pub(super) fn userfaultfd() -> Finding {
     };
     let features = match probe::uffd_features(&uffd, 0) {
         Ok(features) => features,
-        Err(e) => return Finding::missing(format!("UFFDIO_API: {e}"), ""),
+        Err(e) => return Finding::missing(format!("UFFDIO_API: {e}"), UNEXPECTED),
     };
     let name = |bit: usize| UFFD_FEATURES.get(bit).map_or_else(|| format!("bit {bit}"), |n| (*n).to_owned());
     let names = |set: u64| (0..64).filter(|b| set >> b & 1 == 1).map(name).collect::<Vec<_>>().join(" ");
