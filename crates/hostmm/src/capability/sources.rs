@@ -4,50 +4,40 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
-use kvm_ioctls::Kvm;
+use mmu_notifier::PAGE_SIZE;
 use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
 use super::{Finding, UNEXPECTED};
-use crate::sys::probe;
-
-/// Signals interrupt the making of a VM.
-const ATTEMPTS: usize = 8;
+use crate::sys::bpf::{self, Asm, Reg};
+use crate::sys::tracefs::{Tracefs, TracefsError};
+use crate::sys::vm::{self, VmError};
+use crate::sys::{perf, probe};
 
 pub(super) fn dev_kvm() -> Finding {
-    let kvm = match retry(Kvm::new) {
-        Ok(kvm) => kvm,
-        Err(e) => {
-            let how = match e.errno() {
-                libc::EACCES | libc::EPERM => {
-                    "join the group that owns /dev/kvm (usually kvm), or have root give it one: chgrp kvm /dev/kvm; chmod 660 /dev/kvm"
-                }
-                libc::ENOENT | libc::ENODEV | libc::ENXIO => {
-                    "load kvm_intel, kvm_amd or kvm; enable virtualisation in the firmware, or nesting on the host"
-                }
-                _ => UNEXPECTED,
-            };
-            return Finding::missing(format!("/dev/kvm: {}", io::Error::from_raw_os_error(e.errno())), how);
+    let made = vm::open(Path::new("/dev/kvm")).and_then(|kvm| vm::Vm::create(kvm.as_fd()));
+    let error = match &made {
+        Ok(_) => return Finding::there(""),
+        Err(VmError::Open(e) | VmError::CreateVm(e) | VmError::CreateVcpu(e) | VmError::Map(e)) => {
+            e.raw_os_error()
         }
+        Err(VmError::NotKvm(_)) => None,
     };
-    match retry(|| kvm.create_vm()) {
-        Ok(_) => Finding::there(format!("API {}", kvm.get_api_version())),
-        Err(e) => Finding::missing(
-            format!("KVM_CREATE_VM: {}", io::Error::from_raw_os_error(e.errno())),
-            "see the kernel log; another hypervisor may hold the CPU's virtualisation",
-        ),
-    }
-}
-
-fn retry<T>(mut f: impl FnMut() -> Result<T, kvm_ioctls::Error>) -> Result<T, kvm_ioctls::Error> {
-    for _ in 1..ATTEMPTS {
-        match f() {
-            Err(e) if e.errno() == libc::EINTR => {}
-            other => return other,
+    let how = match (&made, error) {
+        (Err(VmError::Open(_)), Some(libc::EACCES | libc::EPERM)) => {
+            "join the group that owns /dev/kvm (usually kvm), or have root give it one: chgrp kvm /dev/kvm; chmod 660 /dev/kvm"
         }
-    }
-    f()
+        (Err(VmError::Open(_)), Some(libc::ENOENT | libc::ENODEV | libc::ENXIO)) => {
+            "load kvm_intel, kvm_amd or kvm; enable virtualisation in the firmware, or nesting on the host"
+        }
+        (Err(VmError::CreateVm(_)), _) => {
+            "see the kernel log; another hypervisor may hold the CPU's virtualisation"
+        }
+        _ => UNEXPECTED,
+    };
+    Finding::missing(made.err().map_or_else(String::new, |e| format!("/dev/kvm: {e}")), how)
 }
 
 /// The root directory of a file system of the kernel: where it is mounted, else a mount of our own that nobody sees
@@ -79,35 +69,33 @@ pub(super) fn read_below(root: &OwnedFd, path: &str) -> io::Result<String> {
     Ok(text)
 }
 
-fn trace_root() -> io::Result<OwnedFd> {
-    kernel_fs("tracefs", "/sys/kernel/tracing", "events")
-}
-
 const TRACEFS_HOW: &str = "mount -t tracefs -o gid=GROUP,mode=750 tracefs /sys/kernel/tracing, or give CAP_SYS_ADMIN (kernel: CONFIG_FTRACE)";
 
-pub(super) fn tracefs() -> Finding {
-    match trace_root() {
-        Ok(_) => Finding::there(""),
-        Err(e) => Finding::missing(format!("tracefs: {e}"), TRACEFS_HOW),
-    }
+fn no_event(e: &TracefsError) -> Finding {
+    let how = match e {
+        TracefsError::NoTracefs(_) | TracefsError::Denied(_) => TRACEFS_HOW,
+        TracefsError::NoEvent(_) => {
+            "use a later kernel (5.10 does not have it) with CONFIG_KVM; load the module kvm"
+        }
+        TracefsError::Read { .. } | TracefsError::Format { .. } => UNEXPECTED,
+    };
+    Finding::missing(e.to_string(), how)
 }
 
-/// The id of the event, as perf wants it.
-fn event_id() -> Result<u64, Finding> {
-    let root = trace_root().map_err(|e| Finding::missing(format!("tracefs: {e}"), TRACEFS_HOW))?;
-    let id = match read_below(&root, "events/kvm/kvm_unmap_hva_range/id") {
-        Ok(id) => id,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            let how = "use a later kernel (5.10 does not have it) with CONFIG_KVM; load the module kvm";
-            return Err(Finding::missing("no event kvm:kvm_unmap_hva_range", how));
-        }
-        Err(e) => return Err(Finding::missing(format!("the event's id: {e}"), TRACEFS_HOW)),
-    };
-    id.trim().parse().map_err(|_| Finding::missing(format!("the event's id is {id:?}"), UNEXPECTED))
+pub(super) fn tracefs() -> Finding {
+    Tracefs::open().map_or_else(|e| no_event(&e), |_| Finding::there(""))
+}
+
+/// The event, as perf wants it, with the two words that the source reads.
+fn event() -> Result<u64, Finding> {
+    let event =
+        Tracefs::open().and_then(|fs| fs.event("kvm", "kvm_unmap_hva_range")).map_err(|e| no_event(&e))?;
+    event.word("start").and_then(|_| event.word("end")).map_err(|e| no_event(&e))?;
+    Ok(event.id)
 }
 
 pub(super) fn kvm_tracepoint() -> Finding {
-    event_id().map_or_else(|finding| finding, |id| Finding::there(format!("event {id}")))
+    event().map_or_else(|finding| finding, |id| Finding::there(format!("event {id}")))
 }
 
 pub(super) fn bpf() -> Finding {
@@ -118,23 +106,34 @@ pub(super) fn bpf() -> Finding {
         libc::ENOMEM => "raise RLIMIT_MEMLOCK (before Linux 5.11 maps count)",
         _ => UNEXPECTED,
     };
-    let map = Finding::of(probe::bpf_map().map(drop), "creating a map", how);
+    let map = Finding::of(bpf::create_words("probe", PAGE_SIZE as u32).map(drop), "creating a map", how);
     if !map.state.is_usable() {
         return map;
     }
-    Finding::of(probe::bpf_program().map(drop), "loading a tracepoint program", how)
+    let mut code = Asm::default();
+    code.mov_imm(Reg::R0, 0);
+    code.exit();
+    let load = || {
+        let code = code.finish().ok_or(io::ErrorKind::InvalidInput)?;
+        bpf::load_tracepoint("probe", &code, c"Dual MIT/GPL").map(drop).map_err(|e| e.error)
+    };
+    Finding::of(load(), "loading a tracepoint program", how)
 }
 
 pub(super) fn perf_ring() -> Finding {
-    let id = match event_id() {
+    let id = match event() {
         Ok(id) => id,
         Err(finding) => return finding,
     };
-    Finding::of(probe::perf_ring(id), "a ring on the event for all tasks", |errno| match errno {
-        libc::EPERM | libc::EACCES => "give CAP_PERFMON (Linux 5.8), or set kernel.perf_event_paranoid to -1",
-        libc::ENOMEM => "raise RLIMIT_MEMLOCK or kernel.perf_event_mlock_kb",
-        libc::ENOSYS => "kernel: CONFIG_PERF_EVENTS; or a seccomp filter hides it",
-        _ => UNEXPECTED,
+    Finding::of(perf::Ring::open(id, 0, 1, None).map(drop), "a ring on the event for all tasks", |errno| {
+        match errno {
+            libc::EPERM | libc::EACCES => {
+                "give CAP_PERFMON (Linux 5.8), or set kernel.perf_event_paranoid to -1"
+            }
+            libc::ENOMEM => "raise RLIMIT_MEMLOCK or kernel.perf_event_mlock_kb",
+            libc::ENOSYS => "kernel: CONFIG_PERF_EVENTS; or a seccomp filter hides it",
+            _ => UNEXPECTED,
+        }
     })
 }
 

@@ -8,13 +8,9 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use mmu_notifier::{PAGE_SIZE, PageAddr};
 
+use super::map::Mapping;
 use super::procmap::ioctl_number;
 
-const BPF_MAP_CREATE: libc::c_int = 0;
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_MAP_TYPE_ARRAY: u32 = 2;
-const BPF_F_MMAPABLE: u32 = 1 << 10;
-const BPF_PROG_TYPE_TRACEPOINT: u32 = 5;
 const UFFD_API: u64 = 0xaa;
 /// `_IOWR(0xaa, 0x3f, struct uffdio_api)`
 const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
@@ -34,55 +30,6 @@ fn descriptor(rc: libc::c_long) -> io::Result<OwnedFd> {
 
 fn done(rc: libc::c_long) -> io::Result<()> {
     if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
-/// The part of `union bpf_attr` that BPF_MAP_CREATE reads.
-#[repr(C)]
-struct BpfMapCreate {
-    map_type: u32,
-    key_size: u32,
-    value_size: u32,
-    max_entries: u32,
-    map_flags: u32,
-}
-
-/// The part of `union bpf_attr` that BPF_PROG_LOAD reads.
-#[repr(C)]
-struct BpfProgLoad {
-    prog_type: u32,
-    insn_cnt: u32,
-    insns: u64,
-    license: u64,
-}
-
-fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<OwnedFd> {
-    // SAFETY: attr is the leading part of bpf_attr with its size; the kernel reads the rest as zero. Pointers in it
-    // live in the callers' frames.
-    descriptor(unsafe { libc::syscall(libc::SYS_bpf, command, &raw const *attr, size_of::<T>()) })
-}
-
-/// Make the kind of map that counts for user space.
-pub(crate) fn bpf_map() -> io::Result<OwnedFd> {
-    let (map_type, value_size) = (BPF_MAP_TYPE_ARRAY, PAGE_SIZE as u32);
-    bpf(
-        BPF_MAP_CREATE,
-        &BpfMapCreate { map_type, key_size: 4, value_size, max_entries: 1, map_flags: BPF_F_MMAPABLE },
-    )
-}
-
-/// Load `return 0` for tracepoints.
-pub(crate) fn bpf_program() -> io::Result<OwnedFd> {
-    let insns: [u64; 2] = [0xb7, 0x95];
-    let license = c"Dual MIT/GPL";
-    bpf(
-        BPF_PROG_LOAD,
-        &BpfProgLoad {
-            prog_type: BPF_PROG_TYPE_TRACEPOINT,
-            insn_cnt: insns.len() as u32,
-            insns: insns.as_ptr() as u64,
-            license: license.as_ptr() as u64,
-        },
-    )
 }
 
 /// `struct perf_event_attr` up to its second version (72 bytes).
@@ -108,23 +55,6 @@ fn perf_event_open(attr: &mut PerfAttr, pid: libc::pid_t, cpu: libc::c_int) -> i
     descriptor(unsafe {
         libc::syscall(libc::SYS_perf_event_open, &raw const *attr, pid, cpu, -1, PERF_FLAG_FD_CLOEXEC)
     })
-}
-
-/// Open the tracepoint `id` for every task on CPU 0, disabled, and map its ring.
-pub(crate) fn perf_ring(id: u64) -> io::Result<()> {
-    const PERF_TYPE_TRACEPOINT: u32 = 2;
-    const PERF_SAMPLE_RAW: u64 = 1 << 10;
-    const DISABLED: u64 = 1;
-    let mut attr = PerfAttr {
-        kind: PERF_TYPE_TRACEPOINT,
-        config: id,
-        sample_period: 1,
-        sample_type: PERF_SAMPLE_RAW,
-        flags: DISABLED,
-        ..PerfAttr::default()
-    };
-    let event = perf_event_open(&mut attr, -1, 0)?;
-    Scratch::map(2 * PAGE_SIZE, libc::PROT_READ, libc::MAP_SHARED, event.as_raw_fd()).map(drop)
 }
 
 /// Ask the uprobe PMU `pmu` for a probe on a file with no name: whoever may make probes gets as far as the name.
@@ -163,39 +93,27 @@ pub(crate) fn uffd_features(uffd: &OwnedFd, want: u64) -> io::Result<u64> {
 /// A page of our own to try things on.
 #[derive(Debug)]
 pub(crate) struct Scratch {
-    start: *mut libc::c_void,
-    len: usize,
+    page: PageAddr,
+    map: Mapping,
 }
 
 impl Scratch {
     /// One page, written to.
     pub(crate) fn page() -> io::Result<Scratch> {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE;
-        Scratch::map(PAGE_SIZE, libc::PROT_READ | libc::PROT_WRITE, flags, -1)
-    }
-
-    fn map(len: u64, prot: libc::c_int, flags: libc::c_int, fd: libc::c_int) -> io::Result<Scratch> {
-        let len = len as usize;
-        // SAFETY: a new mapping where nothing is.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, fd, 0) };
-        if start == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(Scratch { start, len }) }
+        let map = Mapping::anonymous(PAGE_SIZE as usize)?;
+        // SAFETY: the first byte of our own mapping, which nobody else knows.
+        unsafe { map.ptr().write_volatile(1) };
+        let page = PageAddr::new(map.ptr().as_ptr() as u64).map_err(io::Error::other)?;
+        Ok(Scratch { page, map })
     }
 
     pub(crate) fn addr(&self) -> PageAddr {
-        PageAddr::containing(self.start as u64)
+        self.page
     }
 
     /// MADV_GUARD_INSTALL on it.
     pub(crate) fn install_guard(&self) -> io::Result<()> {
-        // SAFETY: our own mapping, which nobody uses.
-        done(unsafe { libc::madvise(self.start, self.len, MADV_GUARD_INSTALL) }.into())
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // SAFETY: our own mapping, which nobody uses.
-        unsafe { libc::munmap(self.start, self.len) };
+        self.map.advise(MADV_GUARD_INSTALL)
     }
 }
 
