@@ -2,6 +2,7 @@
 //! hostmm.
 
 pub mod capability;
+pub mod race;
 mod sys;
 #[doc(hidden)]
 pub mod testing;
