@@ -7,6 +7,7 @@ pub mod kvm;
 pub mod page;
 pub mod pin;
 pub mod primary;
+pub mod race;
 mod sys;
 #[doc(hidden)]
 pub mod testing;
