@@ -2,6 +2,7 @@
 //! hostmm.
 
 pub mod capability;
+pub mod disturb;
 mod sys;
 #[doc(hidden)]
 pub mod testing;
