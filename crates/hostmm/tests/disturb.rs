@@ -47,7 +47,8 @@ impl Pinned {
 
     fn read(&mut self) -> u64 {
         // SAFETY: the name is a C string; the descriptor is new.
-        let memfd = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"device".as_ptr(), libc::MFD_CLOEXEC)) };
+        let memfd =
+            unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"device".as_ptr(), libc::MFD_CLOEXEC)) };
         let fd = io_uring::types::Fd(memfd.as_raw_fd());
         let write = io_uring::opcode::WriteFixed::new(fd, self.addr as *const u8, 8, 0).build();
         // SAFETY: the buffer is registered, the descriptor lives until the completion below.
@@ -60,16 +61,20 @@ impl Pinned {
     }
 }
 
-/// May the program write at `addr` without the kernel's doing something first?
-fn writable_as_is(addr: u64) -> bool {
+/// Is `addr` in a writable mapping?
+fn mapped_writable(addr: u64) -> bool {
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    let writable = maps.lines().any(|line| {
+    maps.lines().any(|line| {
         let (range, rest) = line.split_once(' ').unwrap();
         let (start, end) = range.split_once('-').unwrap();
         let of = |hex| u64::from_str_radix(hex, 16).unwrap();
         of(start) <= addr && addr < of(end) && rest.starts_with("rw")
-    });
-    writable && {
+    })
+}
+
+/// May the program write at `addr` without the kernel's doing something first?
+fn writable_as_is(addr: u64) -> bool {
+    mapped_writable(addr) && {
         let before = minor_faults();
         // SAFETY: mapped, writable, the scene's; the value does not change.
         unsafe { std::ptr::write_volatile(addr as *mut u64, std::ptr::read_volatile(addr as *const u64)) };
@@ -130,23 +135,23 @@ fn measure_pinned(event: &Event, arena: &mut Arena) -> Outcome {
         assert_eq!(device, cpu, "{}: prevented, and yet stale", event.name);
         return Outcome::Prevented;
     }
-    judge(device == cpu, addr)
+    judge(device == cpu, true, addr)
 }
 
 fn measure_unpinned(event: &Event, arena: &mut Arena) -> Outcome {
     let mut scene = fresh(event, arena);
     let addr = scene.watched().start();
-    let cached = pfn(addr);
+    let (cached, writable) = (pfn(addr), mapped_writable(addr));
     let change = disturb(event, &mut scene);
     assert_eq!(change, Change::Happened, "{}: without a pin it must happen", event.name);
-    judge(sight(&scene) != Sighting::Fault && pfn(addr) == cached, addr)
+    judge(sight(&scene) != Sighting::Fault && pfn(addr) == cached, writable, addr)
 }
 
-fn judge(same: bool, addr: u64) -> Outcome {
+fn judge(same: bool, was_writable: bool, addr: u64) -> Outcome {
     match same {
         false => Outcome::Stale,
-        true if writable_as_is(addr) => Outcome::Coherent,
-        true => Outcome::WriteStale,
+        true if was_writable && !writable_as_is(addr) => Outcome::WriteStale,
+        true => Outcome::Coherent,
     }
 }
 
@@ -155,7 +160,12 @@ fn machine() -> Vec<String> {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let ksm = ["run", "sleep_millisecs", "pages_to_scan", "smart_scan"];
     let mut all: Vec<String> = ksm.iter().map(|f| read(&format!("/sys/kernel/mm/ksm/{f}"))).collect();
-    all.push(read("/proc/sysvipc/shm").lines().filter(|l| l.contains(&format!(" {} ", std::process::id()))).collect());
+    all.push(
+        read("/proc/sysvipc/shm")
+            .lines()
+            .filter(|l| l.contains(&format!(" {} ", std::process::id())))
+            .collect(),
+    );
     all
 }
 
@@ -190,7 +200,9 @@ fn every_event_does_what_is_declared() {
                 eprintln!("skipped: {}: {why}", event.name);
                 return;
             }
-            if event.via == hostmm::disturb::Via::OtherProcess && event.expect.unpinned == Outcome::NotMappable {
+            if event.via == hostmm::disturb::Via::OtherProcess
+                && event.expect.unpinned == Outcome::NotMappable
+            {
                 // exit: the memory is the child's; the scene checks that the child is gone.
                 let mut scene = fresh(event, &mut arena);
                 disturb(event, &mut scene);
@@ -207,7 +219,8 @@ fn every_event_does_what_is_declared() {
             assert_eq!((pinned, unpinned), (event.expect.pinned, event.expect.unpinned), "{}", event.name);
         };
         let name = format!("every_event_does_what_is_declared#{}", event.name);
-        let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| in_child(&name, DEADLINE, body)));
+        let caught =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| in_child(&name, DEADLINE, body)));
         if let Err(panic) = caught {
             wrong.push(panic.downcast_ref::<String>().cloned().unwrap_or_else(|| event.name.to_owned()));
         }

@@ -48,8 +48,8 @@ fn full_scans() -> u64 {
     fs::read_to_string(format!("{DIR}/full_scans")).ok().and_then(|n| n.trim().parse().ok()).unwrap_or(0)
 }
 
-/// Run ksmd until the two pages of `pair` are one. `false` if it has had every chance and passed them over.
-fn merge_pair(pair: Region) -> Result<bool, DisturbError> {
+/// Run ksmd until `page` is the same frame as `other`. `false` if it has had every chance and passed them over.
+fn run_until_merged(page: Region, other: Region) -> Result<bool, DisturbError> {
     let _pace =
         [setting("sleep_millisecs", "1")?, setting("pages_to_scan", "4096")?, setting("smart_scan", "0")?];
     let _run = setting("run", "1")?;
@@ -57,54 +57,50 @@ fn merge_pair(pair: Region) -> Result<bool, DisturbError> {
     let mut merged = false;
     // A page is merged in the second scan that finds it unchanged; six are ample.
     let over = mem::wait_for(LIMIT, Duration::from_millis(1), || {
-        let (one, two) = (pair.page(0).pfn()?, pair.page(1).pfn()?);
+        let (one, two) = (page.pfn()?, other.pfn()?);
         merged = one.is_some() && one == two;
         Ok(merged || full_scans() >= scans + 6)
     })?;
-    if over {
-        Ok(merged)
-    } else {
-        Err(DisturbError::Timeout { what: "merging", range: pair.range(), millis: LIMIT.as_millis() })
-    }
+    if over { Ok(merged) } else { Err(timeout(page)) }
 }
 
-fn pair(undo: &mut Undo, stamp: u64) -> Result<Region, DisturbError> {
-    let pair = Region::stamped(undo, 2, stamp)?;
+fn timeout(page: Region) -> DisturbError {
+    DisturbError::Timeout { what: "merging", range: page.range(), millis: LIMIT.as_millis() }
+}
+
+/// Three pages filled with `stamp`, of which ksmd has merged the last two.
+fn pages(undo: &mut Undo, stamp: u64) -> Result<Region, DisturbError> {
+    let pages = Region::stamped(undo, 3, stamp)?;
+    let pair = pages.part(1, 2);
     pair.madvise(Via::Libc, libc::MADV_MERGEABLE).map_err(pair.failed("MADV_MERGEABLE"))?;
-    Ok(pair)
-}
-
-/// A pair that ksmd has merged already.
-fn merged_pair(undo: &mut Undo, stamp: u64) -> Result<Region, DisturbError> {
-    let pair = pair(undo, stamp)?;
-    // ksmd passes a page over that is under its own or anybody's momentary reference.
+    // ksmd passes a page over that is under anybody's momentary reference.
     for _ in 0..5 {
-        if merge_pair(pair)? {
-            return Ok(pair);
+        if run_until_merged(pair.page(0), pair.page(1))? {
+            return Ok(pages);
         }
         pause_for(Duration::from_millis(10));
     }
-    Err(DisturbError::Timeout { what: "merging", range: pair.range(), millis: LIMIT.as_millis() })
+    Err(timeout(pair))
 }
 
 fn merge(arena: &mut Arena, _: Via) -> Result<Scene, DisturbError> {
     let (mut undo, before) = (Undo::default(), arena.stamp());
-    let pair = pair(&mut undo, before)?;
-    let page = pair.page(0);
+    // Of two pages that meet either may be the one that stays; a third one always joins the frame that is there.
+    let pages = pages(&mut undo, before)?;
+    let page = pages.page(0);
+    page.madvise(Via::Libc, libc::MADV_MERGEABLE).map_err(page.failed("MADV_MERGEABLE"))?;
     Ok(Scene::new(page.range(), before, After::Stamp(before), undo, move |returned, _| {
-        let old = page.pfn()?;
-        if !merge_pair(pair)? {
+        if !run_until_merged(page, pages.page(1))? {
             return Ok(Change::Refused);
         }
         returned();
-        // Either of the two frames may become the shared one; only from the third page on would a new one be made.
-        if page.pfn()? == old { Ok(Change::Refused) } else { Ok(Change::Happened) }
+        Ok(Change::Happened)
     }))
 }
 
 fn write(arena: &mut Arena, _: Via) -> Result<Scene, DisturbError> {
     let (mut undo, before, after) = (Undo::default(), arena.stamp(), arena.stamp());
-    let page = merged_pair(&mut undo, before)?.page(0);
+    let page = pages(&mut undo, before)?.page(1);
     Ok(Scene::new(page.range(), before, After::Stamp(after), undo, move |returned, _| {
         page.fill(after);
         returned();
@@ -114,7 +110,7 @@ fn write(arena: &mut Arena, _: Via) -> Result<Scene, DisturbError> {
 
 fn unmergeable(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let (mut undo, before) = (Undo::default(), arena.stamp());
-    let pair = merged_pair(&mut undo, before)?;
+    let pair = pages(&mut undo, before)?.part(1, 2);
     let page = pair.page(0);
     Ok(Scene::new(page.range(), before, After::Stamp(before), undo, move |returned, _| {
         pair.madvise(via, libc::MADV_UNMERGEABLE).map_err(pair.failed("MADV_UNMERGEABLE"))?;

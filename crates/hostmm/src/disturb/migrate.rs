@@ -21,12 +21,21 @@ pub(super) const EVENTS: &[&[Event]] = &[&[Event::new(
 .needs(&[Need::Compaction, Need::PageFrames])]];
 
 /// Pages of which every other one is given back, so that compaction has something to do.
-const FRAGMENTED: u64 = 8192;
+const FRAGMENTED: u64 = 32768;
 const TRIES: u32 = 12;
 
 fn compaction(arena: &mut Arena, _: Via) -> Result<Scene, DisturbError> {
     let (mut undo, before) = (Undo::default(), arena.stamp());
-    let page = fragments(&mut undo, before)?.page(FRAGMENTED / 2);
+    // Compaction moves pages from the low end of a zone to holes at its high end: a low page goes first.
+    let region = fragments(&mut undo, before)?;
+    let mut lowest = (region.page(0), u64::MAX);
+    for page in (0..FRAGMENTED).step_by(2).map(|n| region.page(n)) {
+        match page.pfn()? {
+            Some(pfn) if pfn < lowest.1 => lowest = (page, pfn),
+            _ => {}
+        }
+    }
+    let page = lowest.0;
     Ok(Scene::new(page.range(), before, After::Stamp(before), undo, move |returned, undo| {
         let old = page.pfn()?;
         for _ in 0..TRIES {

@@ -2,9 +2,14 @@
 //! A second thread that looks at the watched page all the time and speaks up at the first sight of the change.
 //!
 //! With it a caller checks that a source had reported *before another thread could see the new bytes*: the hook runs
-//! on the observing thread right after the read that saw them. Reads go through `process_vm_readv` on this very
-//! process, so a page that faults is an answer and not a signal. They fault pages in like any reader's, so do not
-//! observe a change that cannot be seen ([`Scene::is_visible`](super::Scene::is_visible)).
+//! on the observing thread right after the read that saw them.
+//!
+//! A read is a `process_vm_writev` from the watched page to a word of our own, in this very process: the kernel loads
+//! from the page as the CPU would, with the program's rights, and a fault is an answer and not a signal. The other
+//! way round, `process_vm_readv`, would not do: it takes a pin on the watched page, and a pin parts a page that is
+//! shared by fork or KSM. `/proc/self/mem` would not do either: it reads what the program may not.
+//! Reads still fault pages in, so do not observe a change that cannot be seen
+//! ([`Scene::is_visible`](super::Scene::is_visible)).
 //!
 //! Order: the stop flag is only a request; the sighting travels through the join of the thread.
 
@@ -47,11 +52,10 @@ impl Observer {
     #[must_use]
     pub fn look(&self) -> Sighting {
         let mut word = 0_u64;
-        let local = libc::iovec { iov_base: (&raw mut word).cast(), iov_len: 8 };
-        let remote = libc::iovec { iov_base: self.addr as *mut libc::c_void, iov_len: 8 };
-        // SAFETY: the kernel writes at most eight bytes to `word`, and checks the other address itself.
-        let got =
-            unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        let from = libc::iovec { iov_base: self.addr as *mut libc::c_void, iov_len: 8 };
+        let to = libc::iovec { iov_base: (&raw mut word).cast(), iov_len: 8 };
+        // SAFETY: the kernel reads eight bytes at the address, which it checks itself, and writes them to `word`.
+        let got = unsafe { libc::process_vm_writev(libc::getpid(), &raw const from, 1, &raw const to, 1, 0) };
         if got == 8 { Sighting::Stamp(word) } else { Sighting::Fault }
     }
 

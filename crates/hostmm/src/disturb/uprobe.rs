@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use mmu_notifier::PAGE_SIZE;
 
-use super::Outcome::{NotMappable, Stale};
+use super::Outcome::{Coherent, NotMappable, Stale};
 use super::mem::{self, Region};
 use super::scene::{After, Arena, Change, Scene, Undo};
 use super::{DisturbError, Event, Need, Via};
@@ -37,7 +37,7 @@ pub(super) const EVENTS: &[&[Event]] = &[&[
         Via::RawSyscall,
         remove,
     )
-    .expect(NotMappable, Stale, "the breakpoint goes and so does the copy")
+    .expect(NotMappable, Coherent, "the byte is put back into the anonymous copy, which stays")
     .needs(&[Need::Uprobe]),
 ]];
 
