@@ -147,8 +147,8 @@ impl Region {
 
     pub(super) fn munmap(self, via: Via) -> io::Result<u64> {
         // SAFETY: the scene's own memory.
-        self.call(via, libc::SYS_munmap, [self.addr, self.len, 0, 0, 0, 0], || {
-            (unsafe { libc::munmap(self.ptr(), self.len as usize) }).into()
+        self.call(via, libc::SYS_munmap, [self.addr, self.len, 0, 0, 0, 0], || unsafe {
+            libc::munmap(self.ptr(), self.len as usize).into()
         })
     }
 
@@ -178,16 +178,16 @@ impl Region {
     pub(super) fn madvise(self, via: Via, advice: i32) -> io::Result<u64> {
         let args = [self.addr, self.len, advice as u64, 0, 0, 0];
         // SAFETY: the scene's own memory.
-        self.call(via, libc::SYS_madvise, args, || {
-            (unsafe { libc::madvise(self.ptr(), self.len as usize, advice) }).into()
+        self.call(via, libc::SYS_madvise, args, || unsafe {
+            libc::madvise(self.ptr(), self.len as usize, advice).into()
         })
     }
 
     pub(super) fn mprotect(self, via: Via, prot: i32) -> io::Result<u64> {
         let args = [self.addr, self.len, prot as u64, 0, 0, 0];
         // SAFETY: the scene's own memory.
-        self.call(via, libc::SYS_mprotect, args, || {
-            (unsafe { libc::mprotect(self.ptr(), self.len as usize, prot) }).into()
+        self.call(via, libc::SYS_mprotect, args, || unsafe {
+            libc::mprotect(self.ptr(), self.len as usize, prot).into()
         })
     }
 
@@ -198,8 +198,8 @@ impl Region {
 
     pub(super) fn remap_file_pages(self, via: Via, pgoff: u64) -> io::Result<u64> {
         // SAFETY: the scene's own memory.
-        self.call(via, libc::SYS_remap_file_pages, [self.addr, self.len, 0, pgoff, 0, 0], || {
-            (unsafe { libc::remap_file_pages(self.ptr(), self.len as usize, 0, pgoff as usize, 0) }).into()
+        self.call(via, libc::SYS_remap_file_pages, [self.addr, self.len, 0, pgoff, 0, 0], || unsafe {
+            libc::remap_file_pages(self.ptr(), self.len as usize, 0, pgoff as usize, 0).into()
         })
     }
 
@@ -213,8 +213,8 @@ impl Region {
 
     pub(super) fn shmdt(self, via: Via) -> io::Result<u64> {
         // SAFETY: the scene's own memory.
-        self.call(via, libc::SYS_shmdt, [self.addr, 0, 0, 0, 0, 0], || {
-            (unsafe { libc::shmdt(self.ptr()) }).into()
+        self.call(via, libc::SYS_shmdt, [self.addr, 0, 0, 0, 0, 0], || unsafe {
+            libc::shmdt(self.ptr()).into()
         })
     }
 }
