@@ -278,6 +278,18 @@ fn restore(log: &mut File) -> io::Result<()> {
     Ok(())
 }
 
+/// The uid and gid of nobody.
+pub const NOBODY: u32 = 65534;
+
+/// Drop every privilege for good: uid and gid 65534, no other group, no capability.
+///
+/// # Panics
+/// If the process may not, or in a process that tests share: this is for a child of [`in_child`].
+pub fn become_nobody() {
+    assert!(env::var(CHILD).is_ok(), "not in a child of in_child");
+    crate::sys::user::become_user(NOBODY).expect("drop privileges");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -109,6 +109,11 @@ pub enum State {
 /// Ask the kernel. Changes nothing and cannot hang.
 #[must_use]
 pub fn probe(capability: Capability) -> State {
-    let _ = capability;
-    State::There(String::new())
+    match capability {
+        Capability::Swap => match std::fs::read_to_string("/proc/swaps") {
+            Ok(swaps) if swaps.lines().count() > 1 => State::There(String::new()),
+            _ => State::Missing("no swap area is active".to_owned()),
+        },
+        _ => State::There(String::new()),
+    }
 }
