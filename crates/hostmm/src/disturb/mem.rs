@@ -21,6 +21,15 @@ pub(super) const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 /// Bytes mapped by one PMD entry.
 pub(super) const PMD_SIZE: u64 = 2 << 20;
 
+/// Where the next scene maps.
+///
+/// Far below the addresses that the kernel hands out: mmap without a wish takes the highest gap that fits, so a hole
+/// that a scene leaves here is nobody else's next mapping.
+#[expect(clippy::disallowed_types, reason = "hands out distinct numbers; orders nothing")]
+static NEXT: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0x1000_0000_0000);
+/// Left free between two mappings, so that they neither merge nor grow into each other.
+const GAP: u64 = 16 * PAGE_SIZE;
+
 /// Addresses that a scene owns; see the module. Whole pages, never empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Region {
@@ -33,7 +42,7 @@ fn check(ret: i64) -> io::Result<u64> {
 }
 
 impl Region {
-    /// Map `pages` fresh pages wherever the kernel likes; `undo` unmaps whatever is there in the end.
+    /// Map `pages` fresh pages away from everybody else; `undo` unmaps whatever is there in the end.
     pub(super) fn map(
         undo: &mut Undo,
         pages: u64,

@@ -80,10 +80,9 @@ fn grow(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let (mut undo, before) = (Undo::default(), arena.stamp());
     let region = Region::stamped(&mut undo, 2, before)?;
     let (page, room) = (region.page(0), region.page(1));
+    room.munmap(Via::Libc).map_err(room.failed("munmap"))?;
+    undo.disown(room);
     let scene = Scene::new(page.range(), before, After::Stamp(before), undo, move |returned, undo| {
-        // The hole is given up just before it is grown into; should another thread take it first, the call says so.
-        undo.disown(room);
-        room.munmap(Via::Libc).map_err(room.failed("munmap"))?;
         page.mremap(via, 2 * PAGE_SIZE, 0, None).map_err(page.failed("mremap"))?;
         returned();
         undo.own(room);
