@@ -3,6 +3,7 @@
 
 pub mod barrier;
 pub mod capability;
+pub mod disturb;
 pub mod kvm;
 pub mod page;
 pub mod pin;
