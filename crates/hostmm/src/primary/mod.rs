@@ -24,7 +24,7 @@ use crate::page::{Frame, PageError, Pages, PidOrSelf};
 use crate::pin::{self, PinError, Pinner};
 use crate::sys::mm;
 
-pub use source::{LiveWatch, Source};
+pub use source::{KvmWatch, LiveWatch, Source};
 
 static SETTLED: LockClass = LockClass::new("host_settled");
 

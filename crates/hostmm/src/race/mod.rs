@@ -13,6 +13,7 @@
 
 mod churn;
 mod reuse;
+mod subject;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
