@@ -3,9 +3,12 @@
 
 pub mod barrier;
 pub mod capability;
+pub mod disturb;
 pub mod kvm;
 pub mod page;
 pub mod pin;
+pub mod primary;
+pub mod race;
 mod sys;
 #[doc(hidden)]
 pub mod testing;
