@@ -334,6 +334,7 @@ fn each_object_has_one_world() {
         assert!(text.contains(&format!("tests.rs:{here}:")), "{text}");
         let text = message(&mut || CONST.store(1, Ordering::Relaxed));
         assert!(text.contains("by a constant initialiser"), "{text}");
+        AtomicBool::default().store(true, Ordering::Relaxed);
         (line!(), Mutex::new(&CLASS, 0))
     };
     assert!(active().is_none());
