@@ -31,6 +31,7 @@ pub(crate) enum ObjectKind {
 
 /// A new object.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
 pub(crate) struct Born {
     pub(crate) kind: ObjectKind,
     pub(crate) class: Option<&'static LockClass>,
@@ -113,12 +114,6 @@ impl Birth {
         let site = PLACES[self.0 as usize % SITES].load(Ordering::Relaxed);
         // SAFETY: the table holds null, or pointers made from `&'static Location` by `place`.
         unsafe { site.as_ref() }
-    }
-}
-
-impl Default for Birth {
-    fn default() -> Self {
-        Birth::CONST
     }
 }
 

@@ -82,24 +82,24 @@ pub fn stats() -> Stats {
 #[inline(always)]
 pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: Site) -> Node {
     let node = class.node(subclass);
-    task::current(|t| {
-        if !t.holds_nothing() {
-            check_order(t, node, lock, site);
-        }
-    });
+    if !task::holds_nothing() {
+        // One call beside the lock's own code, so that a lock under no other stays small enough to be inlined.
+        task::current(|t| check_order(t, node, lock, site));
+    }
     node
 }
 
-#[inline]
+#[inline(never)]
 fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
     // Orders from locks below the last one that was waited for follow from those already recorded.
     let mut implied = false;
-    for held in t.held() {
-        let unseen = !implied && !graph::seen(held.node, node);
-        if unseen || held.lock == lock || held.node == node {
-            suspect(held, node, lock, site);
+    for slot in t.slots() {
+        let outer = slot.node.get();
+        let unseen = !implied && !graph::seen(outer, node);
+        if unseen || outer == node {
+            suspect(slot.get(), node, lock, site);
         }
-        implied |= !held.tried;
+        implied |= !slot.tried.get();
     }
 }
 
