@@ -317,6 +317,33 @@ fn after_exit_nobody_hears_the_teardown_not_even_those_without_release() {
     });
 }
 
+/// Truncates a file of the mm while it is being released.
+struct Truncates(Weak<NotifierSubscriptions>);
+
+impl MmuNotifier for Truncates {
+    fn ops(&self) -> Ops {
+        Ops::RELEASE
+    }
+
+    fn release(&self, cx: &mut MaySleep<'_>) {
+        let mm = self.0.upgrade().expect("the mm outlives its callbacks");
+        let truncate =
+            spawn("truncate", move |cx| mm.invalidate_range_start(cx, unmap()).invalidate_range_end(cx));
+        truncate.join(cx).unwrap();
+    }
+}
+
+#[test]
+fn until_its_release_has_run_a_notifier_hears_what_others_change() {
+    MaySleep::enter(|cx| {
+        let (mm, log) = (NotifierSubscriptions::new(Rules::default()), log());
+        let _a = mm.register(cx, Arc::new(Recorder::new("a", PAIR | Ops::RELEASE, &log))).unwrap();
+        let _first = mm.register(cx, Arc::new(Truncates(Arc::downgrade(&mm)))).unwrap();
+        mm.release(cx);
+        assert_eq!(take(cx, &log), ["a start", "a end", "a release"]);
+    });
+}
+
 #[test]
 fn dropping_the_registration_calls_no_release() {
     MaySleep::enter(|cx| {
