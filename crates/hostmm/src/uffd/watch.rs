@@ -129,6 +129,17 @@ impl Watch {
         self.shared().even().is_err() || self.node.changed_after(seq.0)
     }
 
+    /// Is this the thread that runs callbacks?
+    pub(crate) fn is_calling(&self) -> bool {
+        let me = rustix::thread::gettid().as_raw_nonzero().get();
+        self.shared().callback_tid.load(Ordering::Acquire) == me
+    }
+
+    /// No callback runs after this returns, unless it is called from one.
+    pub(crate) fn silence(&self) {
+        self.node.close(|| self.is_calling());
+    }
+
     fn shared(&self) -> &Shared {
         &self.core.shared
     }
@@ -169,8 +180,7 @@ impl Drop for Watch {
             Ok(()) if self.held => shared.release(self.range()),
             _ => {}
         }
-        let me = rustix::thread::gettid().as_raw_nonzero().get();
-        self.node.close(|| shared.callback_tid.load(Ordering::Acquire) == me);
+        self.silence();
         shared.forget(&self.node);
     }
 }
@@ -179,7 +189,7 @@ impl Drop for Watch {
 pub(super) fn first_hole(range: Range) -> u64 {
     let (mut mapped, mut end) = (range.start(), range.end());
     while end - mapped > mmu_notifier::PAGE_SIZE {
-        let middle = mmu_notifier::PageAddr::containing(mapped + (end - mapped) / 2).get();
+        let middle = (mapped + (end - mapped) / 2) & !(mmu_notifier::PAGE_SIZE - 1);
         match Range::new(mapped, middle - mapped) {
             Ok(half) if sys::fully_mapped(half) => mapped = middle,
             _ => end = middle,
