@@ -74,9 +74,14 @@ impl Watch {
             sys::register(shared.fd(), range).map_err(|source| WatchError::of_register(range, source))
         };
         if let Err(error) = outcome {
-            // Nothing to undo in the kernel: it checks all of the range first. And pages of another userfaultfd
-            // must not be touched: before 6.x UNREGISTER took them from their owner.
-            registrations.release(range);
+            // Only a lack of memory leaves a part registered: the kernel checks the rest beforehand. Pages of another
+            // userfaultfd must not be touched, because older kernels take them from their owner.
+            let undo = matches!(error, WatchError::NoMemory { .. });
+            for free in registrations.release(range) {
+                if undo {
+                    let _ = sys::unregister(shared.fd(), free);
+                }
+            }
             return Err(error);
         }
         drop(registrations);
