@@ -7,7 +7,6 @@
 //! control has none either: [`Nothing`] must lose every round, and a source with half of its protocol some.
 #![expect(
     clippy::disallowed_types,
-    clippy::disallowed_methods,
     reason = "real threads of the running kernel: the race itself is what is wanted"
 )]
 
