@@ -220,7 +220,7 @@ impl KvmSource {
     /// [`Gone`] in a forked child.
     pub fn watch(&self, range: Range) -> Result<Watch, Gone> {
         self.shared.check(ALIVE)?;
-        Ok(Watch::new(&self.shared, range, ALIVE, self.age))
+        Watch::new(&self.shared, range, ALIVE, self.age)
     }
 
     /// Calls `callback` from the monitor thread for each record that overlaps `range`, after the fact.
@@ -237,7 +237,7 @@ impl KvmSource {
     ) -> Result<Subscription, SubscribeError> {
         self.shared.check(ALIVE)?;
         let monitor = self.monitor.as_ref().ok_or(SubscribeError::NoRing)?;
-        let watch = Watch::new(&self.shared, range, ALIVE | MONITOR, self.age);
+        let watch = Watch::new(&self.shared, range, ALIVE | MONITOR, self.age)?;
         Ok(Subscription::new(&self.shared, monitor, range, Box::new(callback), watch)?)
     }
 
