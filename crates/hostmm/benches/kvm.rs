@@ -10,7 +10,7 @@ use mmu_notifier::Range;
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
-const ROUNDS: usize = 15;
+const ROUNDS: usize = 9;
 const BATCH: Duration = Duration::from_millis(20);
 
 /// What listens while a batch runs.

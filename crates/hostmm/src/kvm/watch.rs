@@ -88,7 +88,7 @@ impl Watch {
         let heads = |kind| Heads::new(&shared.heads(kind)).ok_or(Gone::Closed);
         let local = |kind| shared.local(kind, range).into_boxed_slice();
         Ok(Watch {
-            state: shared.state_word(),
+            state: shared.state_word(need),
             need: need | ALIVE,
             global: heads(Kind::Unmap)?,
             local: local(Kind::Unmap),
@@ -125,7 +125,7 @@ impl Watch {
     #[inline]
     pub fn changed_since(&self, seq: Seq) -> bool {
         // The state first: in a forked child the counters are the parent's, or not mapped at all.
-        if self.state.load() & self.need != self.need {
+        if self.state.load() == 0 {
             return true;
         }
         self.global.load() != seq.global && self.local_changed(seq)
@@ -147,7 +147,7 @@ impl Watch {
 
     /// Have accessed bits of the range been taken since `seq`, a value of [`Watch::age_snapshot`]? `true` if unknown.
     pub fn aged_since(&self, seq: Seq) -> bool {
-        if self.state.load() & self.need != self.need {
+        if self.state.load() == 0 {
             return true;
         }
         let Some((global, local)) = &self.age else { return true };
