@@ -42,6 +42,7 @@ impl NotifierSubscriptions {
     /// Before the page tables of `inv.range` change: calls everyone who listens to it, and returns when they have dropped
     /// their translations. The range is blockable, whatever `inv` says. A callback that fails all the same is recorded as a
     /// [`Breach`] and taken to have succeeded.
+    #[track_caller]
     pub fn invalidate_range_start(&self, cx: &mut MaySleep<'_>, inv: Invalidation) -> InvalidateSection<'_> {
         let inv = Invalidation { blockable: true, ..inv };
         let (section, started) = self.begin(cx, inv);
@@ -56,6 +57,7 @@ impl NotifierSubscriptions {
     /// # Errors
     /// [`WouldBlock`], if a callback would have to block. The page tables must not be changed, and there is nothing to end:
     /// those who heard the start have been given their end, as far as the [`Rules`](crate::Rules) say so.
+    #[track_caller]
     pub fn invalidate_range_start_nonblock(
         &self,
         cx: &mut MaySleep<'_>,
@@ -206,6 +208,7 @@ impl InvalidateSection<'_> {
 
     /// The page tables have changed (`mmu_notifier_invalidate_range_end`). The CPU's TLB may still be unflushed, the
     /// pages not yet freed.
+    #[track_caller]
     pub fn invalidate_range_end(self, cx: &mut MaySleep<'_>) {
         let secondary_tlbs = self.mm.rules().end_invalidates_secondary_tlbs;
         self.end(cx, secondary_tlbs);
@@ -213,10 +216,12 @@ impl InvalidateSection<'_> {
 
     /// The same where the secondary TLBs have been flushed under the page-table lock already
     /// (`mmu_notifier_invalidate_range_only_end`, 4.15 to 6.5).
+    #[track_caller]
     pub fn invalidate_range_only_end(self, cx: &mut MaySleep<'_>) {
         self.end(cx, false);
     }
 
+    #[track_caller]
     fn end(mut self, cx: &mut MaySleep<'_>, secondary_tlbs: bool) {
         let _map = INVALIDATE_START_MAP.acquire(cx);
         self.close(cx, true);

@@ -8,7 +8,7 @@
 //!
 //! Invariants (checked by `check` in the property tests):
 //! * `starts` is ascending in a node, and through the leaves from left to right; an inner entry holds the least start and
-//!   the greatest end of its child; unused entries have start `u64::MAX` and so never match;
+//!   the greatest end of its child; unused entries have start [`NOWHERE`] and so never match;
 //! * all leaves are at the same depth; every node off the right spine is at least [`MIN`] full, and the root of more than one
 //!   level has two children, so the depth is O(log n) whatever was removed;
 //! * a slot knows its leaf and a node its parent: removal starts at the leaf and never searches, so any number of
@@ -23,6 +23,8 @@ const MIN: usize = FANOUT / 4;
 /// Levels that 2^32 entries can need: the root has two children, all others [`MIN`].
 const MAX_DEPTH: usize = 17;
 const NONE: u32 = u32::MAX;
+/// After every address.
+const NOWHERE: u64 = 1 << 62;
 
 /// Names one entry of an [`IntervalIndex`]; never reused for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -45,7 +47,7 @@ impl Key {
 struct Slot<T> {
     generation: u32,
     leaf: u32,
-    value: Option<(Range, T)>,
+    value: Option<T>,
 }
 
 #[derive(Debug, Clone)]
@@ -69,7 +71,7 @@ struct Entry {
 impl Node {
     fn new(leaf: bool) -> Node {
         Node {
-            starts: [u64::MAX; FANOUT],
+            starts: [NOWHERE; FANOUT],
             ends: [0; FANOUT],
             ptrs: [NONE; FANOUT],
             parent: NONE,
@@ -109,7 +111,7 @@ impl Node {
 
     fn truncate(&mut self, len: usize) {
         for i in len..self.len() {
-            self.set(i, Entry { start: u64::MAX, end: 0, ptr: NONE });
+            self.set(i, Entry { start: NOWHERE, end: 0, ptr: NONE });
         }
         self.len = len as u16;
     }
@@ -127,12 +129,18 @@ impl Node {
         self.starts.iter().filter(|&&s| s <= start).count()
     }
 
-    /// Bit `i`: entry `i` can hold an overlap.
+    fn range(&self, i: usize) -> Range {
+        Range::from_bounds(self.starts[i], self.ends[i])
+    }
+
+    /// Bit `i`: entry `i` can hold an overlap. Addresses have 47 bits, so the sign of a difference compares them, and
+    /// the sign of both at once needs no branch and no compare: most of a lookup is spent here.
     fn overlaps(&self, range: Range) -> u16 {
         let mut mask = 0;
         for i in 0..FANOUT {
-            let hit = (self.starts[i] < range.end()) & (self.ends[i] > range.start());
-            mask |= u16::from(hit) << i;
+            let starts_before = self.starts[i].wrapping_sub(range.end());
+            let ends_after = range.start().wrapping_sub(self.ends[i]);
+            mask |= (((starts_before & ends_after) >> 63) as u16) << i;
         }
         mask
     }
@@ -181,7 +189,9 @@ impl<T> IntervalIndex<T> {
     /// The entry named by `key`, if it has not been removed.
     pub fn get(&self, key: Key) -> Option<(Range, &T)> {
         let slot = self.slots.get(key.slot as usize).filter(|s| s.generation == key.generation)?;
-        slot.value.as_ref().map(|(range, value)| (*range, value))
+        let value = slot.value.as_ref()?;
+        let leaf = &self.nodes[slot.leaf as usize];
+        Some((leaf.range(leaf.position(key.slot)), value))
     }
 
     /// Adds an entry in O(log n).
@@ -189,7 +199,7 @@ impl<T> IntervalIndex<T> {
     /// # Panics
     /// With more than 2^32 - 1 entries.
     pub fn insert(&mut self, range: Range, value: T) -> Key {
-        let slot = self.new_slot(range, value);
+        let slot = self.new_slot(value);
         if self.root == NONE {
             self.root = self.new_node(true);
         }
@@ -214,7 +224,7 @@ impl<T> IntervalIndex<T> {
     /// Takes an entry out in O(log n); `None` if it is out already.
     pub fn remove(&mut self, key: Key) -> Option<T> {
         let slot = self.slots.get_mut(key.slot as usize).filter(|s| s.generation == key.generation)?;
-        let (_, value) = slot.value.take()?;
+        let value = slot.value.take()?;
         slot.generation = slot.generation.wrapping_add(1);
         let leaf = slot.leaf;
         self.free_slots.push(key.slot);
@@ -258,25 +268,20 @@ impl<T> IntervalIndex<T> {
                 continue;
             }
             let slot = self.slots.get(ptr as usize)?;
-            if let Some((range, value)) = &slot.value {
-                return Some((Key { slot: ptr, generation: slot.generation }, *range, value));
+            if let Some(value) = &slot.value {
+                return Some((Key { slot: ptr, generation: slot.generation }, node.range(i), value));
             }
         }
         None
     }
 
-    /// Every entry, in no particular order.
-    pub fn iter(&self) -> impl Iterator<Item = (Range, &T)> {
-        self.slots.iter().filter_map(|s| s.value.as_ref().map(|(range, value)| (*range, value)))
-    }
-
-    fn new_slot(&mut self, range: Range, value: T) -> u32 {
+    fn new_slot(&mut self, value: T) -> u32 {
         if let Some(slot) = self.free_slots.pop() {
-            self.slots[slot as usize].value = Some((range, value));
+            self.slots[slot as usize].value = Some(value);
             return slot;
         }
         assert!(self.slots.len() < NONE as usize, "an index holds at most 2^32 - 1 entries");
-        self.slots.push(Slot { generation: 0, leaf: NONE, value: Some((range, value)) });
+        self.slots.push(Slot { generation: 0, leaf: NONE, value: Some(value) });
         (self.slots.len() - 1) as u32
     }
 

@@ -39,6 +39,7 @@ impl NotifierSubscriptions {
     ///
     /// # Errors
     /// [`RegisterError::Exited`] once the mm is being torn down.
+    #[track_caller]
     pub fn insert_interval(
         self: &Arc<Self>,
         cx: &mut MaySleep<'_>,
@@ -81,6 +82,7 @@ impl IntervalNotifier {
     ///
     /// # Errors
     /// [`InsideInvalidation`] where it would wait for its own caller.
+    #[track_caller]
     pub fn read_begin(&self, cx: &mut MaySleep<'_>) -> Result<Seq, InsideInvalidation> {
         if inside::any(self.mm.id()) {
             return Err(InsideInvalidation);
@@ -108,6 +110,7 @@ impl IntervalNotifier {
     ///
     /// # Errors
     /// [`InsideInvalidation`] where it would wait for its own caller; nothing has changed then.
+    #[track_caller]
     pub fn remove(&self, cx: &mut MaySleep<'_>) -> Result<(), InsideInvalidation> {
         if inside::any(self.mm.id()) {
             return Err(InsideInvalidation);

@@ -133,9 +133,25 @@ impl Range {
         }
     }
 
+    /// Bytes `[start, end)`, which were a range before.
+    pub(crate) const fn from_bounds(start: u64, end: u64) -> Range {
+        debug_assert!(start < end && end <= TASK_SIZE);
+        Range { start, end }
+    }
+
     /// The one page at `page`.
     pub const fn page(page: PageAddr) -> Range {
         Range { start: page.0, end: page.0 + PAGE_SIZE }
+    }
+
+    /// The first page.
+    pub const fn first_page(self) -> PageAddr {
+        PageAddr(self.start)
+    }
+
+    /// The last page.
+    pub const fn last_page(self) -> PageAddr {
+        PageAddr(self.end - PAGE_SIZE)
     }
 
     /// First byte.
@@ -208,7 +224,7 @@ mod tests {
         assert_eq!(Range::new(0x1000, 0), Err(RangeError::Empty { start: 0x1000 }));
         assert_eq!(Range::new(0x1001, 0x1000), Err(RangeError::Unaligned { start: 0x1001, len: 0x1000 }));
         assert_eq!(Range::new(0x1000, 0xfff), Err(RangeError::Unaligned { start: 0x1000, len: 0xfff }));
-        let (start, len) = (u64::MAX & !0xfff, 0x2000);
+        let (start, len) = (!0xfff, 0x2000);
         assert_eq!(Range::new(start, len), Err(RangeError::Overflow { start, len }));
         assert!(Range::new(TASK_SIZE - PAGE_SIZE, PAGE_SIZE).is_ok());
         assert!(matches!(Range::new(TASK_SIZE, PAGE_SIZE), Err(RangeError::Overflow { .. })));
@@ -222,7 +238,7 @@ mod tests {
         assert_eq!(Range::page(last).end(), TASK_SIZE);
         assert_eq!(PageAddr::containing(TASK_SIZE - 1), Ok(last));
         assert_eq!(PageAddr::new(0x1001), Err(RangeError::Unaligned { start: 0x1001, len: PAGE_SIZE }));
-        for addr in [TASK_SIZE, u64::MAX & !0xfff] {
+        for addr in [TASK_SIZE, !0xfff] {
             assert!(matches!(PageAddr::new(addr), Err(RangeError::Overflow { .. })));
             assert!(matches!(PageAddr::containing(addr), Err(RangeError::Overflow { .. })));
         }

@@ -171,6 +171,7 @@ impl NotifierSubscriptions {
     ///
     /// # Errors
     /// [`RegisterError`].
+    #[track_caller]
     pub fn register(
         self: &Arc<Self>,
         cx: &mut MaySleep<'_>,
@@ -196,6 +197,7 @@ impl NotifierSubscriptions {
         Ok(Registration { mm: Arc::clone(self), listed })
     }
 
+    #[track_caller]
     fn unregister(&self, cx: &mut MaySleep<'_>, listed: &Arc<Listed>) -> Result<(), UnregisterError> {
         if inside::callbacks_of(self.id(), listed.id()) > 0 {
             return Err(UnregisterError::InsideOwnCallback);
@@ -260,6 +262,7 @@ impl NotifierSubscriptions {
     }
 
     /// Teaches lockdep the order of the fake locks before any reclaim has happened.
+    #[track_caller]
     pub(crate) fn prime_lockdep(&self, cx: &mut impl Context) {
         let _reclaim = FS_RECLAIM_MAP.acquire(cx);
         let _start = INVALIDATE_START_MAP.acquire(cx);
@@ -316,6 +319,7 @@ impl Registration {
     ///
     /// # Errors
     /// [`UnregisterError`], where it would wait for itself; the notifier stays registered.
+    #[track_caller]
     pub fn unregister(&self, cx: &mut MaySleep<'_>) -> Result<(), UnregisterError> {
         self.mm.unregister(cx, &self.listed)
     }

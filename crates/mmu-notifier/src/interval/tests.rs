@@ -40,7 +40,7 @@ impl<T> IntervalIndex<T> {
         assert!(spine || node.len() >= MIN, "{} entries off the right spine", node.len());
         assert!(at != self.root || node.leaf || node.len() > 1);
         for i in node.len()..FANOUT {
-            assert_eq!((node.starts[i], node.ends[i], node.ptrs[i]), (u64::MAX, 0, NONE));
+            assert_eq!((node.starts[i], node.ends[i], node.ptrs[i]), (NOWHERE, 0, NONE));
         }
         if node.leaf {
             leaf_depths.push(depth);
@@ -49,8 +49,7 @@ impl<T> IntervalIndex<T> {
             let e = node.entry(i);
             if node.leaf {
                 let slot = &self.slots[e.ptr as usize];
-                let (range, _) = slot.value.as_ref().unwrap();
-                assert_eq!((e.start, e.end, at), (range.start(), range.end(), slot.leaf));
+                assert!(slot.value.is_some() && slot.leaf == at && e.start < e.end);
                 starts.push(e.start);
             } else {
                 let s = self.summary(e.ptr);

@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What the source, its watches and its monitor share, and the one word that says whether any of it may be trusted.
+//!
+//! Lock order: `subs` (the list), then one subscription's `callback`. The monitor holds only the latter while a
+//! callback runs, so callbacks may subscribe and unsubscribe others.
+
+use super::error::Gone;
+use super::layout::{Kind, LOST, Layout};
+use super::monitor::Sub;
+use crate::sys::map::{Mapping, Word};
+use crate::sys::perf::Ring;
+use crate::sys::wipe::WipePage;
+use mmu_notifier::Range;
+use std::mem::ManuallyDrop;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Bits of the state word. A forked child reads 0: none of them.
+pub(crate) const ALIVE: u64 = 1;
+pub(crate) const MONITOR: u64 = 2;
+pub(crate) const CLOSED: u64 = 4;
+
+/// Where the counts are.
+#[derive(Debug)]
+pub(crate) enum Counters {
+    /// In the program's map.
+    Bpf { map: Mapping, layout: Layout },
+    /// In the heads of the rings, one per CPU.
+    Perf { rings: Vec<Ring>, cpus: Vec<u32> },
+}
+
+#[expect(
+    clippy::disallowed_types,
+    reason = "interleave's locks need a context that a monitor of the kernel has not"
+)]
+pub(crate) type Lock<T> = std::sync::Mutex<T>;
+
+/// Locks, also after a panic in a callback: every structure here is valid between any two statements.
+pub(crate) fn lock<T>(m: &Lock<T>) -> std::sync::MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    state: WipePage,
+    /// Invariant: mapped for as long as this lives, in the process that made it. A ring's mapping is not inherited
+    /// by a child (perf maps with VM_DONTCOPY), which therefore must not unmap it: something else may be there.
+    pub(crate) counters: ManuallyDrop<Counters>,
+    pub(crate) subs: Lock<Vec<Arc<Sub>>>,
+    /// Times that a perf ring was overwritten before it was read.
+    overruns: Lock<u64>,
+}
+
+impl Shared {
+    pub(crate) fn new(state: WipePage, counters: Counters) -> Shared {
+        Shared {
+            state,
+            counters: ManuallyDrop::new(counters),
+            subs: Lock::new(Vec::new()),
+            overruns: Lock::new(0),
+        }
+    }
+
+    /// Is this the process that opened the source?
+    pub(crate) fn at_home(&self) -> bool {
+        self.state.word().load(Ordering::Acquire) != 0
+    }
+
+    pub(crate) fn set(&self, bits: u64) {
+        self.state.word().fetch_or(bits, Ordering::SeqCst);
+    }
+
+    pub(crate) fn clear(&self, bits: u64) {
+        self.state.word().fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// Are all of the bits `need` set? Says what is wrong otherwise.
+    pub(crate) fn check(&self, need: u64) -> Result<(), Gone> {
+        let word = self.state.word().load(Ordering::Acquire);
+        if word & need == need {
+            return Ok(());
+        }
+        Err(match word {
+            0 => Gone::Forked,
+            w if w & CLOSED != 0 => Gone::Closed,
+            _ => Gone::MonitorDead,
+        })
+    }
+
+    pub(crate) fn count_overrun(&self) {
+        *lock(&self.overruns) += 1;
+    }
+
+    /// Records lost since the source was opened, or times that some were.
+    pub(crate) fn lost(&self) -> u64 {
+        match &*self.counters {
+            Counters::Bpf { map, .. } => map.word(LOST as usize).map_or(0, Word::load),
+            Counters::Perf { .. } => *lock(&self.overruns),
+        }
+    }
+
+    pub(crate) fn state_word(&self) -> Word {
+        Word::of(self.state.word())
+    }
+
+    /// The words whose sum moves with anything at all.
+    pub(crate) fn heads(&self, kind: Kind) -> Vec<Word> {
+        match &*self.counters {
+            Counters::Bpf { map, .. } => map.word(Layout::global(kind) as usize).into_iter().collect(),
+            Counters::Perf { rings, .. } => rings.iter().map(|r| Word::of(r.head())).collect(),
+        }
+    }
+
+    /// The words whose sum moves when something in `range` does; empty where only the heads can tell.
+    pub(crate) fn local(&self, kind: Kind, range: Range) -> Vec<Word> {
+        match &*self.counters {
+            Counters::Bpf { map, layout } => {
+                let offsets = layout.words(kind, range).unwrap_or_default();
+                offsets.into_iter().filter_map(|at| map.word(at as usize)).collect()
+            }
+            Counters::Perf { .. } => Vec::new(),
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if self.at_home() {
+            // SAFETY: dropped once, here, and not used afterwards: whoever holds a word of it holds an `Arc` of self.
+            unsafe { ManuallyDrop::drop(&mut self.counters) };
+        }
+    }
+}

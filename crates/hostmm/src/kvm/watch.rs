@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! "Has anything in my range changed since?" in a load or two.
+//!
+//! # Why it is right
+//!
+//! The kernel runs the program inside mmu_notifier_invalidate_range_start: in the task that changes the memory, before
+//! it touches the page tables. The program's increments are locked read-modify-writes. So when the changing system call
+//! has returned to some thread T, the increments are before everything that T does next; a thread that synchronises
+//! with T (a lock, an atomic, a join) and then loads the counter sees them, on whatever CPU. Nor need anybody wait for
+//! the return: a thread that can *see an effect* of the change (gets the freed address from mmap, reads the new bytes)
+//! sees the counter moved, because the counter moved first and the effect is ordered after it by the mm's own locks.
+//!
+//! The program adds to the buckets first and to the global counter last. A snapshot loads the global counter first and
+//! the buckets after it, each with acquire. If a later load finds the global counter where it was, no program has
+//! finished since: nothing has changed. If it has moved, the buckets decide: an increment that the snapshot's global
+//! count includes is in its bucket sum too; one that it does not include is either in the bucket sum already (it was
+//! announced before the snapshot was complete) or moves it (it is reported).
+//!
+//! A check that runs while a change is being announced may miss it, as with any notifier: the change is then not made
+//! yet. What it cannot do is answer "unchanged" about a change that was visible before the check began.
+//!
+//! # What it does not say
+//!
+//! It counts *starts*. Between the record and the zap the old page is still there, and whoever pins it then keeps it:
+//! see [`Watch::snapshot`].
+
+use super::error::Gone;
+use super::layout::Kind;
+use super::shared::{ALIVE, Shared};
+use crate::sys::map::Word;
+use mmu_notifier::Range;
+use std::sync::Arc;
+
+/// A point in the history of one [`Watch`]. Only that watch understands it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Seq {
+    global: u64,
+    local: u64,
+}
+
+/// One word or the sum of several. One is the case to be fast in: the BPF program has one global counter.
+#[derive(Clone, Debug)]
+enum Heads {
+    One(Word),
+    Sum(Box<[Word]>),
+}
+
+impl Heads {
+    fn new(mut words: Vec<Word>) -> Heads {
+        match (words.len(), words.pop()) {
+            (1, Some(word)) => Heads::One(word),
+            (_, last) => {
+                words.extend(last);
+                Heads::Sum(words.into())
+            }
+        }
+    }
+
+    #[inline]
+    fn load(&self) -> u64 {
+        match self {
+            Heads::One(word) => word.load(),
+            Heads::Sum(words) => sum(words),
+        }
+    }
+}
+
+/// Each word only grows, so the sum moves if and only if one of them does.
+fn sum(words: &[Word]) -> u64 {
+    words.iter().fold(0, |n, w| n.wrapping_add(w.load()))
+}
+
+/// The changes of one range of this process's memory. Cheap to make; share it or make one per thread.
+///
+/// May be used from any thread and context: no system call, no lock, no allocation once it is made.
+#[derive(Clone, Debug)]
+pub struct Watch {
+    state: Word,
+    need: u64,
+    global: Heads,
+    /// Wide counter and buckets of the range; empty: the global counter decides alone.
+    local: Box<[Word]>,
+    age: Option<(Heads, Box<[Word]>)>,
+    range: Range,
+    /// Keeps mapped what the words point into.
+    shared: Arc<Shared>,
+}
+
+impl Watch {
+    pub(crate) fn new(shared: &Arc<Shared>, range: Range, need: u64, age: bool) -> Watch {
+        let heads = |kind| Heads::new(shared.heads(kind));
+        let local = |kind| shared.local(kind, range).into_boxed_slice();
+        Watch {
+            state: shared.state_word(),
+            need: need | ALIVE,
+            global: heads(Kind::Unmap),
+            local: local(Kind::Unmap),
+            age: age.then(|| (heads(Kind::Age), local(Kind::Age))),
+            range,
+            shared: Arc::clone(shared),
+        }
+    }
+
+    /// The range.
+    pub fn range(&self) -> Range {
+        self.range
+    }
+
+    /// What has happened so far: to be taken *before* the memory is looked up or pinned.
+    ///
+    /// This is the counters alone. Somebody who takes a snapshot between the kernel's announcement and its change, and
+    /// pins the page that is about to go, hears of it no more; a reader that pins must also pass a barrier of the mm
+    /// after its snapshot.
+    ///
+    /// # Errors
+    /// [`Gone`] if the source can no longer tell. Never a snapshot that would look quiet for ever.
+    #[inline]
+    pub fn snapshot(&self) -> Result<Seq, Gone> {
+        self.shared.check(self.need)?;
+        let global = self.global.load();
+        Ok(Seq { global, local: sum(&self.local) })
+    }
+
+    /// Has anything in the range been invalidated since `seq`, as far as this source can tell ranges apart?
+    ///
+    /// `true` may be a false alarm (another address in the same bucket, the same address in another process's VM) and
+    /// is also the answer when the source is gone; [`Watch::snapshot`] then says why. `false` is a promise.
+    #[inline]
+    pub fn changed_since(&self, seq: Seq) -> bool {
+        // The state first: in a forked child the counters are the parent's, or not mapped at all.
+        if self.state.load() & self.need != self.need {
+            return true;
+        }
+        self.global.load() != seq.global && self.local_changed(seq)
+    }
+
+    #[cold]
+    fn local_changed(&self, seq: Seq) -> bool {
+        self.local.is_empty() || sum(&self.local) != seq.local
+    }
+
+    /// As [`Watch::snapshot`], of the ageing of the range; `Ok(None)` if the source was opened without ageing.
+    ///
+    /// # Errors
+    /// [`Gone`] if the source can no longer tell.
+    pub fn age_snapshot(&self) -> Result<Option<Seq>, Gone> {
+        self.shared.check(self.need)?;
+        Ok(self.age.as_ref().map(|(global, local)| Seq { global: global.load(), local: sum(local) }))
+    }
+
+    /// Have accessed bits of the range been taken since `seq`, a value of [`Watch::age_snapshot`]? `true` if unknown.
+    pub fn aged_since(&self, seq: Seq) -> bool {
+        if self.state.load() & self.need != self.need {
+            return true;
+        }
+        let Some((global, local)) = &self.age else { return true };
+        global.load() != seq.global && (local.is_empty() || sum(local) != seq.local)
+    }
+}

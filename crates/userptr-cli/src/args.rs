@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// MMU notifiers for user space: tells a program when Linux changes the memory that it shares with a device.
+#[derive(Parser)]
+#[command(name = "userptr", version, after_help = AFTER_HELP)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+}
+
+const AFTER_HELP: &str = "Without a command: `userptr live`.
+Exit codes: 0 what the command checks holds, 1 it does not hold, 2 the command could not run.
+
+Examples:
+  userptr                         change this process's memory in every way Linux has, print who noticed
+  userptr doctor                  what this machine offers, what is missing and how to get it
+  userptr live --race --rounds 1000000";
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Print what this machine offers to a notifier source, what is missing, and how to get it
+    #[command(after_help = "Exit codes: 0 a complete source is usable, 1 only a partial one is, 2 none is.
+
+Examples:
+  userptr doctor
+  userptr doctor --json | jq '.capabilities[] | select(.state != \"there\")'
+  userptr doctor --has ksm && echo 'KSM can be tested here'")]
+    Doctor(DoctorArgs),
+    /// Change memory of this process in every way Linux has and print which device went stale and who was told
+    #[command(after_help = "Exit codes: 0 the control is stale on exactly the rows declared and both sources are \
+coherent on every event they must hear, 1 not so, 2 could not run.
+
+Examples:
+  userptr live
+  userptr live --only mremap --json
+  userptr live --race --rounds 1000000 --threads 1,2,4,8")]
+    Live(LiveArgs),
+    /// One row of `live`, in a process of its own
+    #[command(hide = true)]
+    LiveRow(RowArgs),
+    /// One race of `live --race`, in a process of its own
+    #[command(hide = true)]
+    LiveRace(RaceRowArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct DoctorArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print nothing; exit 0 if the named capability is there, 1 if it is missing or partial, 2 if there is no such name
+    #[arg(long, value_name = "NAME", conflicts_with = "json")]
+    pub(crate) has: Option<String>,
+}
+
+#[derive(Args, Default)]
+pub(crate) struct LiveArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Only the events whose name contains TEXT
+    #[arg(long, value_name = "TEXT", conflicts_with = "race")]
+    pub(crate) only: Option<String>,
+    /// List the events and what is declared of them; change nothing
+    #[arg(long, conflicts_with = "race")]
+    pub(crate) list: bool,
+    /// Instead of the table: threads race to reuse an address while its old page is being unmapped
+    #[arg(long)]
+    pub(crate) race: bool,
+    /// Rounds of each race
+    #[arg(long, default_value_t = 20_000, requires = "race")]
+    pub(crate) rounds: u64,
+    /// Threads of the malloc, get, free churn
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "race")]
+    pub(crate) threads: Vec<usize>,
+    /// Write the JSON document to FILE as well
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct RowArgs {
+    /// Name of the event
+    pub(crate) event: String,
+    /// `none`, `uffd` or `kvm`
+    pub(crate) source: String,
+    /// `pinned` or `unpinned`
+    pub(crate) device: String,
+}
+
+#[derive(Args)]
+pub(crate) struct RaceRowArgs {
+    /// Name of the race
+    pub(crate) race: String,
+    /// `none`, `uffd` or `kvm`
+    pub(crate) source: String,
+    /// Rounds
+    pub(crate) rounds: u64,
+    /// Threads
+    pub(crate) threads: usize,
+}
