@@ -31,6 +31,7 @@ pub(crate) enum ObjectKind {
 
 /// A new object.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
 pub(crate) struct Born {
     pub(crate) kind: ObjectKind,
     pub(crate) class: Option<&'static LockClass>,

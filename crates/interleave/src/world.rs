@@ -62,6 +62,7 @@ pub(crate) enum OpKind {
 
 /// An operation that is about to happen.
 #[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
 pub(crate) struct Op {
     pub(crate) kind: OpKind,
     pub(crate) object: Option<Id>,
@@ -128,3 +129,6 @@ fn announce(world: &'static dyn World, kind: OpKind, site: Site) -> Option<&'sta
     world.point(&Op { kind, object: None, class: None, site });
     Some(world)
 }
+
+#[cfg(test)]
+mod tests;
