@@ -94,12 +94,13 @@ pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: 
 fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
     // Orders from locks below the last one that was waited for follow from those already recorded.
     let mut implied = false;
-    for held in t.held() {
-        let unseen = !implied && !graph::seen(held.node, node);
-        if unseen || held.lock == lock || held.node == node {
-            suspect(held, node, lock, site);
+    for slot in t.slots() {
+        let outer = slot.node.get();
+        let unseen = !implied && !graph::seen(outer, node);
+        if unseen || slot.lock.get() == lock || outer == node {
+            suspect(slot.get(), node, lock, site);
         }
-        implied |= !held.tried;
+        implied |= !slot.tried.get();
     }
 }
 

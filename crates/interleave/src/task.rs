@@ -45,8 +45,36 @@ pub(crate) struct Held {
     pub(crate) tried: bool,
 }
 
-impl Held {
-    const NONE: Held = Held { lock: 0, site: None, node: Node::UNCHECKED, tried: false };
+/// A place in the held stack. Field by field, because a wide load of what narrow stores have just written stalls.
+pub(crate) struct Slot {
+    pub(crate) lock: Cell<usize>,
+    site: Cell<Option<Site>>,
+    pub(crate) node: Cell<Node>,
+    pub(crate) tried: Cell<bool>,
+}
+
+impl Slot {
+    const fn new() -> Slot {
+        Slot {
+            lock: Cell::new(0),
+            site: Cell::new(None),
+            node: Cell::new(Node::UNCHECKED),
+            tried: Cell::new(false),
+        }
+    }
+
+    #[inline(always)]
+    fn set(&self, held: Held) {
+        self.lock.set(held.lock);
+        self.site.set(held.site);
+        self.node.set(held.node);
+        self.tried.set(held.tried);
+    }
+
+    pub(crate) fn get(&self) -> Held {
+        let (lock, site) = (self.lock.get(), self.site.get());
+        Held { lock, site, node: self.node.get(), tried: self.tried.get() }
+    }
 }
 
 struct Count {
@@ -69,7 +97,7 @@ pub(crate) struct Task {
     /// Locks held beyond those.
     beyond: Cell<usize>,
     policy: Cell<Option<Policy>>,
-    held: [Cell<Held>; MAX_HELD],
+    held: [Slot; MAX_HELD],
 }
 
 impl Task {
@@ -80,7 +108,7 @@ impl Task {
             depth: Cell::new(0),
             beyond: Cell::new(0),
             policy: Cell::new(None),
-            held: [const { Cell::new(Held::NONE) }; MAX_HELD],
+            held: [const { Slot::new() }; MAX_HELD],
         }
     }
 
@@ -94,8 +122,13 @@ impl Task {
 
     /// The locks held, the last one taken first.
     #[inline(always)]
+    pub(crate) fn slots(&self) -> impl DoubleEndedIterator<Item = &Slot> {
+        self.held[..self.depth.get().min(MAX_HELD)].iter().rev()
+    }
+
+    /// Copies of the same.
     pub(crate) fn held(&self) -> impl DoubleEndedIterator<Item = Held> {
-        self.held[..self.depth.get().min(MAX_HELD)].iter().rev().map(Cell::get)
+        self.slots().map(Slot::get)
     }
 
     #[inline(always)]
@@ -179,10 +212,10 @@ pub(crate) fn push(held: Held) -> bool {
 pub(crate) fn pop(lock: usize) -> Option<Site> {
     current(|t| {
         let top = t.depth.get().wrapping_sub(1);
-        match t.held.get(top).map(Cell::get) {
-            Some(held) if held.lock == lock => {
+        match t.held.get(top) {
+            Some(slot) if slot.lock.get() == lock => {
                 t.depth.set(top);
-                held.site
+                slot.site.get()
             }
             _ => pop_inner(t, lock),
         }
@@ -193,11 +226,11 @@ pub(crate) fn pop(lock: usize) -> Option<Site> {
 #[inline(never)]
 fn pop_inner(t: &Task, lock: usize) -> Option<Site> {
     let depth = t.depth.get();
-    let Some(found) = (0..depth).rev().find(|&i| t.held[i].get().lock == lock) else {
+    let Some(found) = (0..depth).rev().find(|&i| t.held[i].lock.get() == lock) else {
         t.beyond.set(t.beyond.get().saturating_sub(1));
         return None;
     };
-    let site = t.held[found].get().site;
+    let site = t.held[found].site.get();
     for i in found..depth - 1 {
         t.held[i].set(t.held[i + 1].get());
     }
@@ -228,7 +261,9 @@ pub(crate) fn swap(other: &Task) {
     current(|t| {
         let copied = t.depth.get().max(other.depth.get());
         for (a, b) in t.held.iter().zip(&other.held).take(copied) {
-            a.swap(b);
+            let (mine, others) = (a.get(), b.get());
+            a.set(others);
+            b.set(mine);
         }
         t.depth.swap(&other.depth);
         t.beyond.swap(&other.beyond);
