@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What softmm's paths cost on the plain half of interleave: `cargo bench -p softmm`.
 
+#![expect(missing_docs, reason = "criterion_group makes a public function")]
+
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use interleave::MaySleep;
 use mmu_notifier::{PAGE_SIZE, Range};

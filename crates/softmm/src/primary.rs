@@ -98,6 +98,8 @@ impl Mm {
 }
 
 impl Subscription for MmSubscription {
+    type Seq = Seq;
+
     fn range(&self) -> Range {
         self.notifier.range()
     }
