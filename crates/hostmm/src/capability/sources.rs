@@ -125,7 +125,7 @@ pub(super) fn perf_ring() -> Finding {
         Ok(id) => id,
         Err(finding) => return finding,
     };
-    Finding::of(perf::Ring::open(id, 0, 1, None).map(drop), "a ring on the event for all tasks", |errno| {
+    Finding::of(perf::Ring::open(id, 0, 1, None, false).map(drop), "a ring on the event for all tasks", |errno| {
         match errno {
             libc::EPERM | libc::EACCES => {
                 "give CAP_PERFMON (Linux 5.8), or set kernel.perf_event_paranoid to -1"

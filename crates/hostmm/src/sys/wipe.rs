@@ -42,13 +42,13 @@ impl MmMark {
     /// Marks the mm of the caller.
     pub(crate) fn new() -> io::Result<MmMark> {
         let page = WipePage::new()?;
-        page.word().store(1, std::sync::atomic::Ordering::Relaxed);
+        page.words()[0].store(1, std::sync::atomic::Ordering::Relaxed);
         Ok(MmMark(page))
     }
 
     /// Is the caller's mm the marked one? False in a forked child.
     pub(crate) fn is_here(&self) -> bool {
-        self.0.word().load(std::sync::atomic::Ordering::Relaxed) != 0
+        self.0.words()[0].load(std::sync::atomic::Ordering::Relaxed) != 0
     }
 }
 
