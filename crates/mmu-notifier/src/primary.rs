@@ -223,6 +223,9 @@ pub trait PrimaryMmu: Send + Sync {
 
 /// One range that is listened to. Dropping it unsubscribes without waiting for a callback that runs.
 pub trait Subscription: Send + Sync {
+    /// A point in the life of the range. Means something to this subscription only.
+    type Seq: Copy + Send + Sync + fmt::Debug;
+
     /// What it listens to.
     fn range(&self) -> Range;
 
@@ -231,10 +234,10 @@ pub trait Subscription: Send + Sync {
     /// # Errors
     /// [`Gone`]: no sequence of this subscription will ever be trustworthy again, or
     /// ([`Gone::InsideInvalidation`]) the caller waits for itself.
-    fn read_begin(&self, cx: &mut MaySleep<'_>) -> Result<Seq, Gone>;
+    fn read_begin(&self, cx: &mut MaySleep<'_>) -> Result<Self::Seq, Gone>;
 
     /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs a load or two.
-    fn read_retry(&self, seq: Seq) -> bool;
+    fn read_retry(&self, seq: Self::Seq) -> bool;
 
     /// Ends the subscription; no callback runs after it returns. May sleep.
     ///

@@ -138,6 +138,16 @@ impl Range {
         Range { start: page.0, end: page.0 + PAGE_SIZE }
     }
 
+    /// The first page.
+    pub const fn first_page(self) -> PageAddr {
+        PageAddr(self.start)
+    }
+
+    /// The last page.
+    pub const fn last_page(self) -> PageAddr {
+        PageAddr(self.end - PAGE_SIZE)
+    }
+
     /// First byte.
     pub const fn start(self) -> u64 {
         self.start

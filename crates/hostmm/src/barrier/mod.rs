@@ -27,7 +27,7 @@
 //! a thread that a userfaultfd monitor waits for.
 
 use interleave::MaySleep;
-use mmu_notifier::{PageAddr, Range};
+use mmu_notifier::Range;
 
 use crate::page::{Maps, PageError, PidOrSelf, VmFlags, Vma};
 use crate::sys::mm;
@@ -115,7 +115,7 @@ impl MmBarrier {
     }
 
     fn wait_for_vma(&self, part: Range) -> Result<(), BarrierError> {
-        let mbind = match mm::has_default_policy(PageAddr::containing(part.start())) {
+        let mbind = match mm::has_default_policy(part.first_page()) {
             Ok(true) => match mm::mbind_default(part) {
                 Ok(()) => return Ok(()),
                 Err(e) => e,
@@ -128,7 +128,7 @@ impl MmBarrier {
 
     /// A change of the VMA's flags takes its write lock; this flag matters to core dumps alone.
     fn toggle_dump(&self, part: Range) -> std::io::Result<()> {
-        let page = PageAddr::containing(part.start());
+        let page = part.first_page();
         let flags = self.maps.vm_flags(page).map_err(std::io::Error::other)?;
         let dumped = !flags.contains(VmFlags::DD);
         mm::set_dump(part, !dumped)?;

@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use interleave::MaySleep;
-use mmu_notifier::{PAGE_SIZE, PageAddr, Range};
+use mmu_notifier::{PAGE_SIZE, Range};
 
 use super::*;
 use crate::capability::Capability;
@@ -60,7 +60,7 @@ fn pin_in_the_middle(op: Operation, barrier: Option<&MmBarrier>) -> Option<Got> 
     };
     memory.madvise(libc::MADV_NOHUGEPAGE).unwrap();
     memory.touch();
-    let last = Range::page(PageAddr::containing(memory.range.end() - PAGE_SIZE));
+    let last = Range::page(memory.range.last_page());
     memory.write(last.start() - memory.range.start(), b"old");
     let pinner = Pinner::new(1).unwrap();
     let full = resident();
@@ -159,10 +159,10 @@ fn a_memory_policy_and_the_dump_flag_survive_the_barrier() {
             // A kernel without NUMA has no policies to lose; the fallback is what runs there.
             testing::skip(Capability::Numa, "mbind is not in this kernel");
         } else {
-            assert!(!mm::has_default_policy(PageAddr::containing(part.start())).unwrap());
+            assert!(!mm::has_default_policy(part.first_page()).unwrap());
         }
         MaySleep::enter(|cx| barrier.wait(cx, memory.range)).unwrap();
-        assert!(bound != 0 || !mm::has_default_policy(PageAddr::containing(part.start())).unwrap());
+        assert!(bound != 0 || !mm::has_default_policy(part.first_page()).unwrap());
         for page in memory.range.iter_pages() {
             assert_eq!(dumped(page), dump);
         }

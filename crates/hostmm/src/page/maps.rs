@@ -116,11 +116,13 @@ impl Maps {
             return Ok(all.into_iter().filter(|vma| vma.range.overlaps(range)).collect());
         }
         let mut found = Vec::new();
-        let mut at = range.start();
-        while at < range.end() {
-            match self.find(PageAddr::containing(at))? {
+        let mut at = Ok(range.first_page());
+        while let Ok(page) = at
+            && page.get() < range.end()
+        {
+            match self.find(page)? {
                 Some(vma) if vma.range.overlaps(range) => {
-                    at = vma.range.end();
+                    at = PageAddr::new(vma.range.end());
                     found.push(vma);
                 }
                 _ => break,

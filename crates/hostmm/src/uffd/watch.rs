@@ -174,7 +174,7 @@ impl Drop for Watch {
 pub(super) fn first_hole(range: Range) -> u64 {
     let (mut mapped, mut end) = (range.start(), range.end());
     while end - mapped > mmu_notifier::PAGE_SIZE {
-        let middle = mmu_notifier::PageAddr::containing(mapped + (end - mapped) / 2).get();
+        let middle = (mapped + (end - mapped) / 2) & !(mmu_notifier::PAGE_SIZE - 1);
         match Range::new(mapped, middle - mapped) {
             Ok(half) if sys::fully_mapped(half) => mapped = middle,
             _ => end = middle,
