@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use mmu_notifier::{PAGE_SIZE, Range};
 
+use crate::page::{Frame, Pagemap, Pfn, PidOrSelf};
+
 use super::scene::Undo;
 use super::{DisturbError, Via, raw};
 
@@ -20,6 +22,15 @@ pub(super) const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
 pub(super) const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 /// Bytes mapped by one PMD entry.
 pub(super) const PMD_SIZE: u64 = 2 << 20;
+
+/// Where the next scene maps.
+///
+/// Far below the addresses that the kernel hands out: mmap without a wish takes the highest gap that fits, so a hole
+/// that a scene leaves here is nobody else's next mapping.
+#[expect(clippy::disallowed_types, reason = "hands out distinct numbers; orders nothing")]
+static NEXT: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0x1000_0000_0000);
+/// Left free between two mappings, so that they neither merge nor grow into each other.
+const GAP: u64 = 16 * PAGE_SIZE;
 
 /// Addresses that a scene owns; see the module. Whole pages, never empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +44,7 @@ fn check(ret: i64) -> io::Result<u64> {
 }
 
 impl Region {
-    /// Map `pages` fresh pages wherever the kernel likes; `undo` unmaps whatever is there in the end.
+    /// Map `pages` fresh pages away from everybody else; `undo` unmaps whatever is there in the end.
     pub(super) fn map(
         undo: &mut Undo,
         pages: u64,
@@ -43,10 +54,10 @@ impl Region {
     ) -> Result<Region, DisturbError> {
         let len = pages * PAGE_SIZE;
         let fd = fd.map_or(-1, AsRawFd::as_raw_fd);
-        // SAFETY: without MAP_FIXED the kernel picks addresses that nobody uses.
-        let addr =
-            check(unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, fd, 0) } as i64)
-                .map_err(|source| DisturbError::Call { what: "mmap", range: None, source })?;
+        let wish = NEXT.fetch_add(len + GAP, core::sync::atomic::Ordering::Relaxed) as *mut libc::c_void;
+        // SAFETY: without MAP_FIXED the address is a wish: the kernel picks addresses that nobody uses.
+        let addr = check(unsafe { libc::mmap(wish, len as usize, prot, flags, fd, 0) } as i64)
+            .map_err(|source| DisturbError::Call { what: "mmap", range: None, source })?;
         let region = Region { addr, len };
         undo.own(region);
         Ok(region)
@@ -124,13 +135,12 @@ impl Region {
     }
 
     /// The page frame at the first page; `None` if nothing is present there.
-    pub(super) fn pfn(self) -> Result<Option<u64>, DisturbError> {
-        let mut entry = [0; 8];
-        File::open("/proc/self/pagemap")
-            .and_then(|f| f.read_exact_at(&mut entry, self.addr / PAGE_SIZE * 8))
-            .map_err(self.failed("/proc/self/pagemap"))?;
-        let entry = u64::from_ne_bytes(entry);
-        Ok((entry >> 63 == 1).then_some(entry & ((1 << 55) - 1)))
+    pub(super) fn pfn(self) -> Result<Option<Pfn>, DisturbError> {
+        match Pagemap::open(PidOrSelf::Myself)?.entries(self.page(0).range())?[0].frame() {
+            Frame::Present(pfn) => Ok(Some(pfn)),
+            Frame::Hidden => Err(DisturbError::HiddenFrames),
+            Frame::None | Frame::Swapped(_) | Frame::Guard => Ok(None),
+        }
     }
 
     fn call(self, via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64) -> io::Result<u64> {

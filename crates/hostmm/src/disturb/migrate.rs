@@ -28,20 +28,21 @@ fn compaction(arena: &mut Arena, _: Via) -> Result<Scene, DisturbError> {
     let (mut undo, before) = (Undo::default(), arena.stamp());
     // Compaction moves pages from the low end of a zone to holes at its high end: a low page goes first.
     let region = fragments(&mut undo, before)?;
-    let mut lowest = (region.page(0), u64::MAX);
+    let mut lowest = None;
     for page in (0..FRAGMENTED).step_by(2).map(|n| region.page(n)) {
-        match page.pfn()? {
-            Some(pfn) if pfn < lowest.1 => lowest = (page, pfn),
-            _ => {}
+        let Some(pfn) = page.pfn()? else { continue };
+        if lowest.is_none_or(|(low, _)| pfn < low) {
+            lowest = Some((pfn, page));
         }
     }
-    let page = lowest.0;
+    let Some((old, page)) = lowest else {
+        return Err(DisturbError::Timeout { what: "filling memory", range: region.range(), millis: 0 });
+    };
     Ok(Scene::new(page.range(), before, After::Stamp(before), undo, move |returned, undo| {
-        let old = page.pfn()?;
         for _ in 0..TRIES {
             fs::write("/proc/sys/vm/compact_memory", "1")
                 .map_err(page.failed("/proc/sys/vm/compact_memory"))?;
-            if page.pfn()? != old {
+            if page.pfn()? != Some(old) {
                 returned();
                 return Ok(Change::Happened);
             }
