@@ -34,9 +34,11 @@ pub(super) const EVENTS: &[&[Event]] = &[
 ///
 /// The first calls may pass a page over that is still in another CPU's batch of pages on their way to the LRU lists.
 pub(super) fn page_out(page: Region, via: Via) -> Result<bool, DisturbError> {
+    let old = page.pfn()?;
     for _ in 0..20 {
         page.madvise(via, libc::MADV_PAGEOUT).map_err(page.failed("MADV_PAGEOUT"))?;
-        if page.pfn()?.is_none() {
+        // Not `is_none`: an observer's read may have faulted another page in already.
+        if page.pfn()? != old {
             return Ok(true);
         }
         pause_for(Duration::from_millis(2));
