@@ -7,6 +7,8 @@ pub mod disturb;
 pub mod kvm;
 pub mod page;
 pub mod pin;
+pub mod primary;
+pub mod race;
 mod sys;
 #[doc(hidden)]
 pub mod testing;

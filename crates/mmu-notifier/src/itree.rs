@@ -161,3 +161,6 @@ impl Itree {
         self.index.remove(key)
     }
 }
+
+#[cfg(test)]
+mod tests;

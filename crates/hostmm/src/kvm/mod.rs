@@ -29,6 +29,7 @@
 
 mod canary;
 mod error;
+mod grant;
 mod layout;
 mod monitor;
 mod parts;
@@ -38,14 +39,16 @@ mod shared;
 mod watch;
 
 pub use error::{Gone, OpenError, SubscribeError};
+pub use grant::{CanaryPage, Grant};
 pub use layout::{Buckets, Kind};
 pub use monitor::{Notice, Record, Subscription};
 pub use watch::{Seq, Watch};
 
+use crate::sys::bpf::Program;
 use crate::sys::map::Mapping;
 use crate::sys::vm::Vm;
 use crate::sys::wipe::WipePage;
-use crate::sys::{bpf, perf, ringbuf::RingReader, vm};
+use crate::sys::{perf, ringbuf::RingReader, vm};
 use canary::{Canary, Records};
 use error::system;
 use layout::LOST;
@@ -124,7 +127,7 @@ pub struct KvmSource {
     monitor: Option<Monitor>,
     /// `None` once closed, and forgotten, not dropped, in a forked child, which did not inherit these mappings.
     keep: Option<Keep>,
-    progs: Vec<OwnedFd>,
+    progs: Vec<Program>,
     age: bool,
 }
 
@@ -143,6 +146,12 @@ impl KvmSource {
     /// # Errors
     /// [`OpenError`]: what is missing and how to get it. May sleep.
     pub fn open(options: &Options) -> Result<KvmSource, OpenError> {
+        // A pending signal makes the BPF verifier give up (EAGAIN) and the registration of the notifier too (EINTR), so
+        // a storm of them could keep both from ever finishing.
+        vm::blocking_signals(|| KvmSource::open_quietly(options))
+    }
+
+    fn open_quietly(options: &Options) -> Result<KvmSource, OpenError> {
         let bpf = match options.prefer {
             Prefer::PerfRing => return KvmSource::open_perf(options),
             Prefer::Any | Prefer::Bpf => KvmSource::open_bpf(options),
@@ -197,7 +206,7 @@ impl KvmSource {
         shared: Arc<Shared>,
         keep: Keep,
         input: Option<(Input, Vec<OwnedFd>)>,
-        progs: Vec<OwnedFd>,
+        progs: Vec<Program>,
         age: bool,
     ) -> Result<KvmSource, OpenError> {
         let start = |(input, fds)| Monitor::start(&shared, input, fds);
@@ -238,7 +247,7 @@ impl KvmSource {
     /// [`Gone`] if nothing can be said any more.
     pub fn health(&self) -> Result<Health, Gone> {
         self.shared.check(if self.monitor.is_some() { ALIVE | MONITOR } else { ALIVE })?;
-        let misses = self.progs.iter().map(|p| bpf::recursion_misses(p.as_fd()).ok()).sum();
+        let misses = self.progs.iter().map(Program::misses).sum();
         let unheard_cpus = match &*self.shared.counters {
             Counters::Bpf { .. } => 0,
             Counters::Perf { cpus, .. } => perf_rings::online_cpus()

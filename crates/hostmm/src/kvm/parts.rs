@@ -31,7 +31,7 @@ pub(crate) struct Parts {
     /// One per kind, with its program attached.
     pub(crate) events: Vec<OwnedFd>,
     /// The programs, for their statistics; not handed over.
-    pub(crate) progs: Vec<OwnedFd>,
+    pub(crate) progs: Vec<bpf::Program>,
     pub(crate) layout: Layout,
 }
 
@@ -93,6 +93,7 @@ impl Parts {
         perf::set_bpf(point.as_fd(), prog.as_fd())
             .map_err(|e| error::bpf("attaching the program", &e, ""))?;
         self.events.push(point);
+        let prog = bpf::Program::keep(prog).map_err(|e| error::bpf("asking for the program", &e, ""))?;
         self.progs.push(prog);
         Ok(())
     }

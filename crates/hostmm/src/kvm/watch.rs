@@ -40,7 +40,7 @@ pub struct Seq {
 }
 
 /// One word or the sum of several. One is the case to be fast in: the BPF program has one global counter.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Heads {
     One(Word),
     Sum(Box<[Word]>),
@@ -74,7 +74,7 @@ fn sum(words: &[Word]) -> u64 {
 /// The changes of one range of this process's memory. Cheap to make; share it or make one per thread.
 ///
 /// May be used from any thread and context: no system call, no lock, no allocation once it is made.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Watch {
     state: Word,
     need: u64,

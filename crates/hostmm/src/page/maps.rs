@@ -94,11 +94,8 @@ impl Maps {
     /// The mapping that holds `page`.
     ///
     /// # Errors
-    /// [`PageError::Unmapped`], [`PageError::NotUser`], and those of [`Maps::find`].
+    /// [`PageError::Unmapped`], and those of [`Maps::find`].
     pub fn at(&self, page: PageAddr) -> Result<Vma, PageError> {
-        if !Range::ALL.contains_addr(page.get()) {
-            return Err(PageError::NotUser(page));
-        }
         match self.find(page)? {
             Some(vma) if vma.range.contains_addr(page.get()) => Ok(vma),
             next => Err(PageError::Unmapped { range: Range::page(page), next: next.map(|vma| vma.range) }),

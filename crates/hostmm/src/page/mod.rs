@@ -98,7 +98,7 @@ impl Pages {
     /// What is behind `page`. About 0.6 us; 1.5 us where nothing is.
     ///
     /// # Errors
-    /// [`PageError::Unmapped`] where no mapping is, [`PageError::NotUser`], [`PageError::Forked`].
+    /// [`PageError::Unmapped`] where no mapping is, [`PageError::Forked`].
     pub fn identity(&self, page: PageAddr) -> Result<PageIdentity, PageError> {
         let entry = self.pagemap.entry(page)?;
         let frame = entry.frame();

@@ -85,11 +85,8 @@ impl Pagemap {
     /// The entry of one page. A page of no mapping has the entry 0, as has one that was never touched.
     ///
     /// # Errors
-    /// [`PageError::NotUser`], [`PageError::Forked`], [`PageError::NoProcess`].
+    /// [`PageError::Forked`], [`PageError::NoProcess`].
     pub fn entry(&self, page: PageAddr) -> Result<PagemapEntry, PageError> {
-        if !Range::ALL.contains_addr(page.get()) {
-            return Err(PageError::NotUser(page));
-        }
         let mut word = [0; WORD];
         self.read(page, &mut word)?;
         Ok(PagemapEntry::from_raw(u64::from_ne_bytes(word)))

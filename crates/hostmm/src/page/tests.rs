@@ -10,7 +10,7 @@ use mmu_notifier::{PAGE_SIZE, PageAddr, Range, TASK_SIZE};
 use super::*;
 use crate::capability::Capability;
 use crate::sys::test_memory::{Memory, RW, fork};
-use crate::testing::{in_child, require};
+use crate::testing::{Swap, in_child, require};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -142,10 +142,11 @@ fn a_collapse_makes_huge_pages() {
 
 #[test]
 fn a_swapped_page_says_where() {
-    if !require(Capability::Pfn) || !require(Capability::Swap) {
+    if !require(Capability::Pfn) {
         return;
     }
     in_child("page::tests::a_swapped_page_says_where", DEADLINE, || {
+        let Some(_swap) = Swap::require() else { return };
         let (pages, m) = (pages(), Memory::anon(PAGE_SIZE));
         m.write(0, b"swap me");
         m.madvise(libc::MADV_PAGEOUT).unwrap();

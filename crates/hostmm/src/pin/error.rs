@@ -130,6 +130,9 @@ pub(super) fn no_ring(source: io::Error) -> PinError {
     PinError::NoRing { how, source }
 }
 
+/// Shared mappings of these have no file system that writes back: if they refuse, it is for another reason.
+const IN_MEMORY: [&str; 5] = ["/memfd:", "/dev/zero", "/dev/shm/", "/SYSV", "/secretmem"];
+
 /// What a failed registration means. The mappings are read afterwards and may have changed since: then the answer is
 /// [`PinError::Refused`].
 pub(super) fn explain(range: Range, source: io::Error) -> PinError {
@@ -150,7 +153,9 @@ pub(super) fn explain(range: Range, source: io::Error) -> PinError {
         if !vma.write {
             return PinError::NotWritable { range, part: part(&vma) };
         }
-        if let (true, Some(name)) = (vma.shared, &vma.name) {
+        if let (true, Some(name)) = (vma.shared, &vma.name)
+            && !IN_MEMORY.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
+        {
             let name = name.clone();
             return PinError::SharedFile { range, part: part(&vma), name };
         }

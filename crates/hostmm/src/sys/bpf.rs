@@ -4,7 +4,7 @@
 //! No clang, no BTF, no libbpf: the programs are a few dozen instructions, written with the names below.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 const BPF_MAP_CREATE: u32 = 0;
 const BPF_PROG_LOAD: u32 = 5;
@@ -139,8 +139,8 @@ pub(crate) fn load_tracepoint(
     }
 }
 
-/// How often the program was skipped because another one was running on that CPU (Linux 5.12).
-pub(crate) fn recursion_misses(prog: BorrowedFd<'_>) -> io::Result<u64> {
+/// Id of the program, and how often it was skipped because another one was running on that CPU (Linux 5.12).
+fn id_and_misses(prog: BorrowedFd<'_>) -> io::Result<(u32, u64)> {
     /// Offset of `recursion_misses` in struct bpf_prog_info.
     const MISSES: usize = 208;
     #[repr(C)]
@@ -156,7 +156,41 @@ pub(crate) fn recursion_misses(prog: BorrowedFd<'_>) -> io::Result<u64> {
         info: info.as_mut_ptr() as u64,
     };
     bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
-    Ok(info[MISSES / 8])
+    Ok(((info[0] >> 32) as u32, info[MISSES / 8]))
+}
+
+/// A loaded program, kept for its statistics.
+///
+/// Not an `OwnedFd`: this descriptor stays open for long and nothing depends on it, so code that closes all descriptors
+/// may close it and somebody else may get its number. The program's id tells.
+#[derive(Debug)]
+pub(crate) struct Program {
+    fd: i32,
+    id: u32,
+}
+
+impl Program {
+    /// Keeps `prog` open.
+    pub(crate) fn keep(prog: OwnedFd) -> io::Result<Program> {
+        let (id, _) = id_and_misses(prog.as_fd())?;
+        Ok(Program { fd: prog.into_raw_fd(), id })
+    }
+
+    /// How often the kernel skipped it; `None` if it cannot be known (any more).
+    pub(crate) fn misses(&self) -> Option<u64> {
+        // SAFETY: borrowed for one call, which fails cleanly on whatever else the number stands for.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.fd) };
+        id_and_misses(fd).ok().filter(|(id, _)| *id == self.id).map(|(_, misses)| misses)
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        if self.misses().is_some() {
+            // SAFETY: still our program's descriptor, and ours to close.
+            unsafe { libc::close(self.fd) };
+        }
+    }
 }
 
 /// One instruction, as the kernel reads it.

@@ -81,3 +81,14 @@ pub(crate) fn link_and_unlink(range: Range) -> io::Result<()> {
     // SAFETY: this mapping was made above and nobody else knows its address.
     check(unsafe { libc::munmap(second, PAGE_SIZE as usize) }.into())
 }
+
+/// Make every page of `range` present, for writing if `write`.
+///
+/// # Errors
+/// `ENOMEM` for a hole, `EINVAL` where the mapping does not allow it or before Linux 5.14, `EFAULT` past the end of a
+/// file and on guard pages.
+pub(crate) fn populate(range: Range, write: bool) -> io::Result<()> {
+    let advice = if write { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
+    // SAFETY: it faults pages in as an access would, and changes no byte.
+    check(unsafe { libc::madvise(range.start() as *mut libc::c_void, range.len() as usize, advice) }.into())
+}

@@ -5,8 +5,10 @@ pub(crate) mod bpf;
 pub(crate) mod map;
 pub(crate) mod mm;
 pub(crate) mod perf;
+pub(crate) mod probe;
 pub(crate) mod procmap;
 pub(crate) mod ringbuf;
+pub(crate) mod swap;
 #[cfg(test)]
 pub(crate) mod test_memory;
 pub(crate) mod tracefs;

@@ -54,16 +54,15 @@ pub(crate) struct Vm {
 }
 
 impl Vm {
-    /// Makes a VM on the calling process's mm through `kvm`, a descriptor of /dev/kvm.
+    /// Makes a VM on the calling process's mm through `kvm`, a descriptor of /dev/kvm. Call it with signals blocked.
     pub(crate) fn create(kvm: BorrowedFd<'_>) -> Result<Vm, VmError> {
         match ioctl(kvm, KVM_GET_API_VERSION, 0) {
             Ok(API_VERSION) => {}
             Ok(other) => return Err(VmError::NotKvm(format!("says {other}, wanted {API_VERSION}"))),
             Err(e) => return Err(VmError::NotKvm(e.to_string())),
         }
-        // Registration takes every VMA lock of the mm and gives up with EINTR when a signal is pending, so a storm
-        // of signals could keep it from ever finishing.
-        let vm = blocking_signals(|| retry(|| ioctl(kvm, KVM_CREATE_VM, 0))).map_err(VmError::CreateVm)?;
+        // Registration takes every VMA lock of the mm and gives up with EINTR when a signal is pending.
+        let vm = retry(|| ioctl(kvm, KVM_CREATE_VM, 0)).map_err(VmError::CreateVm)?;
         // SAFETY: KVM_CREATE_VM returns a new descriptor.
         let vm = unsafe { OwnedFd::from_raw_fd(vm) };
         let vcpu = retry(|| ioctl(vm.as_fd(), KVM_CREATE_VCPU, 0)).map_err(VmError::CreateVcpu)?;

@@ -44,6 +44,7 @@ mod index;
 mod monitor;
 mod node;
 mod open;
+pub mod raced;
 mod registrations;
 mod shared;
 mod watch;

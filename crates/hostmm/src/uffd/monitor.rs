@@ -80,6 +80,10 @@ fn turn(shared: &Shared, index: &mut Index, batch: &mut [Msg]) -> End {
 /// One batch.
 fn hear(shared: &Shared, index: &mut Index, batch: &mut [Msg]) -> Result<(), ()> {
     let even = shared.epoch.begin();
+    // Somebody who closes descriptors that are not his may have given the number to another file: not ours to read.
+    if sys::probe(shared.fd()) == Probe::Dead {
+        return Err(());
+    }
     let read = match sys::read(shared.fd(), batch) {
         Ok(read) => read,
         // Another's read, or a change whose thread was killed.

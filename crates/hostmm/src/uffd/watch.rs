@@ -46,7 +46,12 @@ impl Watch {
         callback: Option<Callback>,
     ) -> Result<Watch, WatchError> {
         let shared = &core.shared;
-        shared.alive()?;
+        // Whoever had these addresses before may have left an event that is not read or not applied yet, and it would
+        // kill the new watch. Not for correctness, so a source that is never quiet goes on.
+        match shared.quiet().and_then(|()| shared.even()) {
+            Ok(_) | Err(Gone::Busy) => {}
+            Err(gone) => return Err(gone.into()),
+        }
         let node = Arc::new(Node::new(range, callback));
         let reference = Arc::into_raw(Arc::clone(&node));
         // Before the registration: the monitor must know the watch when it reads the first event of its pages.
@@ -124,6 +129,17 @@ impl Watch {
         self.shared().even().is_err() || self.node.changed_after(seq.0)
     }
 
+    /// Is this the thread that runs callbacks?
+    pub(crate) fn is_calling(&self) -> bool {
+        let me = rustix::thread::gettid().as_raw_nonzero().get();
+        self.shared().callback_tid.load(Ordering::Acquire) == me
+    }
+
+    /// No callback runs after this returns, unless it is called from one.
+    pub(crate) fn silence(&self) {
+        self.node.close(|| self.is_calling());
+    }
+
     fn shared(&self) -> &Shared {
         &self.core.shared
     }
@@ -164,8 +180,7 @@ impl Drop for Watch {
             Ok(()) if self.held => shared.release(self.range()),
             _ => {}
         }
-        let me = rustix::thread::gettid().as_raw_nonzero().get();
-        self.node.close(|| shared.callback_tid.load(Ordering::Acquire) == me);
+        self.silence();
         shared.forget(&self.node);
     }
 }

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Callbacks.
+
+use crate::memory::{Memory, PAGE};
+use crate::{live, live_both, open_ring};
+use hostmm::kvm::{Gone, Kind, KvmSource, Notice, Options, Prefer, SubscribeError};
+use mmu_notifier::Range;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(5);
+
+/// The next notice that is not about something else of this process.
+fn next(rx: &Receiver<Notice>) -> Notice {
+    rx.recv_timeout(SOON).expect("a notice")
+}
+
+#[test]
+fn a_callback_hears_the_exact_range() {
+    live_both("monitor::a_callback_hears_the_exact_range", |prefer| {
+        let source = open_ring(prefer, 1 << 16);
+        let m = Memory::touched(16 * PAGE);
+        let (tx, rx) = channel();
+        let sub = source.subscribe(m.part(4, 4), move |n| _ = tx.send(*n)).unwrap();
+        let (elsewhere, inside) = (m.part(0, 4), m.part(6, 6));
+        for r in [elsewhere, inside] {
+            // SAFETY: a part of our own mapping.
+            unsafe { libc::madvise(r.start() as *mut _, r.len() as usize, libc::MADV_DONTNEED) };
+        }
+        let Notice::Range(record) = next(&rx) else { panic!("lost") };
+        assert_eq!((record.start, record.end), (inside.start(), inside.end()));
+        assert_eq!(record.kind, Kind::Unmap);
+        if prefer == Prefer::Bpf {
+            assert_ne!(record.ktime_ns, 0);
+            assert_ne!(record.tgid, 0);
+        }
+        drop(sub);
+        m.advise(libc::MADV_DONTNEED);
+        assert!(rx.recv_timeout(Duration::from_millis(200)).is_err(), "unsubscribing is a fence");
+    });
+}
+
+#[test]
+fn many_subscribers_share_one_program() {
+    live("monitor::many_subscribers_share_one_program", || {
+        let source = open_ring(Prefer::Bpf, 1 << 18);
+        let m = Memory::touched(64 * PAGE);
+        let (tx, rx) = channel();
+        let subs: Vec<_> = (0..64)
+            .map(|i| {
+                let tx = tx.clone();
+                source.subscribe(m.part(i, 1), move |n| _ = tx.send((i, *n))).unwrap()
+            })
+            .collect();
+        let seqs: Vec<_> = subs.iter().map(|s| s.watch().snapshot().unwrap()).collect();
+        m.advise(libc::MADV_DONTNEED);
+        let mut heard: Vec<usize> = (0..64).map(|_| rx.recv_timeout(SOON).unwrap().0).collect();
+        heard.sort_unstable();
+        assert_eq!(heard, (0..64).collect::<Vec<_>>());
+        assert!(subs.iter().zip(seqs).all(|(s, seq)| s.watch().changed_since(seq)));
+    });
+}
+
+#[test]
+fn a_full_ring_tells_everybody_and_is_counted() {
+    live_both("monitor::a_full_ring_tells_everybody_and_is_counted", |prefer| {
+        let source = open_ring(prefer, 4096);
+        let m = Memory::touched(PAGE);
+        let far = Memory::touched(PAGE);
+        let (tx, rx) = channel();
+        let (release, gate) = channel::<()>();
+        // This one blocks the monitor, so that the ring fills up behind it.
+        let _slow = source.subscribe(m.range(), move |_| _ = gate.recv()).unwrap();
+        let sub = source.subscribe(far.range(), move |n| _ = tx.send(*n)).unwrap();
+        let seq = sub.watch().snapshot().unwrap();
+        for _ in 0..1000 {
+            m.advise(libc::MADV_DONTNEED);
+        }
+        drop(release);
+        assert_eq!(next(&rx), Notice::Everything);
+        assert!(source.health().unwrap().lost > 0);
+        // The counters lost nothing: the neighbour's page did not change.
+        if prefer == Prefer::Bpf {
+            let near = source.watch(m.range()).unwrap();
+            let seq = near.snapshot().unwrap();
+            m.advise(libc::MADV_DONTNEED);
+            assert!(near.changed_since(seq));
+        } else {
+            assert!(sub.watch().changed_since(seq), "heads cannot tell ranges apart");
+        }
+        // And the ring works again.
+        let sub = {
+            let (tx, rx) = channel();
+            let sub = source.subscribe(far.range(), move |n| _ = tx.send(*n)).unwrap();
+            far.advise(libc::MADV_DONTNEED);
+            while !matches!(next(&rx), Notice::Range(r) if r.start == far.range().start()) {}
+            sub
+        };
+        drop(sub);
+    });
+}
+
+#[test]
+fn a_panicking_callback_kills_the_monitor_and_everybody_knows() {
+    live("monitor::a_panicking_callback_kills_the_monitor_and_everybody_knows", || {
+        let source = open_ring(Prefer::Bpf, 1 << 16);
+        let m = Memory::touched(PAGE);
+        let other = source.subscribe(Range::ALL, |_| ()).unwrap();
+        let plain = source.watch(m.range()).unwrap();
+        let seq = other.watch().snapshot().unwrap();
+        let _bad = source.subscribe(m.range(), |_| panic!("on purpose")).unwrap();
+        m.advise(libc::MADV_DONTNEED);
+        while other.watch().snapshot().is_ok() {
+            std::thread::yield_now();
+        }
+        assert_eq!(other.watch().snapshot(), Err(Gone::MonitorDead));
+        assert!(other.watch().changed_since(seq));
+        assert_eq!(source.health(), Err(Gone::MonitorDead));
+        let late = source.subscribe(m.range(), |_| ());
+        assert_eq!(late.err(), Some(SubscribeError::Gone(Gone::MonitorDead)));
+        // Who never asked for callbacks does not depend on the monitor.
+        let seq = plain.snapshot().unwrap();
+        assert!(!plain.changed_since(seq));
+        m.advise(libc::MADV_DONTNEED);
+        assert!(plain.changed_since(seq));
+    });
+}
+
+#[test]
+fn callbacks_may_change_memory_and_unsubscribe() {
+    live("monitor::callbacks_may_change_memory_and_unsubscribe", || {
+        let source = open_ring(Prefer::Bpf, 1 << 16);
+        let m = Memory::touched(PAGE);
+        let (tx, rx) = channel();
+        let (give, take) = channel();
+        let sub = source
+            .subscribe(m.range(), move |_| {
+                Memory::touched(PAGE).unmap();
+                // Its own subscription: this call is the last.
+                _ = take.recv();
+                _ = tx.send(());
+            })
+            .unwrap();
+        give.send(sub).unwrap();
+        m.advise(libc::MADV_DONTNEED);
+        rx.recv_timeout(SOON).unwrap();
+        m.advise(libc::MADV_DONTNEED);
+        assert!(rx.recv_timeout(Duration::from_millis(200)).is_err());
+        source.close();
+    });
+}
+
+#[test]
+fn closing_silences_everything() {
+    live_both("monitor::closing_silences_everything", |prefer| {
+        let source = open_ring(prefer, 1 << 16);
+        let m = Memory::touched(PAGE);
+        let (tx, rx) = channel();
+        let sub = source.subscribe(m.range(), move |n| _ = tx.send(*n)).unwrap();
+        let watch = source.watch(m.range()).unwrap();
+        let seq = watch.snapshot().unwrap();
+        source.close();
+        assert!(watch.changed_since(seq));
+        assert_eq!(watch.snapshot(), Err(Gone::Closed));
+        assert_eq!(sub.watch().snapshot(), Err(Gone::Closed));
+        m.advise(libc::MADV_DONTNEED);
+        assert!(rx.recv_timeout(Duration::from_millis(200)).is_err());
+    });
+}
+
+#[test]
+fn a_storm_of_signals_changes_nothing() {
+    live_both("monitor::a_storm_of_signals_changes_nothing", |prefer| {
+        extern "C" fn ignore(_: i32) {}
+        // SAFETY: a handler that does nothing, without SA_RESTART, and a timer that fires every 50 us.
+        unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = ignore as *const () as usize;
+            libc::sigaction(libc::SIGALRM, &action, std::ptr::null_mut());
+            let every = libc::timeval { tv_sec: 0, tv_usec: 50 };
+            let timer = libc::itimerval { it_interval: every, it_value: every };
+            libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut());
+        }
+        for _ in 0..5 {
+            let source = open_ring(prefer, 1 << 20);
+            let m = Memory::touched(PAGE);
+            let (tx, rx) = channel();
+            let sub = source.subscribe(m.range(), move |n| _ = tx.send(*n)).unwrap();
+            for _ in 0..200 {
+                let seq = sub.watch().snapshot().unwrap();
+                m.advise(libc::MADV_DONTNEED);
+                assert!(sub.watch().changed_since(seq));
+                next(&rx);
+            }
+        }
+    });
+}
+
+#[test]
+fn no_ring_no_callbacks() {
+    live("monitor::no_ring_no_callbacks", || {
+        let source = KvmSource::open(&Options::default()).unwrap();
+        assert_eq!(source.subscribe(Range::ALL, |_| ()).err(), Some(SubscribeError::NoRing));
+    });
+}
