@@ -36,7 +36,7 @@ fn for_every_event(test: &str, body: impl Fn(&Event, &mut Arena)) {
 
 #[test]
 fn kvm_hears_what_is_declared_and_in_time() {
-    if !require(Capability::Kvm) {
+    if !require(Capability::DevKvm) {
         return;
     }
     for_every_event("kvm_hears_what_is_declared_and_in_time", |event, arena| {
@@ -98,7 +98,7 @@ fn uffd_hears_what_is_declared() {
 fn an_observer_sees_nothing_where_nothing_changes() {
     in_child("an_observer_sees_nothing_where_nothing_changes", DEADLINE, || {
         let word = Box::new([7_u64; 1024]);
-        let page = PageAddr::containing(word.as_ptr() as u64 + 4096);
+        let page = PageAddr::containing(word.as_ptr() as u64 + 4096).unwrap();
         let observer = Observer::new(mmu_notifier::Range::page(page), 7);
         let (three, sight) = observer.during(&|_| panic!("saw a change"), || 3);
         assert_eq!((three, sight), (3, None));

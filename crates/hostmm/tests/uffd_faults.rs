@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the `uffd` source does when something is missing, breaks or is in the way: an error or a closed door, never a
 //! hang and never a stale answer.
+#![expect(clippy::disallowed_types, reason = "real threads and the real kernel are what is tested")]
 
 #[macro_use]
 mod uffd_support;
@@ -79,7 +80,7 @@ live!(a_forked_child_that_keeps_the_descriptor_hangs_nobody, || {
     drop(write);
 });
 
-live!(a_descriptor_closed_behind_its_back_closes_every_handle, || {
+live!(a_descriptor_closed_behind_its_back_is_not_missed, || {
     let source = open();
     let r = anon(4);
     let watch = source.watch(r).unwrap();
@@ -89,9 +90,19 @@ live!(a_descriptor_closed_behind_its_back_closes_every_handle, || {
     // SAFETY: the test takes the descriptor away on purpose.
     unsafe { libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&devnull), source.raw_fd()) };
     assert!(watch.changed_since_strict(seq), "the probe is not answered by a userfaultfd");
+    assert!(matches!(source.watch(anon(1)), Err(WatchError::Gone(Gone::Closed))));
+    assert_eq!(source.probe().map(drop), Err(Gone::Closed));
+    assert!(!watch.changed_since_ordered(seq), "the monitor still hears");
+    unmap(part(r, 0, 1));
+    assert!(watch.changed_since_ordered(seq));
+    source.inject(Fault::Return);
+    assert!(eventually(|| watch.snapshot() == Err(Gone::Closed)));
     unmap(r);
-    assert!(eventually(|| watch.changed_since_ordered(seq)));
     is_closed(&source, &watch, seq);
+    let mut byte = [0u8];
+    // SAFETY: reads into one byte; the number is the test's own file now.
+    let read = unsafe { libc::read(source.raw_fd(), byte.as_mut_ptr().cast(), 1) };
+    assert_eq!(read, 0, "the stranger's file was left alone");
 });
 
 live!(forked_children_refuse_and_may_unmap, || {
@@ -341,6 +352,14 @@ live!(a_callback_may_drop_its_own_watch_and_panic, || {
     let seq = watch.snapshot().unwrap();
     unmap(r);
     assert!(watch.changed_since_ordered(seq), "a watch keeps its source alive");
+});
+
+live!(the_monitor_holds_no_file_of_the_application, || {
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    let source = open();
+    drop(write);
+    assert_eq!(rustix::io::read(&read, &mut [0u8; 1]), Ok(0), "the last writer is gone");
+    drop(source);
 });
 
 live!(sources_and_watches_leave_nothing_behind, || {

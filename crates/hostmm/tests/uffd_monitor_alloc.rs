@@ -67,7 +67,7 @@ live!(the_monitor_neither_allocates_nor_frees, || {
 });
 
 live!(the_allocator_under_test_does_abort, || {
-    let aborts = std::thread::spawn(|| {
+    let aborts = || {
         // SAFETY: the child of this test forks to see itself abort.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
@@ -80,6 +80,6 @@ live!(the_allocator_under_test_does_abort, || {
         // SAFETY: waits for our own child.
         unsafe { libc::waitpid(pid, &mut status, 0) };
         libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT
-    });
-    assert!(aborts.join().unwrap());
+    };
+    assert!(aborts());
 });

@@ -33,13 +33,16 @@ live!(reuse_while_in_mremap, || {
 
 live!(churn_of_malloc_and_free, || {
     let source = open();
+    let mut shown = 0;
     for threads in [1, 2, 4, 8] {
         let strict = churn(&Strict(source.clone()), threads, 20_000).unwrap();
         let control = churn(&Ordered(source.clone()), threads, 20_000).unwrap();
         println!("churn, {threads} threads: strict {strict:?}, control {control:?}");
         assert_eq!(strict.stale, 0);
         // One thread only meets what has returned, which needs no probe.
-        assert_eq!(control.stale > 0, threads > 1, "{control:?}");
+        assert!(threads > 1 || control.stale == 0, "{control:?}");
+        shown += control.stale;
     }
+    assert!(shown > 0, "the control has no teeth");
     assert_eq!(source.stats().gave_up, 0);
 });

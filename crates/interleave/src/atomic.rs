@@ -65,7 +65,6 @@ fn explored<R>(
 macro_rules! atomic {
     ($name:ident, $value:ty, $doc:literal, [$($op:ident),*]) => {
         #[doc = $doc]
-        #[derive(Default)]
         pub struct $name {
             value: plain::$name,
             birth: Birth,
@@ -159,6 +158,13 @@ macro_rules! atomic {
             #[inline]
             pub fn into_inner(self) -> $value {
                 self.value.into_inner()
+            }
+        }
+
+        impl Default for $name {
+            #[track_caller]
+            fn default() -> Self {
+                Self::new(<$value>::default())
             }
         }
 

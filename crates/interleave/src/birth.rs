@@ -117,12 +117,6 @@ impl Birth {
     }
 }
 
-impl Default for Birth {
-    fn default() -> Self {
-        Birth::CONST
-    }
-}
-
 static PLACES: [AtomicPtr<Location<'static>>; SITES] =
     [const { AtomicPtr::new(std::ptr::null_mut()) }; SITES];
 

@@ -120,3 +120,26 @@ impl fmt::Debug for Semaphore {
         write!(f, "Semaphore({})", self.class.name())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_permit_given_back_goes_to_the_one_who_waits() {
+        static CLASS: LockClass = LockClass::new("semaphore-fair");
+        let semaphore = Semaphore::new(&CLASS, 0);
+        MaySleep::enter(|cx| {
+            crate::scope(cx, |s, cx| {
+                let waiting = s.spawn("waiting", |cx| semaphore.down(cx));
+                while semaphore.state.lock().waiting.is_empty() {
+                    crate::yield_now();
+                }
+                semaphore.up();
+                assert!(!semaphore.try_down(cx), "handed over, whether or not the waiter has run yet");
+                assert!(waiting.join(cx).is_ok());
+                assert!(!semaphore.try_down(cx));
+            });
+        });
+    }
+}

@@ -130,11 +130,6 @@ impl Task {
     pub(crate) fn held(&self) -> impl DoubleEndedIterator<Item = Held> {
         self.slots().map(Slot::get)
     }
-
-    #[inline(always)]
-    pub(crate) fn holds_nothing(&self) -> bool {
-        self.depth.get() == 0
-    }
 }
 
 thread_local! {
@@ -145,6 +140,12 @@ thread_local! {
 #[inline(always)]
 pub(crate) fn current<R>(f: impl FnOnce(&Task) -> R) -> R {
     TASK.with(f)
+}
+
+/// Whether this thread holds no lock.
+#[inline(always)]
+pub(crate) fn holds_nothing() -> bool {
+    current(|t| t.depth.get() == 0)
 }
 
 /// Leaves its section when dropped, also by unwinding.

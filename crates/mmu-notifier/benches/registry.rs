@@ -141,7 +141,7 @@ fn section(c: &mut Criterion) {
             let mm = NotifierSubscriptions::new(Rules::default());
             let held: Vec<_> = ranges.iter().map(|&r| mm.insert_interval(cx, r, silent.clone())).collect();
             let mut next = probes.iter().cycle();
-            group.bench_function(BenchmarkId::new("no overlap", n), |b| {
+            group.bench_function(BenchmarkId::new("miss", n), |b| {
                 b.iter(|| {
                     let inv = Invalidation::new(*next.next().expect("endless"), Event::Unmap);
                     mm.invalidate_range_start(cx, inv).invalidate_range_end(cx);
@@ -193,7 +193,7 @@ fn update(c: &mut Criterion) {
         let silent = Arc::new(Silent);
         let mm = NotifierSubscriptions::new(Rules::default());
         let held: Vec<_> = ranges.iter().map(|&r| mm.insert_interval(cx, r, silent.clone())).collect();
-        group.bench_function("insert_interval and remove", |b| {
+        group.bench_function("notifier", |b| {
             b.iter(|| {
                 let range = *next.next().expect("endless");
                 mm.insert_interval(cx, range, silent.clone()).map(|i| i.remove(cx))

@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
 use mmu_notifier::PAGE_SIZE;
@@ -14,7 +14,7 @@ use super::{Finding, UNEXPECTED};
 use crate::sys::bpf::{self, Asm, Reg};
 use crate::sys::tracefs::{Tracefs, TracefsError};
 use crate::sys::vm::{self, VmError};
-use crate::sys::{perf, probe};
+use crate::sys::{perf, probe, uffd};
 
 pub(super) fn dev_kvm() -> Finding {
     let made = vm::open(Path::new("/dev/kvm")).and_then(|kvm| vm::Vm::create(kvm.as_fd()));
@@ -125,7 +125,7 @@ pub(super) fn perf_ring() -> Finding {
         Ok(id) => id,
         Err(finding) => return finding,
     };
-    Finding::of(perf::Ring::open(id, 0, 1, None).map(drop), "a ring on the event for all tasks", |errno| {
+    Finding::of(perf::Ring::open(id, 0, 1, None, false).map(drop), "a ring on the event for all tasks", |errno| {
         match errno {
             libc::EPERM | libc::EACCES => {
                 "give CAP_PERFMON (Linux 5.8), or set kernel.perf_event_paranoid to -1"
@@ -162,14 +162,12 @@ const EVENT_FORK: u64 = 1 << 1;
 const UFFD_NEEDED: u64 = 1 | 1 << 2 | 1 << 3 | 1 << 6;
 
 pub(super) fn userfaultfd() -> Finding {
-    let by_device =
-        || probe::userfaultfd_from(&File::options().read(true).write(true).open("/dev/userfaultfd")?);
     let by_call = probe::userfaultfd(false);
-    let (uffd, way) = match (by_call, by_device()) {
-        (Ok(uffd), _) => (uffd, "system call"),
-        (Err(_), Ok(uffd)) => (uffd, "/dev/userfaultfd"),
+    let (fd, way) = match (by_call, uffd::create_from_device()) {
+        (Ok(fd), _) => (fd, "system call"),
+        (Err(_), Ok(fd)) => (fd, "/dev/userfaultfd"),
         (Err(_), Err(_)) => match probe::userfaultfd(true) {
-            Ok(uffd) => (uffd, "user mode only"),
+            Ok(fd) => (fd, "user mode only"),
             Err(e) => {
                 return Finding::of(Err(e), "userfaultfd", |errno| match errno {
                     libc::ENOSYS => "kernel: CONFIG_USERFAULTFD; or a seccomp filter hides it",
@@ -180,7 +178,7 @@ pub(super) fn userfaultfd() -> Finding {
             }
         },
     };
-    let features = match probe::uffd_features(&uffd, 0) {
+    let features = match uffd::api(fd.as_raw_fd(), 0) {
         Ok(features) => features,
         Err(e) => return Finding::missing(format!("UFFDIO_API: {e}"), UNEXPECTED),
     };
@@ -191,8 +189,8 @@ pub(super) fn userfaultfd() -> Finding {
         return Finding::missing(why, "use Linux 5.15 or later with CONFIG_HAVE_ARCH_USERFAULTFD_WP");
     }
     // One descriptor can be asked once only.
-    let again = probe::userfaultfd(way == "user mode only").or_else(|_| by_device());
-    let fork_events = again.and_then(|uffd| probe::uffd_features(&uffd, EVENT_FORK));
+    let again = probe::userfaultfd(way == "user mode only").or_else(|_| uffd::create_from_device());
+    let fork_events = again.and_then(|fd| uffd::api(fd.as_raw_fd(), EVENT_FORK));
     let detail = format!("{way}; features {}", names(features));
     if way == "user mode only" {
         return Finding::partial(

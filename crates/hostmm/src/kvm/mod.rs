@@ -20,7 +20,11 @@
 //!
 //! # What can be lost, and what then
 //!
-//! * The program is skipped where another BPF program runs on the same CPU at that moment: [`Health::misses`].
+//! * The kernel keeps tracing programs off a CPU while a task is inside some operations of bpf(2) on maps
+//!   (bpf_disable_instrumentation). On a preemptible kernel (preempt=full or lazy, PREEMPT_RT) that task can be
+//!   scheduled away meanwhile, and changes made by others on that CPU are then *not counted*. This takes a privileged
+//!   process that is preempted in the middle of such a call. The kernel counts it: [`Health::misses`]. It cannot happen
+//!   with preempt=none or voluntary, nor to perf rings on a tracepoint without BPF programs.
 //! * The ring is full: every subscriber is told [`Notice::Everything`], and it is counted. The counters lose nothing.
 //! * Fork: the child's handles answer [`Gone::Forked`]; the notifier is on the parent's mm.
 //!
@@ -220,7 +224,7 @@ impl KvmSource {
     /// [`Gone`] in a forked child.
     pub fn watch(&self, range: Range) -> Result<Watch, Gone> {
         self.shared.check(ALIVE)?;
-        Ok(Watch::new(&self.shared, range, ALIVE, self.age))
+        Watch::new(&self.shared, range, ALIVE, self.age)
     }
 
     /// Calls `callback` from the monitor thread for each record that overlaps `range`, after the fact.
@@ -237,7 +241,7 @@ impl KvmSource {
     ) -> Result<Subscription, SubscribeError> {
         self.shared.check(ALIVE)?;
         let monitor = self.monitor.as_ref().ok_or(SubscribeError::NoRing)?;
-        let watch = Watch::new(&self.shared, range, ALIVE | MONITOR, self.age);
+        let watch = Watch::new(&self.shared, range, ALIVE | MONITOR, self.age)?;
         Ok(Subscription::new(&self.shared, monitor, range, Box::new(callback), watch)?)
     }
 

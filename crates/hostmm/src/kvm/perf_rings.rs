@@ -59,7 +59,8 @@ impl PerfRings {
         let mut out = PerfRings { rings: Vec::new(), cpus: Vec::new(), fds: Vec::new(), fields };
         for cpu in online_cpus().map_err(system("reading the online CPUs"))? {
             let (ring, fd) =
-                Ring::open(event.id, cpu as i32, pages, filter.as_deref()).map_err(error::perf)?;
+                Ring::open(event.id, cpu as i32, pages, filter.as_deref(), options.ring.is_some())
+                    .map_err(error::perf)?;
             out.rings.push(ring);
             out.cpus.push(cpu);
             out.fds.push(fd);

@@ -20,6 +20,12 @@ pub(crate) const ALIVE: u64 = 1;
 pub(crate) const MONITOR: u64 = 2;
 pub(crate) const CLOSED: u64 = 4;
 
+/// Words of the state page: the bits above, and for the one load that a watch makes, two of them as words of their own.
+const STATE: usize = 0;
+const IS_ALIVE: usize = 1;
+/// 1 while both source and monitor are.
+const IS_MONITORED: usize = 2;
+
 /// Where the counts are.
 #[derive(Debug)]
 pub(crate) enum Counters {
@@ -63,20 +69,31 @@ impl Shared {
 
     /// Is this the process that opened the source?
     pub(crate) fn at_home(&self) -> bool {
-        self.state.word().load(Ordering::Acquire) != 0
+        self.state.words()[STATE].load(Ordering::Acquire) != 0
     }
 
     pub(crate) fn set(&self, bits: u64) {
-        self.state.word().fetch_or(bits, Ordering::SeqCst);
+        self.state.words()[STATE].fetch_or(bits, Ordering::SeqCst);
+        if bits & ALIVE != 0 {
+            self.state.words()[IS_ALIVE].store(1, Ordering::SeqCst);
+        }
+        if bits & MONITOR != 0 {
+            self.state.words()[IS_MONITORED].store(1, Ordering::SeqCst);
+        }
     }
 
+    /// Bits are cleared once and never set again, so it does not matter in which order the words follow.
     pub(crate) fn clear(&self, bits: u64) {
-        self.state.word().fetch_and(!bits, Ordering::SeqCst);
+        self.state.words()[STATE].fetch_and(!bits, Ordering::SeqCst);
+        if bits & ALIVE != 0 {
+            self.state.words()[IS_ALIVE].store(0, Ordering::SeqCst);
+        }
+        self.state.words()[IS_MONITORED].store(0, Ordering::SeqCst);
     }
 
     /// Are all of the bits `need` set? Says what is wrong otherwise.
     pub(crate) fn check(&self, need: u64) -> Result<(), Gone> {
-        let word = self.state.word().load(Ordering::Acquire);
+        let word = self.state.words()[STATE].load(Ordering::Acquire);
         if word & need == need {
             return Ok(());
         }
@@ -99,8 +116,9 @@ impl Shared {
         }
     }
 
-    pub(crate) fn state_word(&self) -> Word {
-        Word::of(self.state.word())
+    /// The word that is 1 while all of the bits `need` are set, and 0 in a forked child.
+    pub(crate) fn state_word(&self, need: u64) -> Word {
+        Word::of(&self.state.words()[if need & MONITOR != 0 { IS_MONITORED } else { IS_ALIVE }])
     }
 
     /// The words whose sum moves with anything at all.

@@ -39,34 +39,29 @@ pub struct Seq {
     local: u64,
 }
 
-/// One word or the sum of several. One is the case to be fast in: the BPF program has one global counter.
+/// The sum of one word (the program's global counter: the case to be fast in) or several (the heads of perf rings).
 #[derive(Clone, Debug)]
-enum Heads {
-    One(Word),
-    Sum(Box<[Word]>),
+struct Heads {
+    first: Word,
+    rest: Box<[Word]>,
 }
 
 impl Heads {
-    fn new(mut words: Vec<Word>) -> Heads {
-        match (words.len(), words.pop()) {
-            (1, Some(word)) => Heads::One(word),
-            (_, last) => {
-                words.extend(last);
-                Heads::Sum(words.into())
-            }
-        }
+    /// `None` where there is nothing to look at.
+    fn new(words: &[Word]) -> Option<Heads> {
+        let (first, rest) = words.split_first()?;
+        Some(Heads { first: *first, rest: rest.into() })
     }
 
     #[inline]
     fn load(&self) -> u64 {
-        match self {
-            Heads::One(word) => word.load(),
-            Heads::Sum(words) => sum(words),
-        }
+        let first = self.first.load();
+        if self.rest.is_empty() { first } else { first.wrapping_add(sum(&self.rest)) }
     }
 }
 
 /// Each word only grows, so the sum moves if and only if one of them does.
+#[inline(never)]
 fn sum(words: &[Word]) -> u64 {
     words.iter().fold(0, |n, w| n.wrapping_add(w.load()))
 }
@@ -88,18 +83,19 @@ pub struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn new(shared: &Arc<Shared>, range: Range, need: u64, age: bool) -> Watch {
-        let heads = |kind| Heads::new(shared.heads(kind));
+    pub(crate) fn new(shared: &Arc<Shared>, range: Range, need: u64, age: bool) -> Result<Watch, Gone> {
+        // Empty only where there is no CPU or no map, and then no source was opened.
+        let heads = |kind| Heads::new(&shared.heads(kind)).ok_or(Gone::Closed);
         let local = |kind| shared.local(kind, range).into_boxed_slice();
-        Watch {
-            state: shared.state_word(),
+        Ok(Watch {
+            state: shared.state_word(need),
             need: need | ALIVE,
-            global: heads(Kind::Unmap),
+            global: heads(Kind::Unmap)?,
             local: local(Kind::Unmap),
-            age: age.then(|| (heads(Kind::Age), local(Kind::Age))),
+            age: if age { Some((heads(Kind::Age)?, local(Kind::Age))) } else { None },
             range,
             shared: Arc::clone(shared),
-        }
+        })
     }
 
     /// The range.
@@ -129,7 +125,7 @@ impl Watch {
     #[inline]
     pub fn changed_since(&self, seq: Seq) -> bool {
         // The state first: in a forked child the counters are the parent's, or not mapped at all.
-        if self.state.load() & self.need != self.need {
+        if self.state.load() == 0 {
             return true;
         }
         self.global.load() != seq.global && self.local_changed(seq)
@@ -151,7 +147,7 @@ impl Watch {
 
     /// Have accessed bits of the range been taken since `seq`, a value of [`Watch::age_snapshot`]? `true` if unknown.
     pub fn aged_since(&self, seq: Seq) -> bool {
-        if self.state.load() & self.need != self.need {
+        if self.state.load() == 0 {
             return true;
         }
         let Some((global, local)) = &self.age else { return true };

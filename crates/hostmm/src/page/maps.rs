@@ -68,7 +68,7 @@ impl Maps {
     pub fn open_without_query(who: PidOrSelf) -> Result<Maps, PageError> {
         let path = who.path("maps");
         let file = File::open(&path).map_err(|e| PageError::from_io(&path, e, who.pid()))?;
-        Ok(Maps { file, path, who, owner: Owner::new(who), by_query: false })
+        Ok(Maps { file, path, who, owner: Owner::new(who)?, by_query: false })
     }
 
     /// Whether `PROCMAP_QUERY` answers.
@@ -153,7 +153,10 @@ impl Maps {
     }
 
     fn process(&self) -> procfs::ProcResult<Process> {
-        Process::new(self.who.pid().unwrap_or_else(std::process::id).cast_signed())
+        match self.who {
+            PidOrSelf::Myself => Process::myself(),
+            PidOrSelf::Pid(pid) => Process::new(pid.cast_signed()),
+        }
     }
 
     fn read_all(&self) -> Result<Vec<Vma>, PageError> {

@@ -144,7 +144,10 @@ pub(super) fn explain(range: Range, source: io::Error) -> PinError {
         Some(libc::EFAULT | libc::EOPNOTSUPP) => {}
         _ => return PinError::Refused { range, source },
     }
-    let Ok(maps) = Maps::open(PidOrSelf::Myself) else { return PinError::Refused { range, source } };
+    // By number: a handle for `Myself` maps a page, perhaps just into the hole that we look for.
+    let Ok(maps) = Maps::open(PidOrSelf::Pid(std::process::id())) else {
+        return PinError::Refused { range, source };
+    };
     if let Some(hole) = maps.holes(range).ok().and_then(|holes| holes.first().copied()) {
         return PinError::Unmapped { range, hole };
     }

@@ -299,7 +299,7 @@ fn a_ring_of_the_user_can_be_pinned_for() {
     live(here, || {
         let mut ring = IoUring::new(2).unwrap();
         ring.submitter().register_buffers_sparse(16).unwrap();
-        let pinner = Pinner::on_ring(uring::descriptor(&ring).unwrap(), 10, 2);
+        let pinner = Pinner::on_ring(uring::descriptor(&ring).unwrap(), 10, 2).unwrap();
         let m = Memory::anon(PAGE_SIZE);
         m.write(0, b"OLD");
         let pins = [pinner.pin(m.range).unwrap(), pinner.pin(m.range).unwrap()];

@@ -80,6 +80,13 @@ impl fmt::Debug for KvmWatch {
     }
 }
 
+impl KvmWatch {
+    /// The source's own watch, which can also be asked about ageing.
+    pub fn kvm(&self) -> &kvm::Watch {
+        &self.watch
+    }
+}
+
 impl Source for kvm::KvmSource {
     type Delivery = CountedBefore;
     type Watch = KvmWatch;

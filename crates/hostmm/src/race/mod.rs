@@ -7,12 +7,12 @@
 //! control has none either: [`Nothing`] must lose every round, and a source with half of its protocol some.
 #![expect(
     clippy::disallowed_types,
-    clippy::disallowed_methods,
     reason = "real threads of the running kernel: the race itself is what is wanted"
 )]
 
 mod churn;
 mod reuse;
+mod subject;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;

@@ -15,6 +15,8 @@ const PERF_EVENT_IOC_ENABLE: libc::Ioctl = 0x2400;
 const PERF_EVENT_IOC_SET_FILTER: libc::Ioctl = 0x4008_2406;
 const PERF_EVENT_IOC_SET_BPF: libc::Ioctl = 0x4004_2408;
 const ATTR_DISABLED: u64 = 1;
+/// `wakeup_events` is a watermark in bytes.
+const ATTR_WATERMARK: u64 = 1 << 14;
 /// Offset of `data_head` in struct perf_event_mmap_page.
 const DATA_HEAD: usize = 1024;
 /// `type` of struct perf_event_header.
@@ -84,18 +86,20 @@ pub(crate) struct Ring {
 
 impl Ring {
     /// A ring of `pages` (a power of two) data pages for `tracepoint` on `cpu`; `filter` in the tracepoint's filter
-    /// language. Returns the descriptor too: it is needed to wait, not to read.
+    /// language. `wakes`: whoever polls the descriptor is woken by each record; otherwise as seldom as can be, since a
+    /// wakeup is dear even where nobody waits. The descriptor is needed to wait, not to read.
     pub(crate) fn open(
         tracepoint: u64,
         cpu: i32,
         pages: usize,
         filter: Option<&str>,
+        wakes: bool,
     ) -> io::Result<(Ring, OwnedFd)> {
         let attr = Attr {
-            flags: ATTR_DISABLED,
+            flags: if wakes { ATTR_DISABLED } else { ATTR_DISABLED | ATTR_WATERMARK },
             sample_period: 1,
             sample_type: PERF_SAMPLE_RAW,
-            wakeup_events: 1,
+            wakeup_events: if wakes { 1 } else { (PAGE * pages) as u32 },
             ..attr(tracepoint)
         };
         let fd = open(&attr, cpu)?;

@@ -11,11 +11,6 @@ use mmu_notifier::{PAGE_SIZE, PageAddr};
 use super::map::Mapping;
 use super::procmap::ioctl_number;
 
-const UFFD_API: u64 = 0xaa;
-/// `_IOWR(0xaa, 0x3f, struct uffdio_api)`
-const UFFDIO_API: libc::Ioctl = 0xc018_aa3f;
-/// `_IO(0xaa, 0)`
-const USERFAULTFD_IOC_NEW: libc::Ioctl = 0xaa00;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 const MADV_GUARD_INSTALL: libc::c_int = 102;
 const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
@@ -72,22 +67,6 @@ pub(crate) fn userfaultfd(user_mode_only: bool) -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | if user_mode_only { UFFD_USER_MODE_ONLY } else { 0 };
     // SAFETY: plain numbers.
     descriptor(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) })
-}
-
-/// A userfaultfd from `/dev/userfaultfd` (Linux 6.1).
-pub(crate) fn userfaultfd_from(device: &File) -> io::Result<OwnedFd> {
-    // SAFETY: plain numbers.
-    let rc =
-        unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, libc::O_CLOEXEC | libc::O_NONBLOCK) };
-    descriptor(rc.into())
-}
-
-/// The features that the kernel knows; `want` are asked for.
-pub(crate) fn uffd_features(uffd: &OwnedFd, want: u64) -> io::Result<u64> {
-    let mut api: [u64; 3] = [UFFD_API, want, 0];
-    // SAFETY: api is a struct uffdio_api: three words, read and written.
-    let rc = unsafe { libc::ioctl(uffd.as_raw_fd(), UFFDIO_API, api.as_mut_ptr()) };
-    done(rc.into()).map(|()| api[1])
 }
 
 /// A page of our own to try things on.

@@ -22,13 +22,33 @@ impl WipePage {
         Ok(WipePage(map))
     }
 
-    /// The first word of the page.
-    #[inline]
-    #[expect(clippy::disallowed_types, reason = "the kernel zeroes this word at fork")]
-    pub(crate) fn word(&self) -> &AtomicU64 {
+    /// The words of the page.
+    #[expect(clippy::disallowed_types, reason = "the kernel zeroes these words at fork")]
+    pub(crate) fn words(&self) -> &[AtomicU64; 512] {
         // SAFETY: the page is mapped readable and writable for as long as `self` lives, page aligned, and only ever
-        // accessed as this atomic (the kernel's wipe replaces the page in a child, where no other thread runs).
-        unsafe { self.0.ptr().cast::<AtomicU64>().as_ref() }
+        // accessed as these atomics (the kernel's wipe replaces the page in a child, where no other thread runs).
+        unsafe { self.0.ptr().cast::<[AtomicU64; 512]>().as_ref() }
+    }
+}
+
+/// Tells whether we still run in the mm in which it was made.
+///
+/// Better than a process number, which a child in a new pid namespace may share, and which differs in a CLONE_VM child
+/// of the same mm.
+#[derive(Debug)]
+pub(crate) struct MmMark(WipePage);
+
+impl MmMark {
+    /// Marks the mm of the caller.
+    pub(crate) fn new() -> io::Result<MmMark> {
+        let page = WipePage::new()?;
+        page.words()[0].store(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(MmMark(page))
+    }
+
+    /// Is the caller's mm the marked one? False in a forked child.
+    pub(crate) fn is_here(&self) -> bool {
+        self.0.words()[0].load(std::sync::atomic::Ordering::Relaxed) != 0
     }
 }
 
@@ -40,11 +60,11 @@ mod tests {
     #[test]
     fn a_forked_child_reads_zero_and_the_parent_keeps_its_word() {
         let page = WipePage::new().unwrap();
-        page.word().store(7, Ordering::Relaxed);
+        page.words()[0].store(7, Ordering::Relaxed);
         // SAFETY: the child only reads memory and leaves by _exit.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
-            let code = i32::try_from(page.word().load(Ordering::Relaxed)).unwrap_or(99);
+            let code = i32::try_from(page.words()[0].load(Ordering::Relaxed)).unwrap_or(99);
             // SAFETY: leaves the child without running anything of the parent's.
             unsafe { libc::_exit(code) };
         }
@@ -53,6 +73,6 @@ mod tests {
         assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
         assert!(libc::WIFEXITED(status));
         assert_eq!(libc::WEXITSTATUS(status), 0);
-        assert_eq!(page.word().load(Ordering::Relaxed), 7);
+        assert_eq!(page.words()[0].load(Ordering::Relaxed), 7);
     }
 }

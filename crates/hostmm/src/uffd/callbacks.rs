@@ -18,6 +18,9 @@ pub(super) fn run(shared: &Shared) {
         let last = shared.monitor_gone.load(Ordering::Acquire);
         // Before `note`: whatever the monitor let go it had put on `note` before.
         let free = shared.free.take();
+        if last {
+            shared.shut();
+        }
         for node in shared.note.take() {
             // SAFETY: alive until it comes off `free`, after this loop.
             if unsafe { node.as_ref() }.call() {

@@ -55,6 +55,10 @@ impl Epoch {
         unsafe { self.page.as_ref() }
     }
 
+    pub(super) fn as_word(&self) -> Word {
+        Word(self.page)
+    }
+
     /// The present value. Even and the same as before: nothing has been read from the kernel in between.
     #[inline]
     pub(super) fn load(&self) -> u64 {
@@ -75,6 +79,25 @@ impl Epoch {
     /// For good.
     pub(super) fn close(&self) {
         self.word().store(CLOSED, Ordering::SeqCst);
+    }
+}
+
+/// The word, one load away. The holder keeps the [`Epoch`] alive.
+#[derive(Clone, Copy)]
+pub(super) struct Word(NonNull<AtomicU64>);
+
+// SAFETY: only reached through an atomic.
+unsafe impl Send for Word {}
+// SAFETY: as above.
+unsafe impl Sync for Word {}
+
+impl Word {
+    /// # Safety
+    /// The [`Epoch`] that this came from has not been dropped.
+    #[inline]
+    pub(super) unsafe fn load(self) -> u64 {
+        // SAFETY: the page is mapped until the epoch is dropped.
+        unsafe { self.0.as_ref() }.load(Ordering::Acquire)
     }
 }
 

@@ -10,10 +10,14 @@
 //! is what lets the unmapper return. Between two batches nothing is lost: what has not been read keeps its caller
 //! asleep and `mmap_changing` raised.
 //!
-//! It ends in one way only, [`Exit`], also when it panics: the epoch says closed, every registration is undone, the
-//! descriptor is closed. Then unmappers are free and every check fails closed.
+//! It has a descriptor table of its own, with nothing in it but its two files: an application that closes descriptors
+//! which are not its own can neither make it deaf nor have it read from a stranger's file.
+//!
+//! It ends in one way only, [`Exit`], also when it panics: the epoch says closed, every registration is undone, what
+//! was in flight is read, and the callback thread closes the descriptor. Then every check fails closed and nobody
+//! waits.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,7 +28,7 @@ use rustix::io::Errno;
 use super::Fault;
 use super::index::Index;
 use super::node::{Kind, Node};
-use super::shared::Shared;
+use super::shared::{Shared, nap};
 use crate::sys::uffd::{self as sys, Event, Msg, Probe};
 
 /// Why the loop ended; for the reader of the code only.
@@ -37,10 +41,31 @@ enum End {
 pub(super) fn run(shared: Arc<Shared>, mut batch: Box<[Msg]>) {
     let mut exit = Exit { shared: &shared, index: Index::new() };
     shared.monitor_tid.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
-    let _: End = turn(&shared, &mut exit.index, &mut batch);
+    let alone = own_descriptor_table(shared.uffd.as_raw_fd(), shared.wake.as_raw_fd());
+    let _: End = turn(&shared, &mut exit.index, &mut batch, alone);
 }
 
-fn turn(shared: &Shared, index: &mut Index, batch: &mut [Msg]) -> End {
+/// From here on this thread's table holds only `a` and `b`. False where the kernel has no close_range (5.9) or refuses
+/// it: then the table stays the process's.
+fn own_descriptor_table(a: RawFd, b: RawFd) -> bool {
+    let (low, high) = (a.min(b).cast_unsigned(), a.max(b).cast_unsigned());
+    let close = |first: u32, last: u32, flags: u32| {
+        // SAFETY: with CLOSE_RANGE_UNSHARE the table is a copy of our own, and so it is in the later calls.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) == 0 }
+    };
+    if !close(high + 1, u32::MAX, libc::CLOSE_RANGE_UNSHARE) {
+        return false;
+    }
+    if low > 0 {
+        close(0, low - 1, 0);
+    }
+    if low + 1 < high {
+        close(low + 1, high - 1, 0);
+    }
+    true
+}
+
+fn turn(shared: &Shared, index: &mut Index, batch: &mut [Msg], alone: bool) -> End {
     // SAFETY: both descriptors are owned by `shared`, which outlives the loop.
     let (uffd, wake) = unsafe {
         (BorrowedFd::borrow_raw(shared.uffd.as_raw_fd()), BorrowedFd::borrow_raw(shared.wake.as_raw_fd()))
@@ -66,7 +91,7 @@ fn turn(shared: &Shared, index: &mut Index, batch: &mut [Msg]) -> End {
             }
         }
         if events.contains(PollFlags::IN) {
-            if hear(shared, index, batch).is_err() {
+            if hear(shared, index, batch, alone).is_err() {
                 return End::Broken;
             }
         } else if !events.is_empty() {
@@ -78,10 +103,10 @@ fn turn(shared: &Shared, index: &mut Index, batch: &mut [Msg]) -> End {
 }
 
 /// One batch.
-fn hear(shared: &Shared, index: &mut Index, batch: &mut [Msg]) -> Result<(), ()> {
+fn hear(shared: &Shared, index: &mut Index, batch: &mut [Msg], alone: bool) -> Result<(), ()> {
     let even = shared.epoch.begin();
     // Somebody who closes descriptors that are not his may have given the number to another file: not ours to read.
-    if sys::probe(shared.fd()) == Probe::Dead {
+    if !alone && sys::probe(shared.fd()) == Probe::Dead {
         return Err(());
     }
     let read = match sys::read(shared.fd(), batch) {
@@ -199,7 +224,7 @@ impl Drop for Exit<'_> {
         shared.wake_waiting();
         sync(shared, &mut self.index);
         // A forked child may hold the descriptor open, and then closing ours frees nobody: undo the registrations,
-        // and read until nothing is in flight. Bounded: a change of 1 TiB may take long, but then it has no reader.
+        // and read until nothing is in flight, which takes as long as the longest munmap. Bounded, some seconds.
         self.index.overlapping(0, u64::MAX, |node| {
             // SAFETY: nodes in the index are alive.
             let node_ref = unsafe { node.as_ref() };
@@ -207,14 +232,12 @@ impl Drop for Exit<'_> {
             hit(shared, node, Kind::Lost, 0, u64::MAX, u64::MAX);
         });
         let mut msg = [Msg::default(); 16];
-        for _ in 0..1000 {
+        for tries in 0..100_000 {
             match sys::probe(shared.fd()) {
-                Probe::InFlight => {
-                    let _ = sys::read(shared.fd(), &mut msg);
-                    rustix::thread::sched_yield();
-                }
+                Probe::InFlight => drop(sys::read(shared.fd(), &mut msg)),
                 Probe::Quiet | Probe::Dead => break,
             }
+            if tries < 100 { rustix::thread::sched_yield() } else { nap() }
         }
         while let Some(node) = self.index.any() {
             // SAFETY: it is in the index; `free` takes over its reference.
@@ -223,9 +246,6 @@ impl Drop for Exit<'_> {
                 shared.free.push(node);
             }
         }
-        // Closes the userfaultfd and keeps its number: a check that has read the number asks the eventfd, and fails.
-        // SAFETY: both numbers are ours.
-        unsafe { libc::dup3(shared.wake.as_raw_fd(), shared.uffd.as_raw_fd(), libc::O_CLOEXEC) };
         shared.monitor_gone.store(true, Ordering::Release);
         shared.wake_callbacks();
     }

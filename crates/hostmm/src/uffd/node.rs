@@ -82,7 +82,7 @@ pub(super) struct Node {
 const RUNNING: u32 = 1;
 /// The watch is dropped: the callback will not run again.
 const GONE: u32 = 2;
-/// It was dropped by its own callback, so the closure goes when that returns.
+/// Its own callback was the first to close it, so the closure goes when that returns.
 const BY_ITSELF: u32 = 4;
 
 // SAFETY: `links` is touched by the monitor thread alone; `callback` is guarded by `gate`; the rest is atomic or
@@ -174,27 +174,34 @@ impl Node {
         let panicked = std::panic::catch_unwind(call).is_err();
         let before = self.gate.fetch_and(!RUNNING, Ordering::AcqRel);
         if before & BY_ITSELF != 0 {
-            // SAFETY: GONE is set, so nobody calls it again, and its dropper left it to us.
+            // SAFETY: GONE is set, so nobody calls it again, and its first closer left it to us.
             drop(unsafe { (*self.callback.get()).take() });
-        } else if before & GONE != 0 {
+        }
+        if before & GONE != 0 {
             futex::wake_all(&self.gate);
         }
         panicked
     }
 
-    /// The callback does not run when this returns and will not run again, unless this is the callback itself.
+    /// The callback does not run when this returns and will not run again, unless this is the callback itself. May be
+    /// called more than once, by several threads.
     pub(super) fn close(&self, on_callback_thread: impl FnOnce() -> bool) {
         let mut gate = self.gate.fetch_or(GONE, Ordering::AcqRel);
+        let first = gate & GONE == 0;
         if gate & RUNNING != 0 && on_callback_thread() {
-            self.gate.fetch_or(BY_ITSELF, Ordering::AcqRel);
+            if first {
+                self.gate.fetch_or(BY_ITSELF, Ordering::AcqRel);
+            }
             return;
         }
         while gate & RUNNING != 0 {
             futex::wait(&self.gate, gate | GONE, Duration::from_secs(1));
             gate = self.gate.load(Ordering::Acquire);
         }
-        // SAFETY: GONE without RUNNING: `call` will not look at the closure, and there is one dropper.
-        drop(unsafe { (*self.callback.get()).take() });
+        if first {
+            // SAFETY: GONE without RUNNING: `call` will not look at the closure again; there is one first closer.
+            drop(unsafe { (*self.callback.get()).take() });
+        }
     }
 }
 

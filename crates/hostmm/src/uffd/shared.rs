@@ -38,7 +38,7 @@ pub(super) struct Counters {
 }
 
 pub(super) struct Shared {
-    /// The userfaultfd. When the monitor dies, this number names the eventfd instead: never a stranger's file.
+    /// The userfaultfd. After the end of the monitor this number names the eventfd: see [`Shared::shut`].
     pub(super) uffd: OwnedFd,
     /// Wakes the monitor.
     pub(super) wake: OwnedFd,
@@ -182,6 +182,16 @@ impl Shared {
         futex::wake_all(&self.notes);
     }
 
+    /// Callback thread only, after the monitor: closes the userfaultfd and keeps its number, so that a check which has
+    /// already read the number asks the eventfd, and fails, and not a stranger's file.
+    pub(super) fn shut(&self) {
+        // A stranger's file may be there already, if somebody closed what was not his.
+        if sys::probe(self.fd()) != Probe::Dead {
+            // SAFETY: both numbers are ours.
+            unsafe { libc::dup3(self.wake.as_raw_fd(), self.fd(), libc::O_CLOEXEC) };
+        }
+    }
+
     pub(super) fn wake_monitor(&self) {
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
@@ -233,7 +243,7 @@ impl Shared {
     }
 }
 
-fn nap() {
+pub(super) fn nap() {
     let time = rustix::thread::Timespec { tv_sec: 0, tv_nsec: 50_000 };
     let _ = rustix::thread::nanosleep(&time);
 }

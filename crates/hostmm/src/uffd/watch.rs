@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 
 use mmu_notifier::Range;
 
+use super::epoch::Word;
 use super::node::{Callback, Node};
 use super::shared::Shared;
 use super::{Core, Gone, WatchError};
@@ -29,6 +30,8 @@ pub struct Seq(u64);
 pub struct Watch {
     node: Arc<Node>,
     core: Arc<Core>,
+    /// Of `core`, which therefore outlives it.
+    epoch: Word,
     /// The pages are counted in `registrations`.
     held: bool,
 }
@@ -57,7 +60,7 @@ impl Watch {
         // Before the registration: the monitor must know the watch when it reads the first event of its pages.
         // SAFETY: the reference made above goes with it.
         unsafe { shared.add.push(NonNull::new_unchecked(reference.cast_mut())) };
-        let mut watch = Watch { node, core: Arc::clone(core), held: false };
+        let mut watch = Watch { node, core: Arc::clone(core), epoch: shared.epoch.as_word(), held: false };
         watch.register()?;
         // The monitor may have died in between; its exit only knows what it had taken in.
         watch.core.shared.alive()?;
@@ -74,9 +77,14 @@ impl Watch {
             sys::register(shared.fd(), range).map_err(|source| WatchError::of_register(range, source))
         };
         if let Err(error) = outcome {
-            // Nothing to undo in the kernel: it checks all of the range first. And pages of another userfaultfd
-            // must not be touched: before 6.x UNREGISTER took them from their owner.
-            registrations.release(range);
+            // Only a lack of memory leaves a part registered: the kernel checks the rest beforehand. Pages of another
+            // userfaultfd must not be touched, because older kernels take them from their owner.
+            let undo = matches!(error, WatchError::NoMemory { .. });
+            for free in registrations.release(range) {
+                if undo {
+                    let _ = sys::unregister(shared.fd(), free);
+                }
+            }
             return Err(error);
         }
         drop(registrations);
@@ -112,7 +120,8 @@ impl Watch {
     /// [`Watch::changed_since_strict`] is right. True also if the monitor is gone, or this is a forked child.
     #[inline]
     pub fn changed_since_ordered(&self, seq: Seq) -> bool {
-        self.shared().epoch.load() != seq.0 && self.changed_slowly(seq)
+        // SAFETY: `core` keeps the epoch.
+        unsafe { self.epoch.load() != seq.0 && self.changed_slowly(seq) }
     }
 
     /// May the pages have changed since `seq`? Right for every address that the caller can have been given.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The kvm source on the running kernel. Each test runs in a child process of its own.
+mod cpus;
 mod grant;
 mod hears;
 mod limits;

@@ -20,6 +20,11 @@ impl Memory {
         m
     }
 
+    /// Address space that nobody touches.
+    pub(crate) fn reserved(len: usize) -> Memory {
+        Memory::map(len, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1)
+    }
+
     pub(crate) fn shared(fd: i32, len: usize) -> Memory {
         Memory::map(len, libc::MAP_SHARED, fd)
     }

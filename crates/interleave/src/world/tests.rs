@@ -244,7 +244,7 @@ fn a_world_hears_of_atomics_threads_time_and_the_rest() {
 
         let thread = spawn("worker", |_| 42);
         assert_eq!(thread.join(cx).expect("it does not panic"), 42);
-        let panicked = spawn("bad", |_| panic!("on purpose")).join(cx).map(|()| ()).expect_err("it panics");
+        let panicked = spawn("bad", |_| -> () { panic!("on purpose") }).join(cx).expect_err("it panics");
         assert_eq!((panicked.thread.as_str(), panicked.message.as_str()), ("bad", "on purpose"));
         let mut borrowed = 1;
         scope(cx, |s, _| {
@@ -334,6 +334,7 @@ fn each_object_has_one_world() {
         assert!(text.contains(&format!("tests.rs:{here}:")), "{text}");
         let text = message(&mut || CONST.store(1, Ordering::Relaxed));
         assert!(text.contains("by a constant initialiser"), "{text}");
+        AtomicBool::default().store(true, Ordering::Relaxed);
         (line!(), Mutex::new(&CLASS, 0))
     };
     assert!(active().is_none());
