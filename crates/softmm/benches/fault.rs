@@ -32,6 +32,20 @@ fn paths(c: &mut Criterion) {
                 cpu.store(cx, mm, page.start(), 1)
             })
         });
+        group.bench_function("256 first stores: anonymous write faults alone", |b| {
+            b.iter_custom(|rounds| {
+                (0..rounds)
+                    .map(|_| {
+                        map(cx);
+                        let start = interleave::time::now();
+                        for addr in (range.start()..range.end()).step_by(PAGE_SIZE as usize) {
+                            cpu.store(cx, mm, addr, 1).unwrap();
+                        }
+                        start.elapsed()
+                    })
+                    .sum()
+            })
+        });
         group.bench_function("256 first stores, then munmap + mmap", |b| {
             b.iter(|| {
                 for addr in (range.start()..range.end()).step_by(PAGE_SIZE as usize) {

@@ -10,7 +10,7 @@ use crate::error::AccessError;
 use crate::frame::FrameId;
 use crate::machine::Machine;
 use crate::mm::Mm;
-use crate::page_table::Pte;
+use crate::pte::Pte;
 use crate::tlb::{Cpu, Tlb, TlbEntry};
 use interleave::MaySleep;
 use mmu_notifier::{Access, PAGE_SIZE, PageAddr};

@@ -12,7 +12,8 @@
 use crate::error::FaultError;
 use crate::frame::ZERO_PAGE;
 use crate::mm::Mm;
-use crate::page_table::{Pte, PteGuard, TableId};
+use crate::page_table::{PteGuard, TableId};
+use crate::pte::Pte;
 use crate::vma::VmaTree;
 use interleave::{MaySleep, Ordering};
 use mmu_notifier::{Access, PageAddr};

@@ -15,7 +15,8 @@
 
 use crate::error::{ForkError, OutOfMemory};
 use crate::mm::{Mm, MmUser};
-use crate::page_table::{Pte, PteGuard, Ptes, TableId, by_leaf};
+use crate::page_table::{PteGuard, Ptes, TableId, by_leaf};
+use crate::pte::Pte;
 use interleave::{MaySleep, Ordering};
 use mmu_notifier::{Event, PageAddr, Pfn, Range};
 

@@ -21,6 +21,7 @@
 //! first, which reuses freed frames as soon as possible and so helps to catch who still uses them. References can
 //! be dropped in any context, as `put_page` can.
 
+use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use interleave::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use mmu_notifier::Pfn;
@@ -274,50 +275,6 @@ const fn index_of(pfn: Pfn) -> usize {
 impl From<FrameId> for FrameFreed {
     fn from(id: FrameId) -> FrameFreed {
         FrameFreed { pfn: id.pfn, generation: id.generation }
-    }
-}
-
-/// Which of a fixed number of things are taken. Lowest first, no lock.
-pub(crate) struct Bitmap {
-    words: Box<[AtomicU64]>,
-    bits: usize,
-}
-
-impl Bitmap {
-    pub(crate) fn new(bits: usize) -> Bitmap {
-        let words: Box<[AtomicU64]> = (0..bits.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        if !bits.is_multiple_of(64) {
-            words[bits / 64].store(u64::MAX << (bits % 64), Ordering::SeqCst);
-        }
-        Bitmap { words, bits }
-    }
-
-    pub(crate) fn take_lowest(&self) -> Option<usize> {
-        for (i, word) in self.words.iter().enumerate() {
-            let mut seen = word.load(Ordering::SeqCst);
-            while seen != u64::MAX {
-                let bit = seen.trailing_ones();
-                match word.compare_exchange(seen, seen | 1 << bit, Ordering::SeqCst, Ordering::SeqCst) {
-                    Ok(_) => return Some(i * 64 + bit as usize),
-                    Err(now) => seen = now,
-                }
-            }
-        }
-        None
-    }
-
-    pub(crate) fn give_back(&self, index: usize) {
-        let mask = 1 << (index % 64);
-        let before = self.words[index / 64].fetch_and(!mask, Ordering::SeqCst);
-        assert_ne!(before & mask, 0, "{index} given back twice");
-    }
-
-    pub(crate) fn zeros(&self) -> usize {
-        self.words.iter().map(|w| w.load(Ordering::SeqCst).count_zeros() as usize).sum()
-    }
-
-    pub(crate) fn bits(&self) -> usize {
-        self.bits
     }
 }
 

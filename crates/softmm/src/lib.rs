@@ -29,6 +29,7 @@
 //! `page_table_lock`.
 
 pub mod access;
+mod bitmap;
 pub mod cow;
 pub mod error;
 pub mod exit;
@@ -44,6 +45,7 @@ pub mod oom;
 pub mod page_table;
 pub mod primary;
 pub mod profile;
+pub mod pte;
 pub mod tlb;
 pub mod vma;
 
@@ -54,8 +56,8 @@ pub use machine::{Config, Machine};
 pub use mm::{Mm, MmId, MmUser};
 pub use mmap::Placement;
 pub use oom::Reap;
-pub use page_table::Pte;
 pub use primary::{MmPin, MmSubscription};
 pub use profile::KernelProfile;
+pub use pte::Pte;
 pub use tlb::Cpu;
 pub use vma::Prot;

@@ -10,7 +10,8 @@
 
 use crate::error::OutOfMemory;
 use crate::machine::Machine;
-use crate::page_table::{PageTable, Pte};
+use crate::page_table::PageTable;
+use crate::pte::Pte;
 use crate::vma::VmaTree;
 use interleave::{Atomic, AtomicBool, AtomicU64, Context, LockClass, MaySleep, Ordering, RefCount, RwLock};
 use mmu_notifier::{Event, Invalidation, NotifierSubscriptions, PageAddr, Range, WouldBlock};

@@ -7,7 +7,7 @@
 //! * An entry of an upper level changes only under the mm's `page_table_lock`. Tables come into being while
 //!   mmap_lock is held at least for reading, and go in `free_pgtables` when no vma can reach them.
 //! * A table is given back only after every CPU has left the section in which it may walk without a lock: the TLB
-//!   flush of [`crate::tlb::MmuGather`] takes each CPU's interrupt lock, and a walker holds its own.
+//!   flush of `MmuGather` takes each CPU's interrupt lock, and a walker holds its own.
 //!
 //! Page-table pages come from a pool of the machine, so that an index, not a pointer, links the levels: a walker
 //! that comes too late reads another life of the table, as hardware does, and never unmapped Rust memory.
@@ -15,11 +15,11 @@
 //! Lock order: `ptl` -> `ptl` (subclass 1, fork: child's first, parent's nested) -> `cpu_irq`. `page_table_lock` is a
 //! leaf.
 
+use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
-use crate::frame::Bitmap;
+use crate::pte::Pte;
 use interleave::{Atomic, AtomicU64, Context, LockClass, MaySleep, Ordering, SpinGuard, SpinLock};
-use mmu_notifier::{PAGE_SHIFT, PageAddr, Pfn, Range, TASK_SIZE};
-use std::fmt;
+use mmu_notifier::{PAGE_SHIFT, PageAddr, Range, TASK_SIZE};
 use std::ops::{Deref, DerefMut};
 
 static PTL: LockClass = LockClass::new("ptl");
@@ -28,89 +28,6 @@ static PAGE_TABLE_LOCK: LockClass = LockClass::new("page_table_lock");
 const LEVELS: u32 = 4;
 const INDEX_BITS: u32 = 9;
 const ENTRIES: usize = 1 << INDEX_BITS;
-
-/// A page-table entry with the x86-64 bits that this slice uses.
-#[derive(Clone, Copy, PartialEq, Eq, Default)]
-pub struct Pte(u64);
-
-impl Pte {
-    /// Nothing mapped.
-    pub const NONE: Pte = Pte(0);
-    pub(crate) const PRESENT: u64 = 1 << 0;
-    pub(crate) const WRITE: u64 = 1 << 1;
-    pub(crate) const ACCESSED: u64 = 1 << 5;
-    pub(crate) const DIRTY: u64 = 1 << 6;
-    pub(crate) const SPECIAL: u64 = 1 << 9;
-
-    pub(crate) const fn new(pfn: Pfn, bits: u64) -> Pte {
-        Pte(pfn.0 << PAGE_SHIFT | Pte::PRESENT | bits)
-    }
-
-    pub(crate) const fn with(self, bits: u64) -> Pte {
-        Pte(self.0 | bits)
-    }
-
-    pub(crate) const fn without(self, bits: u64) -> Pte {
-        Pte(self.0 & !bits)
-    }
-
-    const fn has(self, bits: u64) -> bool {
-        self.0 & bits == bits
-    }
-
-    /// The entry as the MMU reads it.
-    pub const fn bits(self) -> u64 {
-        self.0
-    }
-
-    /// Nothing at all.
-    pub const fn is_none(self) -> bool {
-        self.0 == 0
-    }
-
-    /// Does the MMU follow it?
-    pub const fn is_present(self) -> bool {
-        self.has(Pte::PRESENT)
-    }
-
-    /// May the CPU write?
-    pub const fn is_writable(self) -> bool {
-        self.has(Pte::WRITE)
-    }
-
-    /// Has the CPU written?
-    pub const fn is_dirty(self) -> bool {
-        self.has(Pte::DIRTY)
-    }
-
-    /// Has the CPU touched it?
-    pub const fn is_young(self) -> bool {
-        self.has(Pte::ACCESSED)
-    }
-
-    /// Maps a page that is not reference counted: the zero page (vm_normal_page says none).
-    pub const fn is_special(self) -> bool {
-        self.has(Pte::SPECIAL)
-    }
-
-    /// The frame. Meaningful if present.
-    pub const fn pfn(self) -> Pfn {
-        Pfn(self.0 >> PAGE_SHIFT)
-    }
-}
-
-impl fmt::Debug for Pte {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_none() {
-            return f.write_str("none");
-        }
-        write!(f, "{:?} ", self.pfn())?;
-        for (bit, name) in [(Pte::WRITE, 'w'), (Pte::ACCESSED, 'a'), (Pte::DIRTY, 'd'), (Pte::SPECIAL, 's')] {
-            write!(f, "{}", if self.has(bit) { name } else { '-' })?;
-        }
-        Ok(())
-    }
-}
 
 /// The number of a page-table page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -239,7 +156,7 @@ impl PageTable {
         self.leaf(tables, page).is_some_and(|leaf| {
             tables
                 .entry(leaf, index_at(0, page.get()))
-                .compare_exchange(seen.0, new.0, Ordering::SeqCst, Ordering::SeqCst)
+                .compare_exchange(seen.bits(), new.bits(), Ordering::SeqCst, Ordering::SeqCst)
                 .is_ok()
         })
     }
@@ -289,7 +206,7 @@ impl PageTable {
 }
 
 fn peek_in(tables: &Tables, leaf: TableId, page: PageAddr) -> Pte {
-    Pte(tables.entry(leaf, index_at(0, page.get())).load(Ordering::SeqCst))
+    Pte::from_bits(tables.entry(leaf, index_at(0, page.get())).load(Ordering::SeqCst))
 }
 
 /// The ptes of one leaf table, in the hands of whoever holds its ptl.
@@ -309,12 +226,12 @@ impl Ptes<'_> {
 
     /// ptep_get_and_clear: what the MMU set up to this instant is in the answer.
     pub(crate) fn get_and_clear(&mut self, page: PageAddr) -> Pte {
-        Pte(self.entry(page).swap(0, Ordering::SeqCst))
+        Pte::from_bits(self.entry(page).swap(0, Ordering::SeqCst))
     }
 
     /// set_pte_at: on a pte that the MMU cannot follow.
     pub(crate) fn set(&mut self, page: PageAddr, pte: Pte) {
-        self.entry(page).store(pte.0, Ordering::SeqCst);
+        self.entry(page).store(pte.bits(), Ordering::SeqCst);
     }
 
     /// Sets bits of a live pte in one step, so that no accessed or dirty bit is lost (ptep_set_access_flags).

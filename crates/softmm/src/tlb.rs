@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The TLB of each CPU, its shootdown, and the mmu_gather that defers both flush and free (v6.18, x86-64).
 //!
-//! Sequence of every user of [`MmuGather`]: S; [ clr' ] per pte, pages gathered; E; free_pgtables; **flush; put**.
+//! Sequence of every user of `MmuGather`: S; [ clr' ] per pte, pages gathered; E; free_pgtables; **flush; put**.
 //! So the CPU flush and the free come *after* E, except when a batch fills up: then flush and put happen inside S..E.
 //! Nothing that was gathered is put before the flush that follows its gathering.
 //!
@@ -16,7 +16,8 @@
 use crate::frame::FrameId;
 use crate::machine::Machine;
 use crate::mm::{Mm, MmId};
-use crate::page_table::{Pte, TableId};
+use crate::page_table::TableId;
+use crate::pte::Pte;
 use interleave::{Context, LockClass, SpinGuard, SpinLock};
 use mmu_notifier::{PageAddr, Pfn, Range};
 use std::collections::BTreeMap;
