@@ -1,76 +1,151 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Atomics and fences.
+//!
+//! Plainly they are std's, behind one predicted branch. Under exploration each access is a scheduling point, and
+//! memory is sequentially consistent whatever the ordering says: weak memory is not explored.
+
+use std::fmt;
+use std::panic::Location;
 use std::sync::atomic as plain;
 
 pub use std::sync::atomic::Ordering;
 
-/// As [`std::sync::atomic::fence`].
+use crate::birth::{Birth, ObjectKind};
+use crate::lockdep::Site;
+use crate::world::{self, OpKind, World};
+
+/// A fence, as [`std::sync::atomic::fence`].
+///
+/// # Panics
+/// If `order` is `Relaxed`.
 #[track_caller]
 #[inline]
 pub fn fence(order: Ordering) {
+    world::note(OpKind::Fence);
     plain::fence(order);
 }
 
+/// A value in an atomic as the world is told of it.
+trait Word: Copy {
+    fn word(self) -> u64;
+}
+
+macro_rules! words {
+    ($($t:ty),*) => {$(
+        impl Word for $t {
+            fn word(self) -> u64 {
+                self as u64
+            }
+        }
+    )*};
+}
+words!(bool, u32, u64, i64, usize);
+
+/// Announces an access, does it, and says what came of it: `access` returns its result, and the value to tell.
+#[cold]
+#[inline(never)]
+fn explored<R>(
+    world: &dyn World,
+    birth: Birth,
+    kind: OpKind,
+    site: Site,
+    access: impl FnOnce() -> R,
+    value: impl FnOnce() -> u64,
+) -> R {
+    if world.aborting() {
+        return access();
+    }
+    let op = birth.op(kind, None, site);
+    world.point(&op);
+    let result = access();
+    world.done(&op, value());
+    result
+}
+
 macro_rules! atomic {
-    ($(#[$doc:meta])* $name:ident, $value:ty, [$($op:ident),*]) => {
-        $(#[$doc])*
-        #[derive(Debug, Default)]
+    ($name:ident, $value:ty, $doc:literal, [$($op:ident),*]) => {
+        #[doc = $doc]
         pub struct $name {
             value: plain::$name,
+            birth: Birth,
         }
 
         impl $name {
-            /// An atomic that begins as `value`.
+            /// An atomic that begins as `value`, in the world of the calling thread.
             #[track_caller]
             #[inline]
             pub fn new(value: $value) -> Self {
-                Self::const_new(value)
+                let birth = Birth::here(ObjectKind::Atomic, None, Location::caller(), || value.word());
+                Self { value: plain::$name::new(value), birth }
             }
 
-            /// An atomic in a static.
+            /// An atomic in a static; it cannot be used under exploration.
             #[inline]
             pub const fn const_new(value: $value) -> Self {
-                Self { value: plain::$name::new(value) }
+                Self { value: plain::$name::new(value), birth: Birth::CONST }
+            }
+
+            #[track_caller]
+            #[inline(always)]
+            fn access<R>(&self, kind: OpKind, access: impl FnOnce(&plain::$name) -> R) -> R {
+                let site = Location::caller();
+                match self.birth.world(site) {
+                    None => access(&self.value),
+                    Some(world) => explored(
+                        world,
+                        self.birth,
+                        kind,
+                        site,
+                        || access(&self.value),
+                        || self.value.load(Ordering::Relaxed).word(),
+                    ),
+                }
             }
 
             /// Its value.
             #[track_caller]
             #[inline]
             pub fn load(&self, order: Ordering) -> $value {
-                self.value.load(order)
+                self.access(OpKind::Load, |v| v.load(order))
             }
 
             /// Sets its value.
             #[track_caller]
             #[inline]
             pub fn store(&self, value: $value, order: Ordering) {
-                self.value.store(value, order);
+                self.access(OpKind::Store, |v| v.store(value, order));
             }
 
-            /// Sets its value and returns the one before.
+            /// Sets its value. The value before.
             #[track_caller]
             #[inline]
             pub fn swap(&self, value: $value, order: Ordering) -> $value {
-                self.value.swap(value, order)
+                self.access(OpKind::Rmw, |v| v.swap(value, order))
             }
 
             $(
-                /// As the method of the same name of std's atomic: returns the value before.
+                #[doc = concat!("As std's `", stringify!($op), "`. The value before.")]
                 #[track_caller]
                 #[inline]
                 pub fn $op(&self, value: $value, order: Ordering) -> $value {
-                    self.value.$op(value, order)
+                    self.access(OpKind::Rmw, |v| v.$op(value, order))
                 }
             )*
 
-            /// Sets its value to `new` if it is `current`; the value before, as `Ok` if it was.
+            /// Sets its value to `new` if it is `current`. The value before, as `Ok` if it was set.
             ///
             /// # Errors
             /// The value found, if it was not `current`.
             #[track_caller]
             #[inline]
-            pub fn compare_exchange(&self, current: $value, new: $value, success: Ordering, failure: Ordering) -> Result<$value, $value> {
-                self.value.compare_exchange(current, new, success, failure)
+            pub fn compare_exchange(
+                &self,
+                current: $value,
+                new: $value,
+                success: Ordering,
+                failure: Ordering,
+            ) -> Result<$value, $value> {
+                self.access(OpKind::Rmw, |v| v.compare_exchange(current, new, success, failure))
             }
 
             /// The value, without an atomic access: nobody else has it.
@@ -85,16 +160,44 @@ macro_rules! atomic {
                 self.value.into_inner()
             }
         }
+
+        impl Default for $name {
+            #[track_caller]
+            fn default() -> Self {
+                Self::new(<$value>::default())
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.value.fmt(f)
+            }
+        }
     };
 }
 
-atomic!(/// An atomic flag.
-    AtomicBool, bool, [fetch_or, fetch_and, fetch_xor]);
-atomic!(/// An atomic `u32`.
-    AtomicU32, u32, [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]);
-atomic!(/// An atomic `u64`.
-    AtomicU64, u64, [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]);
-atomic!(/// An atomic `i64`.
-    AtomicI64, i64, [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]);
-atomic!(/// An atomic `usize`.
-    AtomicUsize, usize, [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]);
+atomic!(AtomicBool, bool, "An atomic flag.", [fetch_or, fetch_and, fetch_xor]);
+atomic!(
+    AtomicU32,
+    u32,
+    "An atomic `u32`.",
+    [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
+);
+atomic!(
+    AtomicU64,
+    u64,
+    "An atomic `u64`.",
+    [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
+);
+atomic!(
+    AtomicI64,
+    i64,
+    "An atomic `i64`.",
+    [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
+);
+atomic!(
+    AtomicUsize,
+    usize,
+    "An atomic `usize`.",
+    [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
+);

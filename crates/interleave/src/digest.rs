@@ -117,3 +117,42 @@ macro_rules! tuples {
     )*};
 }
 tuples! { (A.0) (A.0, B.1) (A.0, B.1, C.2) (A.0, B.1, C.2, D.3) (A.0, B.1, C.2, D.3, E.4) (A.0, B.1, C.2, D.3, E.4, F.5) }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn different_values_differ_and_equal_ones_do_not() {
+        let digests = [
+            vec![0u64, 1].digest(),
+            vec![1u64, 0].digest(),
+            vec![0u64, 1, 0].digest(),
+            vec![0u32, 1].digest(),
+            (0u64, 1u64).digest(),
+            (1u64, 0u64).digest(),
+            Some(0u64).digest(),
+            None::<u64>.digest(),
+            0u64.digest(),
+            0u32.digest(),
+            "ab".digest(),
+            vec![Some(1u8), None].digest(),
+            vec![None, Some(1u8)].digest(),
+            BTreeMap::from([(1u64, 2u64)]).digest(),
+            BTreeMap::from([(2u64, 1u64)]).digest(),
+            Vec::<u64>::new().digest(),
+        ];
+        let distinct: BTreeSet<u64> = digests.into_iter().collect();
+        assert_eq!(distinct.len(), digests.len());
+        assert_eq!(BTreeMap::from([(1, 2), (3, 4)]).digest(), BTreeMap::from([(3, 4), (1, 2)]).digest());
+        assert_eq!("ab".digest(), String::from("ab").digest());
+        assert_eq!([1u8, 2].digest(), vec![1u8, 2].digest());
+    }
+
+    #[test]
+    fn small_integers_do_not_collide_in_pairs() {
+        let all: BTreeSet<u64> =
+            (0..300u64).flat_map(|a| (0..300u64).map(move |b| (a, b).digest())).collect();
+        assert_eq!(all.len(), 300 * 300);
+    }
+}

@@ -1,5 +1,38 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Contexts, locks, atomics and threads that run plainly or under exploration.
+//! Contexts, locks, atomics and threads that run plainly or under exploration, decided at run time in one binary.
+//!
+//! Plainly they are parking_lot's and std's, at their speed, with two checks of the kernel's that are always on: the
+//! order of lock classes ([`lockdep`]), and sleeping where one must not ([`might_sleep`]). Under exploration every
+//! operation is first announced to an engine, which decides who goes on.
+//!
+//! ```
+//! use interleave::{LockClass, MaySleep, Mutex, SpinLock};
+//!
+//! static MMAP_LOCK: LockClass = LockClass::new("mmap_lock");
+//! static PTL: LockClass = LockClass::new("ptl");
+//!
+//! let (vmas, rss) = (Mutex::new(&MMAP_LOCK, vec![0x1000]), SpinLock::new(&PTL, 0));
+//! MaySleep::enter(|cx| {
+//!     let mut vmas = vmas.lock(cx); // a sleeping lock wants a context that may sleep
+//!     vmas.push(0x2000);
+//!     let mut rss = rss.lock(cx); // a spin lock takes any context, and keeps it:
+//!     let (pages, _atomic) = rss.split(); // under it there is only `Atomic`, which cannot sleep
+//!     *pages += vmas.len();
+//! });
+//! assert!(interleave::lockdep::take_reports().is_empty());
+//! ```
+//!
+//! # Rules
+//! 1. A context is a token. It comes from [`MaySleep::enter`] or [`spawn`], is lent, and is never kept, sent or copied.
+//! 2. A [`Mutex`], [`RwLock`], [`Semaphore`], [`WaitQueue`] or join wants [`MaySleep`]. A [`SpinLock`] and any try take each context.
+//! 3. Every lock has a [`LockClass`], in a static, named by its role. Two locks of one class at once need `lock_nested`.
+//! 4. Classes are taken in one order. The first contradiction is reported with both places of both orders.
+//! 5. A reader queues behind a waiting writer: no thread reads a lock twice.
+//! 6. A wake comes after the change that it announces; a condition waited for does not sleep.
+//! 7. An object belongs to the world that it was born in, plain or explored. `const_new`, for statics, is plain.
+//! 8. No other lock, atomic, thread or clock beside these in code that is to be explored (clippy.toml forbids them).
+//!
+//! Nothing here knows of memory management.
 #![expect(
     clippy::disallowed_types,
     clippy::disallowed_methods,
@@ -7,6 +40,7 @@
 )]
 
 pub mod atomic;
+mod birth;
 mod class;
 mod context;
 mod digest;
@@ -15,17 +49,21 @@ pub mod lockdep;
 mod mutex;
 mod once;
 mod per_thread;
+mod raw;
 mod refcount;
 mod rwlock;
 mod semaphore;
 mod spinlock;
+mod sync;
 mod task;
 mod thread;
 pub mod time;
+mod wait_list;
 mod wait_queue;
+mod world;
 
 pub use atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
-pub use class::LockClass;
+pub use class::{LockClass, MAX_SUBCLASSES};
 pub use context::{
     Atomic, AtomicContext, Context, MaySleep, NonBlock, PageContext, Sleep,
     forge_may_sleep_against_the_rules, might_sleep, preempt_disable,

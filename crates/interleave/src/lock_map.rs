@@ -1,10 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A lock class without a lock: rules of order about things that are not locks.
-use std::marker::PhantomData;
+//!
+//! The kernel has such maps for `fs_reclaim` and for `mmu_notifier_invalidate_range_start`: whoever allocates memory
+//! under a lock that reclaim takes is wrong, also if reclaim does not run this time. Nothing is shared, so a map in a
+//! static serves in every world.
 
+use std::fmt;
+use std::marker::PhantomData;
+use std::panic::Location;
+
+use crate::lockdep;
 use crate::{Context, LockClass};
 
-/// A section that has an order among locks without being one, such as the kernel's `fs_reclaim`.
+/// A section that has a place in the order of locks without being one.
 pub struct LockMap {
     class: &'static LockClass,
 }
@@ -15,25 +23,44 @@ impl LockMap {
         LockMap { class }
     }
 
-    /// Enters the section.
+    /// Enters the section. It is checked as a lock that is waited for, and never waits.
     #[track_caller]
+    #[inline]
     pub fn acquire<C: Context + ?Sized>(&self, _cx: &mut C) -> LockMapGuard<'_> {
-        LockMapGuard { _map: self, _thread: PhantomData }
+        let site = Location::caller();
+        let node = lockdep::check(self.class, 0, self.address(), site);
+        lockdep::acquired(node, self.address(), site);
+        LockMapGuard { map: self, _thread: PhantomData }
     }
 
     /// Its class.
     pub fn class(&self) -> &'static LockClass {
         self.class
     }
+
+    #[inline(always)]
+    fn address(&self) -> usize {
+        std::ptr::from_ref(self).addr()
+    }
+}
+
+impl fmt::Debug for LockMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LockMap({})", self.class.name())
+    }
 }
 
 /// The section lasts while this lives.
-#[must_use]
+#[must_use = "the section ends at once"]
+#[derive(Debug)]
 pub struct LockMapGuard<'l> {
-    _map: &'l LockMap,
+    map: &'l LockMap,
     _thread: PhantomData<*mut ()>,
 }
 
 impl Drop for LockMapGuard<'_> {
-    fn drop(&mut self) {}
+    #[inline]
+    fn drop(&mut self) {
+        lockdep::released(self.map.address());
+    }
 }

@@ -1,99 +1,193 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The lock-class graph, always on.
+//! The lock-class graph, always on, in release builds too.
+//!
+//! Taking a lock of class B while one of class A is held says A before B. The first acquisition that contradicts an
+//! order seen before is reported with the places of both, whether or not anything deadlocks in this run. Reported are:
+//!
+//! * **inversion**: the new order closes a cycle, of any length;
+//! * **recursion**: a class is taken while it is held, with no nesting annotation (`lock_nested`). Readers are no
+//!   exception: a reader queues behind a waiting writer, so the second read of one thread can wait for ever;
+//! * **sleep in atomic**: [`might_sleep`](crate::might_sleep) in a section that must not.
+//!
+//! A try-lock does not wait, so no order leads *to* it; but orders lead from it while it is held.
+//!
+//! Once a pair of classes has been looked at, it costs one test of a bit. Lock order: the graph, then nothing; the
+//! reports, then nothing; neither is held while a report is logged.
 
-use std::fmt;
+mod graph;
+mod report;
+
 use std::panic::Location;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 
-use parking_lot::Mutex;
+use crate::class::{LockClass, Node};
+use crate::task::{self, Held, Section};
 
-use crate::task::Section;
+pub use report::{Link, Policy, Report, ReportKind, reports_about, set_policy, take_reports, with_policy};
 
 /// A place in the source.
 pub type Site = &'static Location<'static>;
 
-/// What kind of rule was broken.
+/// A lock that this thread holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HeldLock {
+    /// The name of its class.
+    pub class: String,
+    /// Where it was taken.
+    pub site: Option<Site>,
+    /// Whether it was taken by a try-lock.
+    pub tried: bool,
+}
+
+/// The locks that this thread holds, the first taken first. Locks beyond the 32nd are not listed.
+pub fn held() -> Vec<HeldLock> {
+    let held: Vec<Held> = task::current(|t| t.held().rev().collect());
+    let graph = graph::GRAPH.lock();
+    held.iter().map(|h| HeldLock { class: graph.name(h.node), site: h.site, tried: h.tried }).collect()
+}
+
+/// How much lockdep has seen, and what it could not check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum ReportKind {
-    /// Two classes were taken in both orders, perhaps through others.
-    Inversion,
-    /// A class was taken while it was held, with no nesting annotation.
-    Recursion,
-    /// Something that may sleep was called in a section that must not.
-    SleepInAtomic,
-    /// Tables are full: some classes are not checked.
-    Exhausted,
+pub struct Stats {
+    /// Classes and subclasses in the graph.
+    pub classes: usize,
+    /// Orders between two of them.
+    pub orders: usize,
+    /// Classes and subclasses that found no room: their locks are not checked.
+    pub unchecked_classes: usize,
+    /// Locks taken by threads that held too many to record them.
+    pub unrecorded_locks: usize,
+    /// Reports that were logged but not kept, because nobody took the earlier ones.
+    pub dropped_reports: usize,
 }
 
-/// One edge of a report: `inner` was taken at `inner_site` while `outer` was held since `outer_site`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Link {
-    /// The class that was held.
-    pub outer: &'static str,
-    /// Where it was taken.
-    pub outer_site: Site,
-    /// The class that was taken.
-    pub inner: &'static str,
-    /// Where.
-    pub inner_site: Site,
-}
+static UNCHECKED_CLASSES: AtomicUsize = AtomicUsize::new(0);
+static UNRECORDED_LOCKS: AtomicUsize = AtomicUsize::new(0);
 
-/// A broken rule.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Report {
-    /// Which rule.
-    pub kind: ReportKind,
-    /// The classes concerned.
-    pub classes: Vec<&'static str>,
-    /// The orders that contradict each other, the newest first.
-    pub links: Vec<Link>,
-    /// All places named, in order.
-    pub sites: Vec<Site>,
-    /// The rule and the places in words.
-    pub text: String,
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
+/// The present numbers.
+pub fn stats() -> Stats {
+    let (classes, orders) = graph::GRAPH.lock().size();
+    Stats {
+        classes,
+        orders,
+        unchecked_classes: UNCHECKED_CLASSES.load(Ordering::Relaxed),
+        unrecorded_locks: UNRECORDED_LOCKS.load(Ordering::Relaxed),
+        dropped_reports: report::dropped(),
     }
 }
 
-/// What to do at a report, beside recording it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Policy {
-    /// Nothing: the program goes on.
-    Record,
-    /// Panic, before the lock is taken. For tests.
-    Panic,
+/// Checks a lock that is about to be waited for.
+#[inline(always)]
+pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: Site) -> Node {
+    let node = class.node(subclass);
+    if !task::holds_nothing() {
+        // One call beside the lock's own code, so that a lock under no other stays small enough to be inlined.
+        task::current(|t| check_order(t, node, lock, site));
+    }
+    node
 }
 
-static REPORTS: Mutex<Vec<Report>> = Mutex::new(Vec::new());
-static PANIC: AtomicBool = AtomicBool::new(false);
-
-/// Takes what was reported so far, oldest first.
-pub fn take_reports() -> Vec<Report> {
-    std::mem::take(&mut *REPORTS.lock())
-}
-
-/// Sets the policy of the process.
-pub fn set_policy(policy: Policy) {
-    PANIC.store(policy == Policy::Panic, Ordering::Relaxed);
+#[inline(never)]
+fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
+    // Orders from locks below the last one that was waited for follow from those already recorded.
+    let mut implied = false;
+    for slot in t.slots() {
+        let outer = slot.node.get();
+        let unseen = !implied && !graph::seen(outer, node);
+        if unseen || outer == node {
+            suspect(slot.get(), node, lock, site);
+        }
+        implied |= !slot.tried.get();
+    }
 }
 
 #[cold]
-pub(crate) fn sleep_in_atomic(section: Section, outer: Site, site: Site) {
-    let text = format!("sleep in atomic context: may sleep at {site}, but {section} since {outer}");
-    tracing::error!("{text}");
-    REPORTS.lock().push(Report {
-        kind: ReportKind::SleepInAtomic,
-        classes: vec![],
-        links: vec![],
-        sites: vec![outer, site],
-        text: text.clone(),
-    });
-    if PANIC.load(Ordering::Relaxed) {
-        panic!("{text}");
+#[inline(never)]
+fn suspect(held: Held, node: Node, lock: usize, site: Site) {
+    if node == Node::UNCHECKED || held.node == Node::UNCHECKED {
+        return;
     }
+    let same_lock = held.lock == lock && held.node == node;
+    if graph::seen(held.node, node) && !(same_lock && report::policy() == Policy::Panic) {
+        return;
+    }
+    let Some(outer_site) = held.site else { return };
+    let found = graph::GRAPH.lock().add(held.node, outer_site, node, site);
+    if let Some(links) = found {
+        report::emit(report::order(links, same_lock));
+    } else if same_lock {
+        // Seen before and reported then; the thread is about to deadlock, and the policy is to say so each time.
+        let links = vec![graph::GRAPH.lock().link(held.node, outer_site, node, site)];
+        report::emit(report::order(links, same_lock));
+    }
+}
+
+/// Records a lock that was waited for and is now held.
+#[inline(always)]
+pub(crate) fn acquired(node: Node, lock: usize, site: Site) {
+    if !task::push(Held { lock, site: Some(site), node, tried: false }) {
+        unrecorded(site);
+    }
+}
+
+/// Records a lock that was tried and is now held.
+#[inline(always)]
+pub(crate) fn acquired_by_try(class: &'static LockClass, lock: usize, site: Site) {
+    if !task::push(Held { lock, site: Some(site), node: class.node(0), tried: true }) {
+        unrecorded(site);
+    }
+}
+
+/// Records that a lock is let go; where it was taken.
+#[inline(always)]
+pub(crate) fn released(lock: usize) -> Option<Site> {
+    task::pop(lock)
+}
+
+#[cold]
+#[inline(never)]
+fn unrecorded(site: Site) {
+    if UNRECORDED_LOCKS.fetch_add(1, Ordering::Relaxed) == 0 {
+        report::emit(report::exhausted(
+            site,
+            format!(
+                "a thread holds more than {} locks at {site}: those beyond are not checked",
+                task::MAX_HELD
+            ),
+        ));
+    }
+}
+
+/// Gives a subclass its node; `slot` keeps it, plus one.
+pub(crate) fn register(name: &'static str, subclass: usize, slot: &AtomicU16) -> Node {
+    static REPORTED: AtomicBool = AtomicBool::new(false);
+    let mut graph = graph::GRAPH.lock();
+    if let Some(index) = slot.load(Ordering::Relaxed).checked_sub(1) {
+        return Node::new(index.into()).unwrap_or(Node::UNCHECKED);
+    }
+    let node = graph.register(name, subclass).unwrap_or(Node::UNCHECKED);
+    slot.store(node.index() as u16 + 1, Ordering::Relaxed);
+    drop(graph);
+    if node == Node::UNCHECKED {
+        UNCHECKED_CLASSES.fetch_add(1, Ordering::Relaxed);
+        if !REPORTED.swap(true, Ordering::Relaxed) {
+            report::emit(report::exhausted(
+                Location::caller(),
+                format!(
+                    "no room for lock class `{name}`: it and later ones are not checked (room for {})",
+                    Node::MAX - 1
+                ),
+            ));
+        }
+    }
+    node
+}
+
+/// Something that may sleep was called at `site` in a section that began at `outer`.
+#[cold]
+#[inline(never)]
+pub(crate) fn sleep_in_atomic(section: Section, outer: Site, site: Site) {
+    report::emit_once((outer, site), || report::sleep(section, outer, site, &held()));
 }

@@ -1,40 +1,74 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Storage of which each thread has its own.
+//! Storage of which each thread has its own, and each virtual thread too (`thread_local!` is shared by those).
+//!
+//! Nothing is shared between threads, so that a key in a static serves in every world.
+
 use std::any::Any;
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use crate::world::{self, OpKind};
+
+/// The values of one thread, by key.
+#[derive(Default)]
+pub(crate) struct Slots(RefCell<Vec<Option<Rc<dyn Any>>>>);
 
 thread_local! {
-    static SLOTS: RefCell<HashMap<usize, Rc<dyn Any>>> = RefCell::new(HashMap::new());
+    static SLOTS: Slots = const { Slots(RefCell::new(Vec::new())) };
 }
 
-/// One `T` for each thread, made at first use there and dropped when the thread ends.
+/// Exchanges the values of the running thread for those of another virtual thread.
+#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
+pub(crate) fn swap(other: &Slots) {
+    SLOTS.with(|slots| slots.0.swap(&other.0));
+}
+
+/// One `T` for each thread, made at its first use there and dropped when the thread ends.
+///
+/// Values outlive the `PerThread` that they belong to: meant for statics.
+#[derive(Debug)]
 pub struct PerThread<T> {
     init: fn() -> T,
-    key: std::sync::OnceLock<usize>,
+    key: OnceLock<usize>,
 }
 
 impl<T: 'static> PerThread<T> {
     /// Storage whose values begin as `init()`.
     pub const fn new(init: fn() -> T) -> Self {
-        PerThread { init, key: std::sync::OnceLock::new() }
+        PerThread { init, key: OnceLock::new() }
     }
 
-    /// The value of this thread.
+    /// Runs `f` on the value of this thread.
+    ///
+    /// # Panics
+    /// In a destructor that runs while the thread ends, after its values are gone.
     #[track_caller]
     pub fn with<R>(&self, f: impl FnOnce(&T) -> R) -> R {
-        static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-        let key = *self.key.get_or_init(|| NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
-        let found = SLOTS.with(|s| s.borrow().get(&key).cloned());
+        world::note(OpKind::PerThread);
+        let key = self.key();
+        let found = SLOTS.with(|slots| slots.0.borrow().get(key).cloned().flatten());
         let slot = found.unwrap_or_else(|| {
+            // `init` may use other keys: no borrow while it runs.
             let slot: Rc<dyn Any> = Rc::new((self.init)());
-            SLOTS.with(|s| s.borrow_mut().insert(key, Rc::clone(&slot)));
+            SLOTS.with(|slots| {
+                let mut slots = slots.0.borrow_mut();
+                if slots.len() <= key {
+                    slots.resize(key + 1, None);
+                }
+                slots[key] = Some(Rc::clone(&slot));
+            });
             slot
         });
         match slot.downcast_ref::<T>() {
             Some(value) => f(value),
-            None => unreachable!("a key belongs to one PerThread"),
+            None => unreachable!("a key belongs to one PerThread, whose values are all of one type"),
         }
+    }
+
+    fn key(&self) -> usize {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        *self.key.get_or_init(|| NEXT.fetch_add(1, Ordering::Relaxed))
     }
 }

@@ -1,38 +1,63 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Sleeping until another thread says so.
+//!
+//! No wake-up is lost: a waiter registers before it tests its condition, and a wake that reaches a waiter which needs
+//! it no longer is passed on to the next. Wake-ups without a cause are possible, so conditions are tested in loops.
+
+use std::fmt;
+use std::panic::Location;
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
-
+use crate::birth::{Birth, ObjectKind};
+use crate::lockdep::Site;
+use crate::sync::{Arc, AtomicUsize, Mutex};
+use crate::task::{self, Section};
+use crate::wait_list::{WaitList, Waiter};
+use crate::world::{OpKind, World};
 use crate::{Atomic, LockClass, MaySleep, MutexGuard, might_sleep};
 
-/// Threads sleep here until they are woken. A waiter registers before it tests, so no wake-up is lost.
+/// Threads sleep here until they are woken, in the order of their coming.
 pub struct WaitQueue {
-    woken: Mutex<u64>,
-    cond: Condvar,
+    plain: WaitList,
+    birth: Birth,
     class: &'static LockClass,
 }
 
+/// A thread that is registered as a waiter, on the side where it waits.
+enum Registered {
+    Plain(Arc<Waiter>),
+    Explored(&'static dyn World),
+}
+
 impl WaitQueue {
-    /// An empty queue.
+    /// An empty queue, in the world of the calling thread.
+    #[track_caller]
     pub fn new(class: &'static LockClass) -> Self {
-        WaitQueue { woken: Mutex::new(0), cond: Condvar::new(), class }
+        let birth = Birth::here(ObjectKind::WaitQueue, Some(class), Location::caller(), || 0);
+        WaitQueue { birth, ..Self::const_new(class) }
     }
 
-    /// Sleeps until `cond` holds. Whoever makes it hold calls [`wake_one`](Self::wake_one) or [`wake_all`](Self::wake_all) afterwards.
+    /// An empty queue in a static; it cannot be used under exploration.
+    pub const fn const_new(class: &'static LockClass) -> Self {
+        let plain = WaitList::new(Mutex::new(std::collections::VecDeque::new()), AtomicUsize::new(0));
+        WaitQueue { plain, birth: Birth::CONST, class }
+    }
+
+    /// Sleeps until `cond` holds. Whoever makes it hold wakes the queue afterwards.
+    ///
+    /// `cond` runs as the kernel's does, between being registered and sleeping: it must not sleep.
     #[track_caller]
     pub fn wait_event(&self, cx: &mut MaySleep<'_>, mut cond: impl FnMut() -> bool) {
-        self.wait_event_with(cx, |_| cond());
+        self.event(cx, None, &mut |_| cond());
     }
 
-    /// [`wait_event`](Self::wait_event) whose condition takes spin locks.
+    /// [`wait_event`](Self::wait_event) with a condition that takes spin locks.
     #[track_caller]
-    pub fn wait_event_with(&self, cx: &mut MaySleep<'_>, cond: impl FnMut(&mut Atomic<'_>) -> bool) {
-        let done = self.event(cx, None, cond);
-        debug_assert!(done);
+    pub fn wait_event_with(&self, cx: &mut MaySleep<'_>, mut cond: impl FnMut(&mut Atomic<'_>) -> bool) {
+        self.event(cx, None, &mut cond);
     }
 
-    /// [`wait_event`](Self::wait_event) for at most `timeout`; whether `cond` held.
+    /// [`wait_event`](Self::wait_event) for at most `timeout`. Whether `cond` held.
     #[track_caller]
     pub fn wait_event_timeout(
         &self,
@@ -40,7 +65,7 @@ impl WaitQueue {
         timeout: Duration,
         mut cond: impl FnMut() -> bool,
     ) -> bool {
-        self.event(cx, Some(timeout), |_| cond())
+        self.event(cx, Some(timeout), &mut |_| cond())
     }
 
     #[track_caller]
@@ -48,37 +73,39 @@ impl WaitQueue {
         &self,
         _cx: &mut MaySleep<'_>,
         timeout: Option<Duration>,
-        mut cond: impl FnMut(&mut Atomic<'_>) -> bool,
+        cond: &mut dyn FnMut(&mut Atomic<'_>) -> bool,
     ) -> bool {
+        let site = Location::caller();
         might_sleep();
-        let deadline = timeout.map(|t| Instant::now() + t);
+        let mut holds = || {
+            let _section = task::enter(Section::Atomic, site);
+            cond(&mut Atomic::lent())
+        };
+        if self.birth.world(site).is_none() && holds() {
+            return true;
+        }
+        // A timeout too long for the clock is none.
+        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
         loop {
-            let seen = *self.woken.lock();
-            if cond(&mut Atomic::lent()) {
+            let entry = Entry { queue: self, site, registered: Some(self.register(site)) };
+            if holds() {
                 return true;
             }
-            let mut woken = self.woken.lock();
-            while *woken == seen {
-                match deadline {
-                    None => self.cond.wait(&mut woken),
-                    Some(d) => {
-                        if self.cond.wait_until(&mut woken, d).timed_out() {
-                            drop(woken);
-                            return cond(&mut Atomic::lent());
-                        }
-                    }
-                }
+            match entry.sleep(timeout, deadline) {
+                Slept::Woken => {}
+                Slept::TimedOut => return holds(),
+                Slept::Abandoned => return false,
             }
         }
     }
 
-    /// Unlocks, sleeps until woken, locks again. May return without a wake-up: test the condition in a loop.
+    /// Lets the lock go, sleeps until woken, and locks again. It may return without a cause: test in a loop.
     #[track_caller]
     pub fn wait<'l, T: ?Sized>(&self, cx: &mut MaySleep<'_>, guard: MutexGuard<'l, T>) -> MutexGuard<'l, T> {
-        self.sleep(cx, None, guard).0
+        self.unlock_and_sleep(cx, None, guard).0
     }
 
-    /// [`wait`](Self::wait) for at most `timeout`; whether it was woken.
+    /// [`wait`](Self::wait) for at most `timeout`. Whether it was woken.
     #[track_caller]
     pub fn wait_timeout<'l, T: ?Sized>(
         &self,
@@ -86,49 +113,125 @@ impl WaitQueue {
         guard: MutexGuard<'l, T>,
         timeout: Duration,
     ) -> (MutexGuard<'l, T>, bool) {
-        self.sleep(cx, Some(timeout), guard)
+        self.unlock_and_sleep(cx, Some(timeout), guard)
     }
 
     #[track_caller]
-    fn sleep<'l, T: ?Sized>(
+    fn unlock_and_sleep<'l, T: ?Sized>(
         &self,
         cx: &mut MaySleep<'_>,
         timeout: Option<Duration>,
         guard: MutexGuard<'l, T>,
     ) -> (MutexGuard<'l, T>, bool) {
+        let site = Location::caller();
         might_sleep();
-        let deadline = timeout.map(|t| Instant::now() + t);
-        let lock = guard.lock_of();
-        let mut woken = self.woken.lock();
-        let seen = *woken;
+        let deadline = timeout.and_then(|t| Instant::now().checked_add(t));
+        let (lock, subclass) = guard.origin();
+        let entry = Entry { queue: self, site, registered: Some(self.register(site)) };
         drop(guard);
-        let mut in_time = true;
-        while *woken == seen && in_time {
-            match deadline {
-                None => self.cond.wait(&mut woken),
-                Some(d) => in_time = !self.cond.wait_until(&mut woken, d).timed_out(),
-            }
-        }
-        drop(woken);
-        (lock.lock(cx), in_time)
+        let woken = matches!(entry.sleep(timeout, deadline), Slept::Woken);
+        (lock.lock_nested(cx, subclass), woken)
     }
 
-    /// Wakes the longest waiting thread. Never sleeps; any context.
+    fn register(&self, site: Site) -> Registered {
+        match self.birth.world(site) {
+            None => Registered::Plain(self.plain.register()),
+            Some(world) => {
+                if !world.aborting() {
+                    world.point(&self.birth.op(OpKind::WaitPrepare, Some(self.class), site));
+                }
+                Registered::Explored(world)
+            }
+        }
+    }
+
+    /// Wakes the thread that has waited longest. Never sleeps; any context.
     #[track_caller]
     pub fn wake_one(&self) {
-        // The first version has no queue: waking more is allowed, waking fewer is not.
-        self.wake_all();
+        self.wake(OpKind::WakeOne, 1, Location::caller());
     }
 
     /// Wakes all. Never sleeps; any context.
     #[track_caller]
     pub fn wake_all(&self) {
-        *self.woken.lock() += 1;
-        self.cond.notify_all();
+        self.wake(OpKind::WakeAll, usize::MAX, Location::caller());
+    }
+
+    fn wake(&self, kind: OpKind, most: usize, site: Site) {
+        match self.birth.world(site) {
+            None => self.plain.wake(most),
+            Some(world) if world.aborting() => {}
+            Some(world) => {
+                world.point(&self.birth.op(kind, Some(self.class), site));
+            }
+        }
     }
 
     /// Its class.
     pub fn class(&self) -> &'static LockClass {
         self.class
+    }
+}
+
+impl fmt::Debug for WaitQueue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "WaitQueue({})", self.class.name())
+    }
+}
+
+/// How a sleep ended.
+enum Slept {
+    Woken,
+    TimedOut,
+    /// The execution is being unwound, and nobody will come.
+    Abandoned,
+}
+
+/// A registration. Dropped while registered, also by a condition that panics, it is taken back.
+struct Entry<'q> {
+    queue: &'q WaitQueue,
+    site: Site,
+    registered: Option<Registered>,
+}
+
+impl Entry<'_> {
+    fn sleep(mut self, timeout: Option<Duration>, deadline: Option<Instant>) -> Slept {
+        let woken = match &self.registered {
+            Some(Registered::Plain(waiter)) => {
+                // A wake that comes between the end of the sleep and the cancelling counts.
+                waiter.sleep(deadline) || self.queue.plain.cancel(waiter)
+            }
+            Some(Registered::Explored(world)) if world.aborting() => {
+                self.registered = None;
+                return Slept::Abandoned;
+            }
+            Some(Registered::Explored(world)) => {
+                world.point(&self.queue.birth.op(OpKind::Wait(timeout), Some(self.queue.class), self.site))
+            }
+            None => true,
+        };
+        self.registered = None;
+        if woken { Slept::Woken } else { Slept::TimedOut }
+    }
+}
+
+impl Drop for Entry<'_> {
+    fn drop(&mut self) {
+        let woken = match self.registered.take() {
+            None => false,
+            Some(Registered::Plain(waiter)) => self.queue.plain.cancel(&waiter),
+            Some(Registered::Explored(world)) => {
+                !world.aborting()
+                    && world.point(&self.queue.birth.op(
+                        OpKind::WaitCancel,
+                        Some(self.queue.class),
+                        self.site,
+                    ))
+            }
+        };
+        if woken {
+            // This thread did not need the wake; the next one may.
+            self.queue.wake(OpKind::WakeOne, 1, self.site);
+        }
     }
 }

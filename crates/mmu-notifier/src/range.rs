@@ -2,7 +2,7 @@
 //! Addresses and ranges of a user address space.
 //!
 //! Invariants: a [`Range`] is never empty, both ends are page aligned and it lies inside the user half of the
-//! address space; a [`PageAddr`] is page aligned. Whoever holds one need not check again.
+//! address space; a [`PageAddr`] is page aligned and in the same half. Whoever holds one need not check again.
 
 use std::fmt;
 
@@ -42,14 +42,31 @@ pub enum RangeError {
     },
 }
 
-/// The address of one page.
+/// The address of one page of user space.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageAddr(u64);
 
 impl PageAddr {
-    /// The page that holds `addr`.
-    pub const fn containing(addr: u64) -> PageAddr {
-        PageAddr(addr & !(PAGE_SIZE - 1))
+    /// The page that starts at `addr`.
+    ///
+    /// # Errors
+    /// [`RangeError`] if `addr` is not page aligned or not in user space.
+    pub const fn new(addr: u64) -> Result<PageAddr, RangeError> {
+        if !addr.is_multiple_of(PAGE_SIZE) {
+            return Err(RangeError::Unaligned { start: addr, len: PAGE_SIZE });
+        }
+        PageAddr::containing(addr)
+    }
+
+    /// The page that holds the byte at `addr`.
+    ///
+    /// # Errors
+    /// [`RangeError::Overflow`] if `addr` is not in user space.
+    pub const fn containing(addr: u64) -> Result<PageAddr, RangeError> {
+        if addr >= TASK_SIZE {
+            return Err(RangeError::Overflow { start: addr, len: 1 });
+        }
+        Ok(PageAddr(addr & !(PAGE_SIZE - 1)))
     }
 
     /// The address in bytes.
@@ -116,9 +133,25 @@ impl Range {
         }
     }
 
+    /// Bytes `[start, end)`, which were a range before.
+    pub(crate) const fn from_bounds(start: u64, end: u64) -> Range {
+        debug_assert!(start < end && end <= TASK_SIZE);
+        Range { start, end }
+    }
+
     /// The one page at `page`.
     pub const fn page(page: PageAddr) -> Range {
         Range { start: page.0, end: page.0 + PAGE_SIZE }
+    }
+
+    /// The first page.
+    pub const fn first_page(self) -> PageAddr {
+        PageAddr(self.start)
+    }
+
+    /// The last page.
+    pub const fn last_page(self) -> PageAddr {
+        PageAddr(self.end - PAGE_SIZE)
     }
 
     /// First byte.
@@ -191,12 +224,24 @@ mod tests {
         assert_eq!(Range::new(0x1000, 0), Err(RangeError::Empty { start: 0x1000 }));
         assert_eq!(Range::new(0x1001, 0x1000), Err(RangeError::Unaligned { start: 0x1001, len: 0x1000 }));
         assert_eq!(Range::new(0x1000, 0xfff), Err(RangeError::Unaligned { start: 0x1000, len: 0xfff }));
-        let (start, len) = (u64::MAX & !0xfff, 0x2000);
+        let (start, len) = (!0xfff, 0x2000);
         assert_eq!(Range::new(start, len), Err(RangeError::Overflow { start, len }));
         assert!(Range::new(TASK_SIZE - PAGE_SIZE, PAGE_SIZE).is_ok());
         assert!(matches!(Range::new(TASK_SIZE, PAGE_SIZE), Err(RangeError::Overflow { .. })));
         assert!(matches!(Range::enclosing(u64::MAX, 2), Err(RangeError::Overflow { .. })));
         assert!(matches!(Range::enclosing(0, u64::MAX), Err(RangeError::Overflow { .. })));
+    }
+
+    #[test]
+    fn a_page_address_is_a_page_of_user_space() {
+        let last = PageAddr::new(TASK_SIZE - PAGE_SIZE).unwrap();
+        assert_eq!(Range::page(last).end(), TASK_SIZE);
+        assert_eq!(PageAddr::containing(TASK_SIZE - 1), Ok(last));
+        assert_eq!(PageAddr::new(0x1001), Err(RangeError::Unaligned { start: 0x1001, len: PAGE_SIZE }));
+        for addr in [TASK_SIZE, !0xfff] {
+            assert!(matches!(PageAddr::new(addr), Err(RangeError::Overflow { .. })));
+            assert!(matches!(PageAddr::containing(addr), Err(RangeError::Overflow { .. })));
+        }
     }
 
     #[test]

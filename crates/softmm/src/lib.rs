@@ -1,2 +1,61 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! softmm.
+//! softmm: a Linux-like mm in Rust that fires every notifier.
+//!
+//! A [`Machine`] has page frames, page-table pages and CPUs. An [`Mm`] is an address space on it. Threads call the
+//! methods of an mm as system calls, load and store through a [`Cpu`] and its TLB, and devices read [`Frames`] by frame
+//! number, as DMA does. Whoever mirrors an mm registers with it and is told what Linux tells.
+//!
+//! One path, one file, named as in the kernel, and each file begins with the notifier sequence that it fires, the locks
+//! it holds and the kernel version that it models. In those lines: `S`, `E` invalidate_range_start, _end; `X` release; `Xi`
+//! the interval notifiers' RELEASE; `A` arch_invalidate_secondary_tlbs; `clr` pte cleared and TLB flushed; `clr'` cleared,
+//! flush deferred; `set` new pte stored; `[ ... ]` under the ptl, must not sleep; `put` the mm drops its reference.
+//!
+//! This slice is private anonymous memory on base pages as of Linux 6.18: mmap, fault, copy-on-write, munmap, fork,
+//! get_user_pages, the oom reaper, exit. [`profile`] is where other versions go.
+//!
+//! Lock order (outer first; the same names are the lock classes):
+//! ```text
+//! mmap_lock                       parent's; every system call
+//!   mmap_lock/1                   fork: the child's
+//!     mmu_notifier_invalidate_range_start
+//!       locks of drivers          callbacks
+//!     page_table_lock             leaf
+//!     ptl                         one per page-table page; fork: the child's
+//!       ptl/1                     fork: the parent's
+//!         cpu_irq                 interrupts off; one per CPU, one at a time; leaf
+//!           locks of drivers      that arch_invalidate_secondary_tlbs takes come before it, under the ptl
+//! ```
+//! Frames, page-table entries and reference counts are atomics and have no lock. No callback runs under `cpu_irq` or
+//! `page_table_lock`.
+
+pub mod access;
+pub mod cow;
+pub mod error;
+pub mod exit;
+pub mod fault;
+pub mod fork;
+pub mod frame;
+pub mod gup;
+pub mod machine;
+pub mod mm;
+pub mod mmap;
+pub mod munmap;
+pub mod oom;
+pub mod page_table;
+pub mod primary;
+pub mod profile;
+pub mod tlb;
+pub mod vma;
+
+pub use error::{AccessError, FaultError, ForkError, MmapError, OutOfMemory};
+pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};
+pub use gup::{Foll, FollRef, UserPages};
+pub use machine::{Config, Machine};
+pub use mm::{Mm, MmId, MmUser};
+pub use mmap::Placement;
+pub use oom::Reap;
+pub use page_table::Pte;
+pub use primary::{MmPin, MmSubscription};
+pub use profile::KernelProfile;
+pub use tlb::Cpu;
+pub use vma::Prot;

@@ -1,3 +1,59 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The command `userptr`.
-fn main() {}
+//! The command `userptr`: argument parsing, tables, progress, reports. What it prints is found out below.
+//!
+//! Exit codes: 0 what was checked holds, 1 it does not hold, 2 it could not be checked.
+
+mod args;
+mod child;
+mod doctor;
+mod live;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use serde::Serialize;
+
+use args::{Cli, Command, LiveArgs};
+
+/// Why a command could not run.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("there is no capability {name}; there are {known}")]
+    NoCapability { name: String, known: String },
+    #[error("no event has {0:?} in its name: `userptr live --list` names them")]
+    NoEvent(String),
+    #[error("this machine cannot run it: {0}; `userptr doctor` says what is missing and how to get it")]
+    Machine(String),
+    #[error(transparent)]
+    Row(#[from] live::row::RowError),
+    #[error(transparent)]
+    Race(#[from] live::race::RaceRowError),
+    #[error("{path}: {source}", path = path.display())]
+    File { path: std::path::PathBuf, source: std::io::Error },
+    #[error("the answer could not be written: {0}")]
+    Output(#[from] std::io::Error),
+    #[error("the answer could not be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+fn print_json(value: &impl Serialize) -> Result<(), Error> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value)?;
+    writeln!(out)?;
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command.unwrap_or(Command::Live(LiveArgs::default())) {
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Live(args) if args.race => live::race::run(&args),
+        Command::Live(args) => live::run(&args),
+        Command::LiveRow(args) => live::answer_row(&args),
+        Command::LiveRace(args) => live::race::answer(&args),
+    };
+    done.unwrap_or_else(|e| {
+        eprintln!("userptr: {e}");
+        ExitCode::from(2)
+    })
+}

@@ -1,99 +1,22 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What this machine offers to this process.
+//! What this machine offers to this process, and how to get what is missing.
+//!
+//! A probe tries the thing itself rather than guess from version numbers, uid or configuration: containers, seccomp,
+//! lockdown and capabilities make any guess wrong. It changes nothing that outlives it, writes no setting, and waits for
+//! nobody. What it finds is true for the calling thread's credentials at that moment.
 
-use std::fmt;
+mod list;
+mod machine;
+mod pages;
+mod report;
+mod sources;
+#[cfg(test)]
+mod tests;
 
-/// One thing that a source, a device or a test may need.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Capability {
-    /// `/dev/kvm` opens and makes a VM.
-    DevKvm,
-    /// The tracepoint `kvm:kvm_unmap_hva_range` and its id.
-    KvmTracepoint,
-    /// BPF maps and tracepoint programs.
-    Bpf,
-    /// A perf ring on a tracepoint, system-wide.
-    PerfRing,
-    /// userfaultfd, by system call or device.
-    Userfaultfd,
-    /// io_uring with fixed buffers.
-    IoUring,
-    /// Page frame numbers in `/proc/self/pagemap`.
-    Pfn,
-    /// `/proc/kpageflags`.
-    Kpageflags,
-    /// `/proc/kpagecount`.
-    Kpagecount,
-    /// The ioctl `PROCMAP_QUERY`.
-    ProcmapQuery,
-    /// The ioctl `PAGEMAP_SCAN`.
-    PagemapScan,
-    /// Kernel same-page merging, with its settings writable.
-    Ksm,
-    /// Swap space, active.
-    Swap,
-    /// A zram device that can be made swap space.
-    Zram,
-    /// uprobes through perf.
-    Uprobes,
-    /// Transparent huge pages, at least by madvise.
-    Thp,
-    /// The trigger `/proc/sys/vm/compact_memory`.
-    Compaction,
-    /// `MADV_GUARD_INSTALL`.
-    GuardPages,
-    /// `mseal`.
-    Mseal,
-    /// `memfd_secret`.
-    MemfdSecret,
-    /// More than one NUMA node.
-    Numa,
-    /// ptrace of a child.
-    Ptrace,
-    /// `pidfd_getfd`.
-    PidfdGetfd,
-    /// tracefs, mounted or through a detached mount.
-    Tracefs,
-}
+use std::io;
 
-impl Capability {
-    /// Its name in reports, in `skipped:` lines and in JSON.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Capability::DevKvm => "dev_kvm",
-            Capability::KvmTracepoint => "kvm_tracepoint",
-            Capability::Bpf => "bpf",
-            Capability::PerfRing => "perf_ring",
-            Capability::Userfaultfd => "userfaultfd",
-            Capability::IoUring => "io_uring",
-            Capability::Pfn => "pfn",
-            Capability::Kpageflags => "kpageflags",
-            Capability::Kpagecount => "kpagecount",
-            Capability::ProcmapQuery => "procmap_query",
-            Capability::PagemapScan => "pagemap_scan",
-            Capability::Ksm => "ksm",
-            Capability::Swap => "swap",
-            Capability::Zram => "zram",
-            Capability::Uprobes => "uprobes",
-            Capability::Thp => "thp",
-            Capability::Compaction => "compaction",
-            Capability::GuardPages => "guard_pages",
-            Capability::Mseal => "mseal",
-            Capability::MemfdSecret => "memfd_secret",
-            Capability::Numa => "numa",
-            Capability::Ptrace => "ptrace",
-            Capability::PidfdGetfd => "pidfd_getfd",
-            Capability::Tracefs => "tracefs",
-        }
-    }
-}
-
-impl fmt::Display for Capability {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
+pub use list::Capability;
+pub use report::{Entry, Report, Verdict};
 
 /// How much of a capability this process has.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,14 +29,84 @@ pub enum State {
     Missing(String),
 }
 
-/// Ask the kernel. Changes nothing and cannot hang.
+impl State {
+    /// All or some of it is there.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        !matches!(self, State::Missing(_))
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn detail(&self) -> &str {
+        match self {
+            State::There(text) | State::Partial(text) | State::Missing(text) => text,
+        }
+    }
+}
+
+/// Ask the kernel. Changes nothing and cannot hang; some milliseconds at most.
 #[must_use]
 pub fn probe(capability: Capability) -> State {
+    examine(capability).state
+}
+
+/// What to do where we have no advice.
+const UNEXPECTED: &str = "unexpected: please report it, with the kernel's version";
+
+/// A state and, where something is missing, what would give it.
+struct Finding {
+    state: State,
+    how: &'static str,
+}
+
+impl Finding {
+    fn there(detail: impl Into<String>) -> Finding {
+        Finding { state: State::There(detail.into()), how: "" }
+    }
+
+    fn partial(detail: impl Into<String>, how: &'static str) -> Finding {
+        Finding { state: State::Partial(detail.into()), how }
+    }
+
+    fn missing(why: impl Into<String>, how: &'static str) -> Finding {
+        Finding { state: State::Missing(why.into()), how }
+    }
+
+    /// `Ok` is there; an error is missing, and `how` is looked up by its number.
+    fn of(tried: io::Result<()>, what: &str, how: impl FnOnce(i32) -> &'static str) -> Finding {
+        match tried {
+            Ok(()) => Finding::there(""),
+            Err(e) => Finding::missing(format!("{what}: {e}"), how(e.raw_os_error().unwrap_or(0))),
+        }
+    }
+}
+
+fn examine(capability: Capability) -> Finding {
     match capability {
-        Capability::Swap => match std::fs::read_to_string("/proc/swaps") {
-            Ok(swaps) if swaps.lines().count() > 1 => State::There(String::new()),
-            _ => State::Missing("no swap area is active".to_owned()),
-        },
-        _ => State::There(String::new()),
+        Capability::DevKvm => sources::dev_kvm(),
+        Capability::KvmTracepoint => sources::kvm_tracepoint(),
+        Capability::Bpf => sources::bpf(),
+        Capability::PerfRing => sources::perf_ring(),
+        Capability::Userfaultfd => sources::userfaultfd(),
+        Capability::Tracefs => sources::tracefs(),
+        Capability::IoUring => pages::io_uring(),
+        Capability::Pfn => pages::pfn(),
+        Capability::Kpageflags => pages::frame_file("/proc/kpageflags"),
+        Capability::Kpagecount => pages::frame_file("/proc/kpagecount"),
+        Capability::ProcmapQuery => pages::procmap_query(),
+        Capability::PagemapScan => pages::pagemap_scan(),
+        Capability::GuardPages => pages::guard_pages(),
+        Capability::Mseal => pages::mseal(),
+        Capability::MemfdSecret => pages::memfd_secret(),
+        Capability::Ksm => machine::ksm(),
+        Capability::Swap => machine::swap(),
+        Capability::Zram => machine::zram(),
+        Capability::Uprobes => machine::uprobes(),
+        Capability::Thp => machine::thp(),
+        Capability::Compaction => machine::compaction(),
+        Capability::Numa => machine::numa(),
+        Capability::Ptrace => machine::ptrace(),
+        Capability::PidfdGetfd => machine::pidfd_getfd(),
     }
 }

@@ -27,7 +27,8 @@ impl Canary {
 
     /// The page.
     pub(crate) fn range(&self) -> Range {
-        Range::page(PageAddr::containing(self.0.ptr().as_ptr() as u64))
+        let page = PageAddr::containing(self.0.ptr().as_ptr() as u64);
+        Range::page(page.unwrap_or_else(|_| unreachable!("mmap without a hint stays below TASK_SIZE")))
     }
 
     /// Makes the kernel announce the page: MADV_DONTNEED does so even where nothing is mapped (measured on 6.18).

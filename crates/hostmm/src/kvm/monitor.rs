@@ -58,6 +58,13 @@ impl Record {
         }
     }
 
+    /// The part of `range` that it touches; all of it if the record is odd.
+    pub(crate) fn within(&self, range: Range) -> Range {
+        let (start, end) = (self.start.max(range.start()), self.end.min(range.end()));
+        let part = end.checked_sub(start).and_then(|len| Range::enclosing(start, len).ok());
+        part.unwrap_or(range)
+    }
+
     /// Does it touch `range`? An empty or backward range is taken to touch everything.
     pub fn overlaps(&self, range: Range) -> bool {
         self.start >= self.end || (self.start < range.end() && range.start() < self.end)
@@ -97,12 +104,19 @@ pub(crate) enum Input {
     Perf(Fields),
 }
 
+static ENDED: interleave::LockClass = interleave::LockClass::new("kvm_monitor_ended");
+
+impl std::fmt::Debug for Monitor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Monitor").field("thread", &self.thread.thread().id()).finish_non_exhaustive()
+    }
+}
+
 /// A running monitor.
-#[derive(Debug)]
 pub(crate) struct Monitor {
     thread: JoinHandle<()>,
-    /// Disconnected when the thread has ended.
-    ended: Receiver<()>,
+    /// Disconnected when the thread has ended. Never locked: a receiver alone could not be shared.
+    ended: interleave::Mutex<Receiver<()>>,
 }
 
 impl Monitor {
@@ -117,18 +131,20 @@ impl Monitor {
         let thread =
             blocking_signals(|| std::thread::Builder::new().name("kvm-notifier".into()).spawn(body))?;
         is_ready.recv().map_err(|_| io::Error::other("the monitor thread died at its start"))??;
-        Ok(Monitor { thread, ended })
+        Ok(Monitor { thread, ended: interleave::Mutex::new(&ENDED, ended) })
     }
 
     /// Waits for the end of the thread; `wake` makes a record appear. Gives up after two seconds: the thread then ends
     /// by itself at its next record, and touches nothing but what it owns.
-    pub(crate) fn stop(self, mut wake: impl FnMut()) {
+    pub(crate) fn stop(mut self, mut wake: impl FnMut()) {
         if std::thread::current().id() == self.thread.thread().id() {
             return;
         }
         for _ in 0..400 {
             wake();
-            if self.ended.recv_timeout(Duration::from_millis(5)) == Err(RecvTimeoutError::Disconnected) {
+            if self.ended.get_mut().recv_timeout(Duration::from_millis(5))
+                == Err(RecvTimeoutError::Disconnected)
+            {
                 // The result was already told through the state word.
                 let _ = self.thread.join();
                 return;
@@ -284,6 +300,11 @@ impl Subscription {
         Ok(this)
     }
 
+    /// Is this the thread that calls back?
+    pub(crate) fn is_calling(&self) -> bool {
+        std::thread::current().id() == self.monitor
+    }
+
     /// The synchronous side of the same range. Unlike a watch without callbacks it is also gone when the monitor is.
     pub fn watch(&self) -> &super::Watch {
         &self.watch
@@ -299,7 +320,7 @@ impl Drop for Subscription {
             return;
         }
         lock(&self.shared.subs).retain(|sub| !Arc::ptr_eq(sub, &self.sub));
-        if std::thread::current().id() != self.monitor {
+        if !self.is_calling() {
             *lock(&self.sub.callback) = None;
             return;
         }

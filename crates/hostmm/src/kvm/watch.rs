@@ -40,7 +40,7 @@ pub struct Seq {
 }
 
 /// The sum of one word (the program's global counter: the case to be fast in) or several (the heads of perf rings).
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Heads {
     first: Word,
     rest: Box<[Word]>,
@@ -69,7 +69,7 @@ fn sum(words: &[Word]) -> u64 {
 /// The changes of one range of this process's memory. Cheap to make; share it or make one per thread.
 ///
 /// May be used from any thread and context: no system call, no lock, no allocation once it is made.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Watch {
     state: Word,
     need: u64,

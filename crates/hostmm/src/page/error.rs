@@ -4,7 +4,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use mmu_notifier::{PageAddr, Range, TASK_SIZE};
+use mmu_notifier::{PageAddr, Range};
 
 /// Why a question about pages or mappings has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -20,9 +20,6 @@ pub enum PageError {
         /// The process.
         pid: u32,
     },
-    /// The address is not a user address.
-    #[error("{0:?} is past the end of user space {TASK_SIZE:#x}")]
-    NotUser(PageAddr),
     /// The kernel refuses to this user.
     #[error("{path}: permission denied: {how}", path = path.display())]
     Permission {

@@ -68,7 +68,7 @@ impl Maps {
     pub fn open_without_query(who: PidOrSelf) -> Result<Maps, PageError> {
         let path = who.path("maps");
         let file = File::open(&path).map_err(|e| PageError::from_io(&path, e, who.pid()))?;
-        Ok(Maps { file, path, who, owner: Owner::new(who), by_query: false })
+        Ok(Maps { file, path, who, owner: Owner::new(who)?, by_query: false })
     }
 
     /// Whether `PROCMAP_QUERY` answers.
@@ -94,11 +94,8 @@ impl Maps {
     /// The mapping that holds `page`.
     ///
     /// # Errors
-    /// [`PageError::Unmapped`], [`PageError::NotUser`], and those of [`Maps::find`].
+    /// [`PageError::Unmapped`], and those of [`Maps::find`].
     pub fn at(&self, page: PageAddr) -> Result<Vma, PageError> {
-        if !Range::ALL.contains_addr(page.get()) {
-            return Err(PageError::NotUser(page));
-        }
         match self.find(page)? {
             Some(vma) if vma.range.contains_addr(page.get()) => Ok(vma),
             next => Err(PageError::Unmapped { range: Range::page(page), next: next.map(|vma| vma.range) }),
@@ -116,11 +113,13 @@ impl Maps {
             return Ok(all.into_iter().filter(|vma| vma.range.overlaps(range)).collect());
         }
         let mut found = Vec::new();
-        let mut at = range.start();
-        while at < range.end() {
-            match self.find(PageAddr::containing(at))? {
+        let mut at = Ok(range.first_page());
+        while let Ok(page) = at
+            && page.get() < range.end()
+        {
+            match self.find(page)? {
                 Some(vma) if vma.range.overlaps(range) => {
-                    at = vma.range.end();
+                    at = PageAddr::new(vma.range.end());
                     found.push(vma);
                 }
                 _ => break,
@@ -154,7 +153,10 @@ impl Maps {
     }
 
     fn process(&self) -> procfs::ProcResult<Process> {
-        Process::new(self.who.pid().unwrap_or_else(std::process::id).cast_signed())
+        match self.who {
+            PidOrSelf::Myself => Process::myself(),
+            PidOrSelf::Pid(pid) => Process::new(pid.cast_signed()),
+        }
     }
 
     fn read_all(&self) -> Result<Vec<Vma>, PageError> {

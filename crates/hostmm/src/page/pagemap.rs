@@ -13,6 +13,7 @@ use mmu_notifier::{PageAddr, Range};
 
 use super::entry::{PagemapEntry, Pfn};
 use super::error::PageError;
+use crate::sys::wipe::MmMark;
 
 /// Bytes in a word of each of the files.
 const WORD: usize = 8;
@@ -31,8 +32,7 @@ pub enum PidOrSelf {
 impl PidOrSelf {
     pub(super) fn path(self, file: &str) -> PathBuf {
         match self {
-            // Not /proc/self, which is the caller's thread group whatever we recorded: see Owner.
-            PidOrSelf::Myself => format!("/proc/{}/{file}", std::process::id()).into(),
+            PidOrSelf::Myself => format!("/proc/self/{file}").into(),
             PidOrSelf::Pid(pid) => format!("/proc/{pid}/{file}").into(),
         }
     }
@@ -45,18 +45,24 @@ impl PidOrSelf {
     }
 }
 
-/// Which process opened a handle on its own memory.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Owner(Option<u32>);
+/// The mm of a handle on its opener's own memory; none for a handle on another process.
+#[derive(Debug)]
+pub(super) struct Owner(Option<MmMark>);
 
 impl Owner {
-    pub(super) fn new(who: PidOrSelf) -> Owner {
-        Owner(matches!(who, PidOrSelf::Myself).then(std::process::id))
+    pub(super) fn new(who: PidOrSelf) -> Result<Owner, PageError> {
+        match who {
+            PidOrSelf::Myself => match MmMark::new() {
+                Ok(mark) => Ok(Owner(Some(mark))),
+                Err(e) => Err(PageError::from_io(who.path("maps"), e, None)),
+            },
+            PidOrSelf::Pid(_) => Ok(Owner(None)),
+        }
     }
 
-    pub(super) fn check(self) -> Result<(), PageError> {
-        match self.0 {
-            Some(pid) if pid != std::process::id() => Err(PageError::Forked),
+    pub(super) fn check(&self) -> Result<(), PageError> {
+        match &self.0 {
+            Some(mark) if !mark.is_here() => Err(PageError::Forked),
             _ => Ok(()),
         }
     }
@@ -79,17 +85,14 @@ impl Pagemap {
     pub fn open(who: PidOrSelf) -> Result<Pagemap, PageError> {
         let path = who.path("pagemap");
         let file = File::open(&path).map_err(|e| PageError::from_io(&path, e, who.pid()))?;
-        Ok(Pagemap { file, path, who, owner: Owner::new(who) })
+        Ok(Pagemap { file, path, who, owner: Owner::new(who)? })
     }
 
     /// The entry of one page. A page of no mapping has the entry 0, as has one that was never touched.
     ///
     /// # Errors
-    /// [`PageError::NotUser`], [`PageError::Forked`], [`PageError::NoProcess`].
+    /// [`PageError::Forked`], [`PageError::NoProcess`].
     pub fn entry(&self, page: PageAddr) -> Result<PagemapEntry, PageError> {
-        if !Range::ALL.contains_addr(page.get()) {
-            return Err(PageError::NotUser(page));
-        }
         let mut word = [0; WORD];
         self.read(page, &mut word)?;
         Ok(PagemapEntry::from_raw(u64::from_ne_bytes(word)))

@@ -130,6 +130,9 @@ pub(super) fn no_ring(source: io::Error) -> PinError {
     PinError::NoRing { how, source }
 }
 
+/// Shared mappings of these have no file system that writes back: if they refuse, it is for another reason.
+const IN_MEMORY: [&str; 5] = ["/memfd:", "/dev/zero", "/dev/shm/", "/SYSV", "/secretmem"];
+
 /// What a failed registration means. The mappings are read afterwards and may have changed since: then the answer is
 /// [`PinError::Refused`].
 pub(super) fn explain(range: Range, source: io::Error) -> PinError {
@@ -141,7 +144,10 @@ pub(super) fn explain(range: Range, source: io::Error) -> PinError {
         Some(libc::EFAULT | libc::EOPNOTSUPP) => {}
         _ => return PinError::Refused { range, source },
     }
-    let Ok(maps) = Maps::open(PidOrSelf::Myself) else { return PinError::Refused { range, source } };
+    // By number: a handle for `Myself` maps a page, perhaps just into the hole that we look for.
+    let Ok(maps) = Maps::open(PidOrSelf::Pid(std::process::id())) else {
+        return PinError::Refused { range, source };
+    };
     if let Some(hole) = maps.holes(range).ok().and_then(|holes| holes.first().copied()) {
         return PinError::Unmapped { range, hole };
     }
@@ -150,7 +156,9 @@ pub(super) fn explain(range: Range, source: io::Error) -> PinError {
         if !vma.write {
             return PinError::NotWritable { range, part: part(&vma) };
         }
-        if let (true, Some(name)) = (vma.shared, &vma.name) {
+        if let (true, Some(name)) = (vma.shared, &vma.name)
+            && !IN_MEMORY.iter().any(|prefix| name.as_encoded_bytes().starts_with(prefix.as_bytes()))
+        {
             let name = name.clone();
             return PinError::SharedFile { range, part: part(&vma), name };
         }

@@ -29,6 +29,7 @@ use mmu_notifier::Range;
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::sys::uring::{self, Transfer};
+use crate::sys::wipe::MmMark;
 
 pub use error::PinError;
 
@@ -47,8 +48,8 @@ static PIN_DEVICE: LockClass = LockClass::new("pin_device");
 pub struct Pinner(Arc<Inner>);
 
 struct Inner {
-    /// The process that made it, and whose pages are pinned.
-    pid: u32,
+    /// The mm that made it, and whose pages are pinned.
+    mm: MmMark,
     /// The ring whose table it is.
     ring: OwnedFd,
     /// The first slot of the table that is ours.
@@ -71,7 +72,6 @@ struct Device {
 impl std::fmt::Debug for Inner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Pinner")
-            .field("pid", &self.pid)
             .field("ring", &self.ring.as_raw_fd())
             .field("slots", &self.slots)
             .field("pinned", &self.pinned.load(Ordering::Relaxed))
@@ -92,21 +92,28 @@ impl Pinner {
         let scratch =
             memfd_create("pin device", MemfdFlags::CLOEXEC).map_err(|e| error::no_ring(e.into()))?;
         let device = Device { ring, scratch: scratch.into() };
-        Ok(Pinner::make(fd, 0, slots, Some(Mutex::new(&PIN_DEVICE, device))))
+        Pinner::make(fd, 0, slots, Some(Mutex::new(&PIN_DEVICE, device)))
     }
 
     /// The table of somebody else's ring, which has registered a (sparse) table that holds the empty slots
     /// `[first, first + slots)` and leaves them to us. Requests go to that ring, by [`Pin::slot`]; keep the pin alive
     /// until they have completed if the pages must not be given back (the kernel itself holds them for requests in flight).
-    #[must_use]
-    pub fn on_ring(ring: OwnedFd, first: u32, slots: u32) -> Pinner {
+    ///
+    /// # Errors
+    /// [`PinError::NoRing`] if a page of bookkeeping cannot be had.
+    pub fn on_ring(ring: OwnedFd, first: u32, slots: u32) -> Result<Pinner, PinError> {
         Pinner::make(ring, first, slots, None)
     }
 
-    fn make(ring: OwnedFd, first: u32, slots: u32, device: Option<Mutex<Device>>) -> Pinner {
+    fn make(
+        ring: OwnedFd,
+        first: u32,
+        slots: u32,
+        device: Option<Mutex<Device>>,
+    ) -> Result<Pinner, PinError> {
         let used = (0..slots.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        let pid = std::process::id();
-        Pinner(Arc::new(Inner { pid, ring, first, slots, used, pinned: AtomicU64::new(0), device }))
+        let mm = MmMark::new().map_err(error::no_ring)?;
+        Ok(Pinner(Arc::new(Inner { mm, ring, first, slots, used, pinned: AtomicU64::new(0), device })))
     }
 
     /// Pin the pages of `range`: fault them in, break copy-on-write, hold them. May sleep.
@@ -138,7 +145,7 @@ impl Pinner {
 
 impl Inner {
     fn check_owner(&self) -> Result<(), PinError> {
-        if self.pid == std::process::id() { Ok(()) } else { Err(PinError::Forked) }
+        if self.mm.is_here() { Ok(()) } else { Err(PinError::Forked) }
     }
 
     fn take_slot(&self) -> Option<u32> {

@@ -216,6 +216,26 @@ fn a_shared_file_is_refused_and_a_private_one_is_not() {
     });
 }
 
+#[test]
+fn the_end_of_a_file_and_secrets_are_refused() {
+    fn here() {}
+    live(here, || {
+        let pinner = Pinner::new(1).unwrap();
+        let past_end = Memory::file(&memfd(PAGE_SIZE), 2 * PAGE_SIZE, libc::MAP_SHARED);
+        let e = pinner.pin(past_end.range).unwrap_err();
+        assert!(matches!(e, PinError::Refused { .. }), "{e}");
+        assert!(pinner.pin(Range::page(past_end.page(0))).is_ok());
+        if require(Capability::MemfdSecret) {
+            let file = File::from(crate::sys::probe::memfd_secret().unwrap());
+            file.set_len(PAGE_SIZE).unwrap();
+            let secret = Memory::file(&file, PAGE_SIZE, libc::MAP_SHARED);
+            secret.write(0, b"s");
+            let e = pinner.pin(secret.range).unwrap_err();
+            assert!(matches!(e, PinError::Refused { .. }), "{e}");
+        }
+    });
+}
+
 fn vm_pin_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|l| l.strip_prefix("VmPin:")).unwrap();
@@ -279,7 +299,7 @@ fn a_ring_of_the_user_can_be_pinned_for() {
     live(here, || {
         let mut ring = IoUring::new(2).unwrap();
         ring.submitter().register_buffers_sparse(16).unwrap();
-        let pinner = Pinner::on_ring(uring::descriptor(&ring).unwrap(), 10, 2);
+        let pinner = Pinner::on_ring(uring::descriptor(&ring).unwrap(), 10, 2).unwrap();
         let m = Memory::anon(PAGE_SIZE);
         m.write(0, b"OLD");
         let pins = [pinner.pin(m.range).unwrap(), pinner.pin(m.range).unwrap()];

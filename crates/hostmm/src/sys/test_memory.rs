@@ -45,7 +45,7 @@ impl Memory {
     }
 
     pub(crate) fn page(&self, n: u64) -> PageAddr {
-        PageAddr::containing(self.range.start() + (n << 12))
+        PageAddr::containing(self.range.start() + (n << 12)).unwrap()
     }
 
     pub(crate) fn write(&self, off: u64, bytes: &[u8]) {

@@ -31,6 +31,27 @@ impl WipePage {
     }
 }
 
+/// Tells whether we still run in the mm in which it was made.
+///
+/// Better than a process number, which a child in a new pid namespace may share, and which differs in a CLONE_VM child
+/// of the same mm.
+#[derive(Debug)]
+pub(crate) struct MmMark(WipePage);
+
+impl MmMark {
+    /// Marks the mm of the caller.
+    pub(crate) fn new() -> io::Result<MmMark> {
+        let page = WipePage::new()?;
+        page.words()[0].store(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(MmMark(page))
+    }
+
+    /// Is the caller's mm the marked one? False in a forked child.
+    pub(crate) fn is_here(&self) -> bool {
+        self.0.words()[0].load(std::sync::atomic::Ordering::Relaxed) != 0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

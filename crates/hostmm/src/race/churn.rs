@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A correct program: every thread allocates a buffer, looks it up in a cache that all share, and frees it.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use mmu_notifier::Range;
+
+use super::{Outcome, RaceError, Subject};
+
+/// Above the threshold from which malloc maps each buffer for itself, and free unmaps it.
+const BYTES: usize = 256 << 10;
+
+/// Runs `rounds` rounds, spread over `threads` threads.
+///
+/// Sets malloc's M_MMAP_THRESHOLD to 128 KiB for the whole process, for good: otherwise glibc raises it after the
+/// first free, and then buffers are reused without being unmapped. With another allocator, every buffer must be
+/// unmapped by free, or what is counted is not stale.
+///
+/// # Errors
+/// [`RaceError`] if the subject refuses a buffer.
+pub fn churn<S: Subject>(subject: &S, threads: usize, rounds: u64) -> Result<Outcome, RaceError> {
+    // SAFETY: mallopt may be called at any time.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
+    let start = Instant::now();
+    let shared = Churn {
+        subject,
+        cache: Mutex::new(HashMap::new()),
+        stamps: AtomicU64::new(0),
+        rounds,
+        lookups: AtomicU64::new(0),
+        stale: AtomicU64::new(0),
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(|| shared.run())).collect();
+        threads.into_iter().try_for_each(|t| t.join().unwrap_or(Ok(())))
+    })?;
+    Ok(Outcome {
+        rounds,
+        lookups: shared.lookups.into_inner(),
+        stale: shared.stale.into_inner(),
+        elapsed: start.elapsed(),
+    })
+}
+
+struct Entry<T> {
+    stamp: u64,
+    token: T,
+}
+
+struct Churn<'s, S: Subject> {
+    subject: &'s S,
+    /// The cache by the address of the buffer. Never held across malloc's munmap: tokens are dropped outside.
+    cache: Mutex<HashMap<u64, Entry<S::Token>>>,
+    stamps: AtomicU64,
+    rounds: u64,
+    lookups: AtomicU64,
+    stale: AtomicU64,
+}
+
+impl<S: Subject> Churn<'_, S> {
+    fn run(&self) -> Result<(), RaceError> {
+        loop {
+            // Each buffer has a stamp of its own, so one that was cached under another stamp is another buffer.
+            let stamp = self.stamps.fetch_add(1, Ordering::Relaxed) + 1;
+            if stamp > self.rounds {
+                return Ok(());
+            }
+            // SAFETY: freed below, and used within its size.
+            let buffer = unsafe { libc::malloc(BYTES) };
+            if buffer.is_null() {
+                return Err(RaceError::last("malloc"));
+            }
+            // SAFETY: as above; malloc aligns to 16 bytes.
+            unsafe { buffer.cast::<u64>().write_volatile(stamp) };
+            let got = self.get(buffer.addr() as u64, stamp);
+            // SAFETY: from malloc, and freed once.
+            unsafe { libc::free(buffer) };
+            got?;
+        }
+    }
+
+    /// What a program does before it hands the buffer to a device.
+    fn get(&self, addr: u64, stamp: u64) -> Result<(), RaceError> {
+        let old = {
+            let mut cache = self.lock();
+            match cache.get(&addr) {
+                Some(entry) if self.subject.is_current(&entry.token) => {
+                    let stale = entry.stamp != stamp;
+                    self.lookups.fetch_add(1, Ordering::Relaxed);
+                    self.stale.fetch_add(u64::from(stale), Ordering::Relaxed);
+                    return Ok(());
+                }
+                Some(_) => {
+                    self.lookups.fetch_add(1, Ordering::Relaxed);
+                    cache.remove(&addr)
+                }
+                None => None,
+            }
+        };
+        drop(old);
+        let Ok(range) = Range::enclosing(addr, BYTES as u64) else { return Ok(()) };
+        let token = self.subject.take(range).map_err(|why| RaceError::Refused { range, why })?;
+        let old = self.lock().insert(addr, Entry { stamp, token });
+        drop(old);
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Entry<S::Token>>> {
+        self.cache.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}

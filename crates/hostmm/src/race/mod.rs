@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Races between giving memory back and being given it again, for any notifier source.
+//!
+//! What is raced: thread A unmaps a page that something is cached for; the kernel makes the address free before it
+//! can have told anybody; thread B is given the address, and looks in the cache. A stale hit is an answer "still
+//! current" for what was cached of A's page. A source is right if there is never one. A race proves nothing if its
+//! control has none either: [`Nothing`] must lose every round, and a source with half of its protocol some.
+#![expect(
+    clippy::disallowed_types,
+    reason = "real threads of the running kernel: the race itself is what is wanted"
+)]
+
+mod churn;
+mod reuse;
+mod subject;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use mmu_notifier::Range;
+
+pub use churn::churn;
+pub use reuse::{Way, reuse};
+
+/// A source, or half of one, as the races see it.
+pub trait Subject: Sync {
+    /// What is kept beside a cached translation.
+    type Token: Send;
+
+    /// Called while `range` is mapped and before it is translated.
+    ///
+    /// # Errors
+    /// The reason why it cannot be cached, in words.
+    fn take(&self, range: Range) -> Result<Self::Token, String>;
+
+    /// May what was cached with `token` still be used?
+    fn is_current(&self, token: &Self::Token) -> bool;
+}
+
+/// The control without any source: everything cached is believed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Nothing;
+
+impl Subject for Nothing {
+    type Token = ();
+
+    fn take(&self, _range: Range) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn is_current(&self, _token: &()) -> bool {
+        true
+    }
+}
+
+/// How a race went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Rounds run.
+    pub rounds: u64,
+    /// Rounds in which something was cached for the address, so that it could be stale.
+    pub lookups: u64,
+    /// Lookups that were answered "still current" although the memory was another.
+    pub stale: u64,
+    /// How long it took.
+    pub elapsed: Duration,
+}
+
+/// Why a race could not be run.
+#[derive(Debug, thiserror::Error)]
+pub enum RaceError {
+    /// The subject refused.
+    #[error("{range} cannot be watched: {why}")]
+    Refused {
+        /// The memory.
+        range: Range,
+        /// In the subject's words.
+        why: String,
+    },
+    /// The kernel refused.
+    #[error("{what}: {source}")]
+    System {
+        /// The step.
+        what: &'static str,
+        /// The reason.
+        source: std::io::Error,
+    },
+}
+
+impl RaceError {
+    fn last(what: &'static str) -> RaceError {
+        RaceError::System { what, source: std::io::Error::last_os_error() }
+    }
+}
+
+/// Runs `body` while `hogs` threads keep the CPUs busy, so that whoever is woken has to wait.
+fn with_hogs<T>(hogs: usize, body: impl FnOnce() -> T) -> T {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..hogs {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        // Also when `body` panics: the scope waits for the hogs.
+        let _stop = StopOnDrop(&stop);
+        body()
+    })
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Waits until `word` is at least `value`. False if `stop` came first.
+fn wait_for(word: &AtomicU64, value: u64, stop: &AtomicBool) -> bool {
+    let mut spins = 0u32;
+    while word.load(Ordering::Acquire) < value {
+        if stop.load(Ordering::Relaxed) {
+            return false;
+        }
+        spins += 1;
+        if spins.is_multiple_of(100) { rustix::thread::sched_yield() } else { std::hint::spin_loop() }
+    }
+    true
+}

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! B is given the address while A is still in the system call that gave it up.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use mmu_notifier::{PAGE_SIZE, Range};
+
+use super::{Outcome, RaceError, StopOnDrop, Subject, wait_for, with_hogs};
+
+/// How A gives the page up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// munmap.
+    Munmap,
+    /// mremap to another address.
+    Mremap,
+}
+
+const RW: libc::c_int = libc::PROT_READ | libc::PROT_WRITE;
+const ANON: libc::c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+
+/// Races `rounds` times, with `hogs` threads besides that only burn CPU time.
+///
+/// # Errors
+/// [`RaceError`] if the kernel or the subject refuses something; the rounds until then are lost.
+pub fn reuse<S: Subject>(subject: &S, way: Way, rounds: u64, hogs: usize) -> Result<Outcome, RaceError> {
+    let start = Instant::now();
+    // The page that is raced for, and a place for A to move it to, out of the way of other mappings.
+    let arena = map(0, 4 * PAGE_SIZE, libc::PROT_NONE, 0).ok_or_else(|| RaceError::last("mmap"))?;
+    let page = Range::new(arena + PAGE_SIZE, PAGE_SIZE).map_err(|_| RaceError::last("mmap"))?;
+    let away = arena + 3 * PAGE_SIZE;
+    unmap(page.start());
+    let race = Race {
+        subject,
+        page,
+        token: Mutex::new(None),
+        go: AtomicU64::new(0),
+        done: AtomicU64::new(0),
+        stop: AtomicBool::new(false),
+    };
+    let stale = with_hogs(hogs, || {
+        std::thread::scope(|scope| {
+            let b = scope.spawn(|| race.take_over(rounds));
+            let _stop = StopOnDrop(&race.stop);
+            for round in 1..=rounds {
+                race.give_up(round, way, away)?;
+            }
+            Ok(b.join().unwrap_or(0))
+        })
+    });
+    // SAFETY: the arena is ours, and nothing refers to it.
+    unsafe { libc::munmap(arena as *mut libc::c_void, 4 * PAGE_SIZE as usize) };
+    Ok(Outcome { rounds, lookups: rounds, stale: stale?, elapsed: start.elapsed() })
+}
+
+struct Race<'s, S: Subject> {
+    subject: &'s S,
+    page: Range,
+    /// From A to B.
+    token: Mutex<Option<S::Token>>,
+    go: AtomicU64,
+    done: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl<S: Subject> Race<'_, S> {
+    /// Thread A.
+    fn give_up(&self, round: u64, way: Way, away: u64) -> Result<(), RaceError> {
+        let addr = self.page.start();
+        map(addr, PAGE_SIZE, RW, libc::MAP_FIXED_NOREPLACE).ok_or_else(|| RaceError::last("mmap"))?;
+        stamp(addr, round);
+        let token = self.subject.take(self.page);
+        let token = token.map_err(|why| RaceError::Refused { range: self.page, why })?;
+        *self.token.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(token);
+        self.go.store(round, Ordering::Release);
+        match way {
+            Way::Munmap => unmap(addr),
+            Way::Mremap => {
+                let (len, flags) = (PAGE_SIZE as usize, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+                // SAFETY: both pages are in the arena of this race, and nothing refers to them.
+                let to = unsafe { libc::mremap(addr as *mut libc::c_void, len, len, flags, away) };
+                if to == libc::MAP_FAILED {
+                    return Err(RaceError::last("mremap"));
+                }
+            }
+        }
+        wait_for(&self.done, round, &self.stop);
+        Ok(())
+    }
+
+    /// Thread B: how many stale hits.
+    fn take_over(&self, rounds: u64) -> u64 {
+        let mut stale = 0;
+        for round in 1..=rounds {
+            if !wait_for(&self.go, round, &self.stop) {
+                break;
+            }
+            let token = self.token.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            let addr = self.page.start();
+            while map(addr, PAGE_SIZE, RW, libc::MAP_FIXED_NOREPLACE).is_none() {
+                if self.stop.load(Ordering::Relaxed) {
+                    return stale;
+                }
+            }
+            // From here on the address is ours, whatever A is doing.
+            stale += u64::from(token.as_ref().is_some_and(|t| self.subject.is_current(t)));
+            stamp(addr, u64::MAX);
+            drop(token);
+            unmap(addr);
+            self.done.store(round, Ordering::Release);
+        }
+        stale
+    }
+}
+
+fn map(addr: u64, len: u64, prot: libc::c_int, flags: libc::c_int) -> Option<u64> {
+    // SAFETY: without MAP_FIXED no existing mapping is touched.
+    let at = unsafe { libc::mmap(addr as *mut libc::c_void, len as usize, prot, ANON | flags, -1, 0) };
+    (at != libc::MAP_FAILED).then(|| at.addr() as u64)
+}
+
+fn unmap(addr: u64) {
+    // SAFETY: a page of the arena of this race, and nothing refers to it.
+    unsafe { libc::munmap(addr as *mut libc::c_void, PAGE_SIZE as usize) };
+}
+
+fn stamp(addr: u64, value: u64) {
+    // SAFETY: a writable page of the arena that this thread has just mapped.
+    unsafe { (addr as *mut u64).write_volatile(value) };
+}

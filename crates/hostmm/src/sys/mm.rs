@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Calls on the mm for the sake of the locks that they take; see [`crate::barrier`].
+
+use std::io;
+use std::ptr;
+
+use mmu_notifier::{PAGE_SIZE, PageAddr, Range};
+
+const MPOL_DEFAULT: libc::c_int = 0;
+const MPOL_F_ADDR: libc::c_ulong = 2;
+/// Bits in the node mask handed to `get_mempolicy`; it must be no less than the kernel's own number of nodes.
+const MAX_NODES: usize = 1024;
+
+fn check(result: libc::c_long) -> io::Result<()> {
+    if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Does the mapping at `page` have no memory policy of its own?
+///
+/// # Errors
+/// `EFAULT` where nothing is mapped, `ENOSYS` on kernels without NUMA, what a seccomp filter says.
+pub(crate) fn has_default_policy(page: PageAddr) -> io::Result<bool> {
+    let mut mode: libc::c_int = -1;
+    let mut nodes = [0 as libc::c_ulong; MAX_NODES / libc::c_ulong::BITS as usize];
+    // SAFETY: `mode` and `nodes` are ours, as large as the call is told, and live across it; the address is looked
+    // up, not written.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_get_mempolicy,
+            &raw mut mode,
+            nodes.as_mut_ptr(),
+            MAX_NODES,
+            page.get(),
+            MPOL_F_ADDR,
+        )
+    };
+    check(result).map(|()| mode == MPOL_DEFAULT)
+}
+
+/// Set the default policy on `range`: with [`has_default_policy`], nothing but the locks.
+///
+/// # Errors
+/// `EFAULT` where nothing is mapped (the mmap lock was taken all the same), `ENOSYS` without NUMA.
+pub(crate) fn mbind_default(range: Range) -> io::Result<()> {
+    // SAFETY: no memory is handed over (the mask is null, as MPOL_DEFAULT wants), and no page is moved (flags 0).
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mbind,
+            range.start(),
+            range.len(),
+            MPOL_DEFAULT,
+            ptr::null::<libc::c_ulong>(),
+            0usize,
+            0u32,
+        )
+    })
+}
+
+/// Whether core dumps hold `range`.
+///
+/// # Errors
+/// `EINVAL` for mappings of a device, `ENOMEM` for a hole.
+pub(crate) fn set_dump(range: Range, dump: bool) -> io::Result<()> {
+    let advice = if dump { libc::MADV_DODUMP } else { libc::MADV_DONTDUMP };
+    // SAFETY: these two advices change no page and no translation.
+    check(unsafe { libc::madvise(range.start() as *mut libc::c_void, range.len() as usize, advice) }.into())
+}
+
+/// Link one more mapping of the file behind the shared mapping at `range`, and unlink it.
+///
+/// # Errors
+/// `EINVAL` for private mappings (Linux 4.14), `EFAULT` for mappings that may not grow.
+pub(crate) fn link_and_unlink(range: Range) -> io::Result<()> {
+    // SAFETY: an old size of 0 leaves the old mapping as it is and maps the same pages at a free address.
+    let second = unsafe {
+        libc::mremap(range.start() as *mut libc::c_void, 0, PAGE_SIZE as usize, libc::MREMAP_MAYMOVE)
+    };
+    if second == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: this mapping was made above and nobody else knows its address.
+    check(unsafe { libc::munmap(second, PAGE_SIZE as usize) }.into())
+}
+
+/// Make every page of `range` present, for writing if `write`.
+///
+/// # Errors
+/// `ENOMEM` for a hole, `EINVAL` where the mapping does not allow it or before Linux 5.14, `EFAULT` past the end of a
+/// file and on guard pages.
+pub(crate) fn populate(range: Range, write: bool) -> io::Result<()> {
+    let advice = if write { libc::MADV_POPULATE_WRITE } else { libc::MADV_POPULATE_READ };
+    // SAFETY: it faults pages in as an access would, and changes no byte.
+    check(unsafe { libc::madvise(range.start() as *mut libc::c_void, range.len() as usize, advice) }.into())
+}

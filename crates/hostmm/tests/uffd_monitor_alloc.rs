@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The monitor allocates and frees nothing: under an allocator that aborts when it does.
+
+#[macro_use]
+mod uffd_support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicI32, Ordering};
+
+use uffd_support::*;
+
+static FORBIDDEN: AtomicI32 = AtomicI32::new(0);
+
+struct Guarded;
+
+fn check() {
+    let forbidden = FORBIDDEN.load(Ordering::Acquire);
+    if forbidden != 0 && rustix::thread::gettid().as_raw_nonzero().get() == forbidden {
+        std::process::abort();
+    }
+}
+
+// SAFETY: System does the work.
+unsafe impl GlobalAlloc for Guarded {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        check();
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        check();
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Guarded = Guarded;
+
+live!(the_monitor_neither_allocates_nor_frees, || {
+    let source = open();
+    FORBIDDEN.store(source.monitor_tid(), Ordering::Release);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for _ in 0..500 {
+                    let r = anon(8);
+                    let watch = source.watch_with(r, |change| drop(format!("{change:?}"))).unwrap();
+                    let half = source.watch(part(r, 2, 3)).unwrap();
+                    let seq = watch.snapshot().unwrap();
+                    madvise(r, libc::MADV_DONTNEED).unwrap();
+                    assert!(half.changed_since_strict(seq));
+                    drop(half);
+                    let to =
+                        mremap(part(r, 0, 4), 4 * PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, 0);
+                    unmap(r);
+                    unmap(mmu_notifier::Range::new(to.unwrap(), 4 * PAGE).unwrap());
+                    assert!(watch.changed_since_ordered(seq));
+                }
+            });
+        }
+    });
+    let stats = source.stats();
+    assert!(stats.unmaps >= 2000 && stats.removes >= 2000 && stats.remaps >= 2000, "{stats:?}");
+    FORBIDDEN.store(0, Ordering::Release);
+});
+
+live!(the_allocator_under_test_does_abort, || {
+    let aborts = || {
+        // SAFETY: the child of this test forks to see itself abort.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            FORBIDDEN.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
+            drop(std::hint::black_box(Box::new(1)));
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(0) };
+        }
+        let mut status = 0;
+        // SAFETY: waits for our own child.
+        unsafe { libc::waitpid(pid, &mut status, 0) };
+        libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGABRT
+    };
+    assert!(aborts());
+});

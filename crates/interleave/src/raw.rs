@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! What every exclusive lock is made of: parking_lot's one-byte lock, and the world that it was born in.
+//!
+//! Under exploration the world decides who gets a lock, and the lock is then taken by a try that must succeed.
+
+use parking_lot::lock_api::RawMutex as _;
+
+use crate::birth::{Birth, ObjectKind};
+use crate::class::LockClass;
+use crate::lockdep::Site;
+use crate::world::{Op, OpKind, World};
+
+pub(crate) struct RawLock {
+    raw: parking_lot::RawMutex,
+    birth: Birth,
+}
+
+impl RawLock {
+    pub(crate) const fn plain() -> RawLock {
+        RawLock { raw: parking_lot::RawMutex::INIT, birth: Birth::CONST }
+    }
+
+    #[inline]
+    pub(crate) fn here(
+        kind: ObjectKind,
+        class: Option<&'static LockClass>,
+        site: Site,
+        digest: impl FnOnce() -> u64,
+    ) -> RawLock {
+        RawLock { raw: parking_lot::RawMutex::INIT, birth: Birth::here(kind, class, site, digest) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn lock(&self, class: Option<&'static LockClass>, site: Site) {
+        match self.birth.world(site) {
+            None => self.raw.lock(),
+            Some(world) => grant(world, self.birth, OpKind::Lock, class, site, &|| self.raw.try_lock()),
+        }
+    }
+
+    /// A look, without locking, at what only holders change.
+    #[inline(always)]
+    pub(crate) fn look(&self, site: Site) {
+        if let Some(world) = self.birth.world(site)
+            && !world.aborting()
+        {
+            world.point(&self.birth.op(OpKind::Load, None, site));
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn try_lock(&self, class: Option<&'static LockClass>, site: Site) -> bool {
+        match self.birth.world(site) {
+            None => self.raw.try_lock(),
+            Some(world) => attempt(world, self.birth, OpKind::TryLock, class, site, &|| self.raw.try_lock()),
+        }
+    }
+
+    /// Unlocks; `digest` of the data is computed under exploration only.
+    ///
+    /// # Safety
+    /// The caller holds the lock.
+    #[inline(always)]
+    pub(crate) unsafe fn unlock(
+        &self,
+        class: Option<&'static LockClass>,
+        site: Site,
+        digest: impl FnOnce() -> u64,
+    ) {
+        match self.birth.world(site) {
+            // SAFETY: the caller holds the lock.
+            None => unsafe { self.raw.unlock() },
+            Some(world) => release(
+                world,
+                self.birth.op(OpKind::Unlock, class, site),
+                digest,
+                // SAFETY: the caller holds the lock, and `release` calls this once.
+                || unsafe { self.raw.unlock() },
+            ),
+        }
+    }
+}
+
+/// Waits until the world grants `kind`, then takes the thing itself.
+///
+/// # Panics
+/// If the world grants what cannot be taken.
+#[cold]
+#[inline(never)]
+pub(crate) fn grant(
+    world: &dyn World,
+    birth: Birth,
+    kind: OpKind,
+    class: Option<&'static LockClass>,
+    site: Site,
+    take: &dyn Fn() -> bool,
+) {
+    // While aborting, most locks are free, and the world is asked only about one that is not.
+    if world.aborting() && take() {
+        return;
+    }
+    let op = birth.op(kind, class, site);
+    world.point(&op);
+    assert!(take(), "the world granted {op:?}, which cannot be taken");
+}
+
+/// Asks the world whether a try succeeds, then takes the thing itself.
+///
+/// # Panics
+/// If the world grants what cannot be taken.
+#[cold]
+#[inline(never)]
+pub(crate) fn attempt(
+    world: &dyn World,
+    birth: Birth,
+    kind: OpKind,
+    class: Option<&'static LockClass>,
+    site: Site,
+    take: &dyn Fn() -> bool,
+) -> bool {
+    if world.aborting() {
+        return take();
+    }
+    let op = birth.op(kind, class, site);
+    let granted = world.point(&op);
+    assert!(!granted || take(), "the world granted {op:?}, which cannot be taken");
+    granted
+}
+
+/// Lets a thing go, first in earnest and then in the world.
+#[cold]
+#[inline(never)]
+pub(crate) fn release(world: &dyn World, op: Op, digest: impl FnOnce() -> u64, give: impl FnOnce()) {
+    if world.aborting() {
+        return give();
+    }
+    let digest = digest();
+    world.point(&op);
+    give();
+    world.done(&op, digest);
+}

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The run-time switch between plain running and exploration.
+//!
+//! One constant thread-local says whether this OS thread runs virtual threads of a [`World`]. It is empty unless an
+//! exploring engine is at work on this very thread, so that one binary runs both ways at the same time. Every
+//! operation of the crate looks at it, and then either goes its plain way or makes one out-of-line call into the world.
+//!
+//! Invariants:
+//! * The world hears of an operation before it happens: [`World::point`] gets its kind, object, class and place, and
+//!   returns when the calling virtual thread may do it.
+//! * Objects get their numbers at birth, in the order of birth, so that a schedule means the same in each run.
+//! * A lock that the world grants is then really taken, by a try that must succeed: a wrong world is a panic, and
+//!   never two `&mut` to the same data.
+//! * An object belongs to the world that it was born in; a constant initialiser makes it plain.
+
+use std::cell::Cell;
+use std::panic::Location;
+use std::time::Duration;
+
+use crate::birth::Born;
+use crate::class::LockClass;
+use crate::lockdep::{Report, Site};
+
+/// The number of an object or of a virtual thread within one execution.
+pub(crate) type Id = u32;
+
+/// What is about to happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OpKind {
+    Lock,
+    LockShared,
+    TryLock,
+    TryLockShared,
+    Unlock,
+    UnlockShared,
+    Downgrade,
+    Down,
+    TryDown,
+    Up,
+    Load,
+    Store,
+    Rmw,
+    Fence,
+    /// Registers the thread as a waiter; later wakes reach it, also while it still runs.
+    WaitPrepare,
+    /// Takes the registration back. Answers whether it was woken in the meantime.
+    WaitCancel,
+    /// Sleeps, registered, until woken. Answers whether it was woken (`false`: the timeout came first).
+    Wait(Option<Duration>),
+    WakeOne,
+    WakeAll,
+    Spawn,
+    /// Sleeps until virtual thread `.0` has ended.
+    Join(Id),
+    Yield,
+    SpinHint,
+    Now,
+    Sleep(Duration),
+    /// Own storage of the virtual thread: seen, but never a race.
+    PerThread,
+}
+
+/// An operation that is about to happen.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
+pub(crate) struct Op {
+    pub(crate) kind: OpKind,
+    pub(crate) object: Option<Id>,
+    pub(crate) class: Option<&'static LockClass>,
+    pub(crate) site: Site,
+}
+
+/// What an engine does for the virtual threads that it runs on this OS thread.
+pub(crate) trait World {
+    /// Numbers a new object.
+    fn birth(&self, born: &Born) -> Id;
+
+    /// Returns when the calling virtual thread may do `op`. Answers whether a try succeeds, or a waiter was woken;
+    /// `true` for all else. While [`aborting`](Self::aborting) it is called only for what could not go on otherwise:
+    /// a lock that another thread still holds, or the end of a thread that borrows.
+    fn point(&self, op: &Op) -> bool;
+
+    /// `op` has happened; `value` is what a load read, what an atomic now holds, or the digest of data being unlocked.
+    fn done(&self, op: &Op, value: u64);
+
+    /// Makes a virtual thread that will run `body`.
+    fn spawn(&self, op: &Op, name: &str, body: Box<dyn FnOnce() + Send>) -> Id;
+
+    /// Virtual time since the beginning of the execution.
+    fn now(&self) -> Duration;
+
+    /// The execution is being unwound: `Drop`s still use the objects, and must not be scheduled any more.
+    fn aborting(&self) -> bool;
+
+    /// lockdep has found a broken rule.
+    fn reported(&self, report: &Report);
+}
+
+thread_local! {
+    static WORLD: Cell<Option<&'static dyn World>> = const { Cell::new(None) };
+}
+
+/// The world that this thread is in, or `None` for plain running.
+#[inline(always)]
+pub(crate) fn active() -> Option<&'static dyn World> {
+    WORLD.get()
+}
+
+/// Puts this OS thread into `world`, or back; returns where it was.
+#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
+pub(crate) fn install(world: Option<&'static dyn World>) -> Option<&'static dyn World> {
+    WORLD.replace(world)
+}
+
+/// An operation without an object. `plain` runs outside exploration, and while it is being unwound.
+#[track_caller]
+#[inline]
+pub(crate) fn note(kind: OpKind) -> Option<&'static dyn World> {
+    let world = active()?;
+    announce(world, kind, Location::caller())
+}
+
+#[cold]
+#[inline(never)]
+fn announce(world: &'static dyn World, kind: OpKind, site: Site) -> Option<&'static dyn World> {
+    if world.aborting() {
+        return None;
+    }
+    world.point(&Op { kind, object: None, class: None, site });
+    Some(world)
+}
+
+#[cfg(test)]
+mod tests;

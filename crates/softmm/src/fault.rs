@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Page faults on anonymous memory: handle_mm_fault (v6.18).
+//!
+//! Sequence: nothing when a page becomes present (non-present to present is never notified): a read of an untouched
+//! page maps the zero page, [ set special, RO ]; a write maps a new exclusive page, [ set RW dirty ]. A write to a
+//! present read-only pte, or an unshare, goes to [`crate::cow`].
+//!
+//! Locks: mmap_lock for reading. (Since 6.4 a fault of user space tries the lock of the vma first, which excludes the
+//! same writers; gup always takes mmap_lock.) Page tables and the page are allocated outside the ptl, and the pte is
+//! looked at again under it.
+
+use crate::error::FaultError;
+use crate::frame::ZERO_PAGE;
+use crate::mm::Mm;
+use crate::page_table::{Pte, PteGuard, TableId};
+use crate::vma::VmaTree;
+use interleave::{MaySleep, Ordering};
+use mmu_notifier::{Access, PageAddr};
+
+/// What a fault is for (FAULT_FLAG_WRITE, FAULT_FLAG_UNSHARE; never both).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FaultFlag {
+    Read,
+    Write,
+    /// Give the page an exclusive copy and leave it read-only (5.19).
+    Unshare,
+}
+
+impl Mm {
+    /// The page fault of a CPU: afterwards the access may work (another thread may have changed things again).
+    ///
+    /// # Errors
+    /// [`FaultError`]: the signal that the thread would get, or no memory.
+    pub fn page_fault(
+        &self,
+        cx: &mut MaySleep<'_>,
+        page: PageAddr,
+        access: Access,
+    ) -> Result<(), FaultError> {
+        let vmas = self.vmas.read(cx);
+        let flag = match access {
+            Access::Read => FaultFlag::Read,
+            Access::Write => FaultFlag::Write,
+        };
+        self.handle_mm_fault(cx, &vmas, page, flag)
+    }
+
+    /// `vmas` is proof that mmap_lock is held.
+    pub(crate) fn handle_mm_fault(
+        &self,
+        cx: &mut MaySleep<'_>,
+        vmas: &VmaTree,
+        page: PageAddr,
+        flag: FaultFlag,
+    ) -> Result<(), FaultError> {
+        if self.unstable.load(Ordering::SeqCst) {
+            return Err(FaultError::Reaped(page));
+        }
+        let vma = vmas.find(page.get()).ok_or(FaultError::Unmapped(page))?;
+        let allowed = match flag {
+            FaultFlag::Read | FaultFlag::Unshare => vma.prot.readable(),
+            FaultFlag::Write => vma.prot.writable(),
+        };
+        if !allowed {
+            return Err(FaultError::Access(page));
+        }
+        let tables = self.machine().tables();
+        let leaf = self.page_table.alloc_leaf(cx, tables, page)?;
+        let pte = self.page_table.peek(tables, page);
+        if pte.is_none() {
+            return self.do_anonymous_page(cx, vmas, leaf, page, flag);
+        }
+        let touch = match flag {
+            FaultFlag::Read => Pte::ACCESSED,
+            FaultFlag::Write if pte.is_writable() => Pte::ACCESSED | Pte::DIRTY,
+            FaultFlag::Write | FaultFlag::Unshare => return self.do_wp_page(cx, vmas, leaf, page, pte, flag),
+        };
+        let mut guard = PteGuard::lock(tables, leaf, cx);
+        if guard.get(page) == pte {
+            guard.set_bits(page, touch);
+        }
+        // If not, somebody was faster; the access decides whether to fault again.
+        Ok(())
+    }
+
+    fn do_anonymous_page(
+        &self,
+        cx: &mut MaySleep<'_>,
+        vmas: &VmaTree,
+        leaf: TableId,
+        page: PageAddr,
+        flag: FaultFlag,
+    ) -> Result<(), FaultError> {
+        let (tables, frames) = (self.machine().tables(), self.machine().frames());
+        if flag != FaultFlag::Write {
+            let mut guard = PteGuard::lock(tables, leaf, cx);
+            if guard.get(page).is_none() {
+                guard.set(page, Pte::new(ZERO_PAGE, Pte::SPECIAL | Pte::ACCESSED));
+            }
+            return Ok(());
+        }
+        vmas.anon_vma_prepare(page.get(), || self.machine().fresh_id());
+        let new = frames.alloc_zeroed()?;
+        let mut guard = PteGuard::lock(tables, leaf, cx);
+        let won = guard.get(page).is_none();
+        if won {
+            frames.add_rmap(new);
+            frames.set_exclusive(new, true);
+            guard.set(page, Pte::new(new, Pte::WRITE | Pte::ACCESSED | Pte::DIRTY));
+        }
+        drop(guard);
+        if !won {
+            frames.put(new, 1);
+        }
+        Ok(())
+    }
+}

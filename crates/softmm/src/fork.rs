@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! fork(2): dup_mmap and copy_page_range (v6.18).
+//!
+//! Sequence, for each vma that has an anon_vma (others have nothing that the child could not fault in):
+//! S(PROTECTION_PAGE, the parent's vma); write_protect_seq odd; per leaf table [ [ per pte: wrprotect the parent's, set
+//! the child's; or copy a pinned page at once ] ]; seq even; **E**. After the last vma: flush of the parent's TLB,
+//! which is therefore after every E. The child's range is never notified: nothing of it was visible.
+//!
+//! A page that may be pinned (FOLL_PIN) and is exclusive stays the parent's, writable, and the child gets a copy
+//! (5.9; exclusive since 5.19). gup_fast takes no lock that fork holds, so it checks `write_protect_seq` (5.11) and
+//! lets go of what it pinned if fork ran meanwhile. FOLL_GET references are not protected.
+//!
+//! Locks: mmap_lock of the parent for writing, of the child for writing (subclass 1); ptl of the child, then of the
+//! parent (subclass 1).
+
+use crate::error::{ForkError, OutOfMemory};
+use crate::mm::{Mm, MmUser};
+use crate::page_table::{Pte, PteGuard, Ptes, TableId, by_leaf};
+use interleave::{MaySleep, Ordering};
+use mmu_notifier::{Event, PageAddr, Pfn, Range};
+
+impl Mm {
+    /// A child with the same mappings and contents, copy-on-write.
+    ///
+    /// # Errors
+    /// [`ForkError`]; there is no child then, and everything it had is given back.
+    pub fn fork(&self, cx: &mut MaySleep<'_>) -> Result<MmUser, ForkError> {
+        let child = Mm::create(self.machine_arc())?;
+        match self.dup_mmap(cx, &child) {
+            Ok(()) => Ok(child),
+            Err(error) => {
+                child.mmput(cx);
+                Err(error)
+            }
+        }
+    }
+
+    fn dup_mmap(&self, cx: &mut MaySleep<'_>, child: &Mm) -> Result<(), ForkError> {
+        let vmas = self.vmas.write(cx);
+        if vmas.exited {
+            return Err(ForkError::Exited);
+        }
+        let mut copies = child.vmas.write_nested(cx, 1);
+        let result = vmas.iter().try_for_each(|vma| {
+            let copy = vma.for_child(|| self.machine().fresh_id());
+            let (range, writable) = (copy.range, copy.prot.writable());
+            let needs_copy = copy.anon_vma().is_some();
+            copies.insert(copy);
+            if needs_copy { self.copy_page_range(cx, child, range, writable) } else { Ok(()) }
+        });
+        self.machine().flush_tlb_range(cx, self, Range::ALL);
+        Ok(result?)
+    }
+
+    fn copy_page_range(
+        &self,
+        cx: &mut MaySleep<'_>,
+        child: &Mm,
+        range: Range,
+        writable: bool,
+    ) -> Result<(), OutOfMemory> {
+        self.invalidate(cx, range, Event::ProtectionPage, |cx| {
+            self.write_protect_seq.fetch_add(1, Ordering::SeqCst);
+            let result = by_leaf(range).try_for_each(|piece| self.copy_leaf(cx, child, piece, writable));
+            self.write_protect_seq.fetch_add(1, Ordering::SeqCst);
+            result
+        })
+    }
+
+    /// copy_pte_range: `piece` lies under one leaf table.
+    fn copy_leaf(
+        &self,
+        cx: &mut MaySleep<'_>,
+        child: &Mm,
+        piece: Range,
+        writable: bool,
+    ) -> Result<(), OutOfMemory> {
+        let (tables, frames) = (self.machine().tables(), self.machine().frames());
+        let Some(first) = piece.iter_pages().next() else { return Ok(()) };
+        let Some(from) = self.page_table.leaf(tables, first) else { return Ok(()) };
+        let to = child.page_table.alloc_leaf(cx, tables, first)?;
+        let mut at = piece.start();
+        let mut spare = None;
+        while let Ok(rest) = Range::new(at, piece.end() - at) {
+            let stopped = self.copy_ptes(cx, (from, to), rest, writable, &mut spare);
+            at = stopped.map_or(piece.end(), PageAddr::get);
+            if stopped.is_some() {
+                // A page must be copied now. It is allocated with no ptl held (page_copy_prealloc may sleep).
+                spare = Some(frames.alloc()?);
+            }
+        }
+        if let Some(unused) = spare {
+            frames.put(unused, 1);
+        }
+        Ok(())
+    }
+
+    /// One section under both ptls. Stops at the page that needs a `spare` frame which is not there.
+    fn copy_ptes(
+        &self,
+        cx: &mut MaySleep<'_>,
+        (from, to): (TableId, TableId),
+        range: Range,
+        writable: bool,
+        spare: &mut Option<Pfn>,
+    ) -> Option<PageAddr> {
+        let tables = self.machine().tables();
+        let mut to = PteGuard::lock(tables, to, cx);
+        let (to, cx) = to.split();
+        let mut from = PteGuard::lock_nested(tables, from, cx);
+        for page in range.iter_pages() {
+            let pte = from.get(page);
+            if pte.is_none() {
+                continue;
+            }
+            if !pte.is_special() && self.must_copy_now(pte.pfn()) {
+                let Some(new) = spare.take() else { return Some(page) };
+                self.copy_present_page(to, page, new, pte.pfn(), writable);
+            } else {
+                self.copy_present_pte(&mut from, to, page, pte);
+            }
+        }
+        None
+    }
+
+    fn must_copy_now(&self, pfn: Pfn) -> bool {
+        let copies = self.machine().profile().fork_copies_pinned;
+        copies && self.machine().frames().exclusive(pfn) && self.maybe_pinned(pfn)
+    }
+
+    fn copy_present_page(&self, to: &mut Ptes<'_>, page: PageAddr, new: Pfn, old: Pfn, writable: bool) {
+        let frames = self.machine().frames();
+        frames.copy_contents(new, old);
+        frames.add_rmap(new);
+        frames.set_exclusive(new, true);
+        let write = if writable { Pte::WRITE } else { 0 };
+        to.set(page, Pte::new(new, Pte::DIRTY | write));
+    }
+
+    fn copy_present_pte(&self, from: &mut Ptes<'_>, to: &mut Ptes<'_>, page: PageAddr, pte: Pte) {
+        if !pte.is_special() {
+            let frames = self.machine().frames();
+            frames.get(pte.pfn(), 1);
+            frames.add_rmap(pte.pfn());
+            frames.set_exclusive(pte.pfn(), false);
+        }
+        if pte.is_writable() {
+            from.write_protect(page);
+        }
+        to.set(page, pte.without(Pte::WRITE | Pte::ACCESSED));
+    }
+}

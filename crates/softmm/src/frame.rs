@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Physical memory: page frames, who holds them and what is in them (the kernel's `struct page`, v6.18).
+//!
+//! A frame covers [`mmu_notifier::PAGE_SIZE`] addresses but stores only the first few 64-bit words of them
+//! ([`crate::Config::words_per_page`]): contents must be real for a stale device to be caught reading them,
+//! and few for an exploration to copy a page in a handful of steps. An access past the stored words is
+//! refused, never folded onto another word.
+//!
+//! Invariants:
+//! * `refcount == 0` exactly while the frame is on the free list. Its words then hold [`POISON`], and every
+//!   access answers [`FrameFreed`].
+//! * A mapping holds one reference, so `mapcount <= refcount`. FOLL_GET holds one, FOLL_PIN holds
+//!   [`GUP_PIN_COUNTING_BIAS`] (kernel 5.6 and later; order-0 folios).
+//! * `exclusive` (PageAnonExclusive, 5.19): the anonymous frame is mapped by one mm alone, which may write it and
+//!   whose pins see every later write. A writable anonymous pte implies it.
+//! * The generation counts allocations: a device that kept a [`FrameId`] over a free is told so even if the frame
+//!   number has a new owner.
+//! * Frame 0 is the zero page: never freed, never counted in a mapcount, never written.
+//!
+//! Nothing here takes a lock: the free list is a bitmap of atomic words and the lowest free frame is handed out
+//! first, which reuses freed frames as soon as possible and so helps to catch who still uses them. References can
+//! be dropped in any context, as `put_page` can.
+
+use crate::error::OutOfMemory;
+use interleave::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use mmu_notifier::Pfn;
+
+/// What a FOLL_PIN adds to the reference count of an order-0 folio (kernel 5.6 and later).
+pub const GUP_PIN_COUNTING_BIAS: u32 = 1024;
+/// What the words of a free frame hold.
+pub const POISON: u64 = 0xaaaa_dead_aaaa_dead;
+
+/// The zero page.
+pub const ZERO_PAGE: Pfn = Pfn(0);
+
+/// One life of a frame: its number and how often it had been allocated. What a device's page table holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FrameId {
+    /// The frame.
+    pub pfn: Pfn,
+    /// Which of its lives.
+    pub generation: u64,
+}
+
+/// Access to a frame that is free, or has been freed and given to somebody else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{pfn:?} was freed: its {generation}th life is over, so whoever used it missed an invalidation or a reference"
+)]
+pub struct FrameFreed {
+    /// The frame.
+    pub pfn: Pfn,
+    /// The life that the user of the frame had in mind.
+    pub generation: u64,
+}
+
+struct Frame {
+    refcount: AtomicU32,
+    mapcount: AtomicU32,
+    exclusive: AtomicBool,
+    dirty: AtomicBool,
+    generation: AtomicU64,
+}
+
+/// All page frames of a [`crate::Machine`].
+pub struct Frames {
+    frames: Box<[Frame]>,
+    words: Box<[AtomicU64]>,
+    words_per_page: usize,
+    /// One bit a frame, set while it is allocated.
+    allocated: Bitmap,
+}
+
+impl Frames {
+    pub(crate) fn new(frames: u32, words_per_page: usize) -> Frames {
+        let count = frames as usize + 1;
+        let this = Frames {
+            frames: (0..count)
+                .map(|_| Frame {
+                    refcount: AtomicU32::new(0),
+                    mapcount: AtomicU32::new(0),
+                    exclusive: AtomicBool::new(false),
+                    dirty: AtomicBool::new(false),
+                    generation: AtomicU64::new(0),
+                })
+                .collect(),
+            words: (0..count * words_per_page).map(|_| AtomicU64::new(POISON)).collect(),
+            words_per_page,
+            allocated: Bitmap::new(count),
+        };
+        let zero = this.alloc_zeroed();
+        debug_assert_eq!(zero, Ok(ZERO_PAGE));
+        this
+    }
+
+    /// 64-bit words that a frame stores.
+    pub fn words_per_page(&self) -> usize {
+        self.words_per_page
+    }
+
+    /// Frames that nobody holds. Exact only while nobody allocates or frees.
+    pub fn free_frames(&self) -> usize {
+        self.allocated.zeros()
+    }
+
+    /// Frames there are, free or not, without the zero page.
+    pub fn total_frames(&self) -> usize {
+        self.frames.len() - 1
+    }
+
+    /// A frame with one reference, mapcount 0 and poison for contents: the caller fills it before anybody sees it.
+    pub(crate) fn alloc(&self) -> Result<Pfn, OutOfMemory> {
+        let index = self.allocated.take_lowest().ok_or(OutOfMemory::Frames)?;
+        let frame = &self.frames[index];
+        frame.generation.fetch_add(1, Ordering::SeqCst);
+        frame.exclusive.store(false, Ordering::SeqCst);
+        frame.dirty.store(false, Ordering::SeqCst);
+        let before = frame.refcount.swap(1, Ordering::SeqCst);
+        assert_eq!(before, 0, "pfn {index} was on the free list with references");
+        Ok(Pfn(index as u64))
+    }
+
+    /// As [`Frames::alloc`], zero filled.
+    pub(crate) fn alloc_zeroed(&self) -> Result<Pfn, OutOfMemory> {
+        let pfn = self.alloc()?;
+        for word in self.words_of(pfn) {
+            word.store(0, Ordering::SeqCst);
+        }
+        Ok(pfn)
+    }
+
+    /// Copies the contents of `from`, on which the caller holds a reference, into a frame that nobody sees yet
+    /// (copy_user_highpage).
+    pub(crate) fn copy_contents(&self, to: Pfn, from: Pfn) {
+        for (to, from) in self.words_of(to).iter().zip(self.words_of(from)) {
+            to.store(from.load(Ordering::SeqCst), Ordering::SeqCst);
+        }
+    }
+
+    /// Adds `n` references to a frame that the caller knows to be held (folio_ref_add).
+    pub(crate) fn get(&self, pfn: Pfn, n: u32) {
+        let before = self.frame(pfn).refcount.fetch_add(n, Ordering::SeqCst);
+        assert_ne!(before, 0, "{pfn:?}: reference taken on a free frame");
+    }
+
+    /// Adds `n` references unless the frame is free (folio_try_get, for walkers without a lock).
+    pub(crate) fn try_get(&self, pfn: Pfn, n: u32) -> bool {
+        let refcount = &self.frame(pfn).refcount;
+        let mut seen = refcount.load(Ordering::SeqCst);
+        while seen != 0 {
+            match refcount.compare_exchange(seen, seen + n, Ordering::SeqCst, Ordering::SeqCst) {
+                Ok(_) => return true,
+                Err(now) => seen = now,
+            }
+        }
+        false
+    }
+
+    /// Drops `n` references; the last one poisons and frees the frame (folio_put_refs).
+    ///
+    /// # Panics
+    /// If more is dropped than was taken, or the frame is freed while mapped: a bug in softmm.
+    pub(crate) fn put(&self, pfn: Pfn, n: u32) {
+        let frame = self.frame(pfn);
+        let before = frame.refcount.fetch_sub(n, Ordering::SeqCst);
+        assert!(before >= n, "{pfn:?}: {n} references dropped of {before}");
+        if before > n {
+            return;
+        }
+        assert_ne!(pfn, ZERO_PAGE, "the zero page is never freed");
+        let mapcount = frame.mapcount.load(Ordering::SeqCst);
+        assert_eq!(mapcount, 0, "{pfn:?} freed while mapped");
+        for word in self.words_of(pfn) {
+            word.store(POISON, Ordering::SeqCst);
+        }
+        self.allocated.give_back(index_of(pfn));
+    }
+
+    /// One more pte maps the frame.
+    pub(crate) fn add_rmap(&self, pfn: Pfn) {
+        self.frame(pfn).mapcount.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// One pte less maps the frame. The reference of that mapping is the caller's to drop.
+    pub(crate) fn remove_rmap(&self, pfn: Pfn) {
+        let before = self.frame(pfn).mapcount.fetch_sub(1, Ordering::SeqCst);
+        assert_ne!(before, 0, "{pfn:?}: unmapped more often than mapped");
+    }
+
+    pub(crate) fn set_exclusive(&self, pfn: Pfn, exclusive: bool) {
+        self.frame(pfn).exclusive.store(exclusive, Ordering::SeqCst);
+    }
+
+    /// PageAnonExclusive.
+    pub fn exclusive(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).exclusive.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn set_dirty(&self, pfn: Pfn) {
+        self.frame(pfn).dirty.store(true, Ordering::SeqCst);
+    }
+
+    /// Has the frame been dirtied by a pin or by a pte that is gone?
+    pub fn dirty(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).dirty.load(Ordering::SeqCst)
+    }
+
+    /// References held: mappings, FOLL_GET, and [`GUP_PIN_COUNTING_BIAS`] for each FOLL_PIN. 0 is free.
+    pub fn refcount(&self, pfn: Pfn) -> u32 {
+        self.frame(pfn).refcount.load(Ordering::SeqCst)
+    }
+
+    /// Ptes that map the frame.
+    pub fn mapcount(&self, pfn: Pfn) -> u32 {
+        self.frame(pfn).mapcount.load(Ordering::SeqCst)
+    }
+
+    /// folio_maybe_dma_pinned: no false negative, but 1024 FOLL_GET look like a pin.
+    pub fn maybe_dma_pinned(&self, pfn: Pfn) -> bool {
+        self.refcount(pfn) >= GUP_PIN_COUNTING_BIAS
+    }
+
+    /// The present life of `pfn`.
+    pub fn id(&self, pfn: Pfn) -> FrameId {
+        FrameId { pfn, generation: self.frame(pfn).generation.load(Ordering::SeqCst) }
+    }
+
+    /// Is this life of the frame still going on?
+    pub fn is_live(&self, id: FrameId) -> bool {
+        self.id(id.pfn) == id && self.refcount(id.pfn) != 0
+    }
+
+    /// What a device reads from word `word` of the frame.
+    ///
+    /// # Errors
+    /// [`FrameFreed`] if that life of the frame was over before or at the end of the access.
+    ///
+    /// # Panics
+    /// If `word` is not below [`Frames::words_per_page`].
+    pub fn read(&self, id: FrameId, word: usize) -> Result<u64, FrameFreed> {
+        let value = self.words_of(id.pfn)[word].load(Ordering::SeqCst);
+        if self.is_live(id) { Ok(value) } else { Err(id.into()) }
+    }
+
+    /// A device writes word `word` of the frame. The write lands wherever the frame number leads, as DMA does; it
+    /// is not made when the life is known to be over.
+    ///
+    /// # Errors
+    /// As [`Frames::read`].
+    ///
+    /// # Panics
+    /// As [`Frames::read`].
+    pub fn write(&self, id: FrameId, word: usize, value: u64) -> Result<(), FrameFreed> {
+        if !self.is_live(id) {
+            return Err(id.into());
+        }
+        self.words_of(id.pfn)[word].store(value, Ordering::SeqCst);
+        if self.is_live(id) { Ok(()) } else { Err(id.into()) }
+    }
+
+    fn frame(&self, pfn: Pfn) -> &Frame {
+        &self.frames[index_of(pfn)]
+    }
+
+    fn words_of(&self, pfn: Pfn) -> &[AtomicU64] {
+        &self.words[index_of(pfn) * self.words_per_page..][..self.words_per_page]
+    }
+}
+
+const fn index_of(pfn: Pfn) -> usize {
+    pfn.0 as usize
+}
+
+impl From<FrameId> for FrameFreed {
+    fn from(id: FrameId) -> FrameFreed {
+        FrameFreed { pfn: id.pfn, generation: id.generation }
+    }
+}
+
+/// Which of a fixed number of things are taken. Lowest first, no lock.
+pub(crate) struct Bitmap {
+    words: Box<[AtomicU64]>,
+    bits: usize,
+}
+
+impl Bitmap {
+    pub(crate) fn new(bits: usize) -> Bitmap {
+        let words: Box<[AtomicU64]> = (0..bits.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        if !bits.is_multiple_of(64) {
+            words[bits / 64].store(u64::MAX << (bits % 64), Ordering::SeqCst);
+        }
+        Bitmap { words, bits }
+    }
+
+    pub(crate) fn take_lowest(&self) -> Option<usize> {
+        for (i, word) in self.words.iter().enumerate() {
+            let mut seen = word.load(Ordering::SeqCst);
+            while seen != u64::MAX {
+                let bit = seen.trailing_ones();
+                match word.compare_exchange(seen, seen | 1 << bit, Ordering::SeqCst, Ordering::SeqCst) {
+                    Ok(_) => return Some(i * 64 + bit as usize),
+                    Err(now) => seen = now,
+                }
+            }
+        }
+        None
+    }
+
+    pub(crate) fn give_back(&self, index: usize) {
+        let mask = 1 << (index % 64);
+        let before = self.words[index / 64].fetch_and(!mask, Ordering::SeqCst);
+        assert_ne!(before & mask, 0, "{index} given back twice");
+    }
+
+    pub(crate) fn zeros(&self) -> usize {
+        self.words.iter().map(|w| w.load(Ordering::SeqCst).count_zeros() as usize).sum()
+    }
+
+    pub(crate) fn bits(&self) -> usize {
+        self.bits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_freed_frame_is_poisoned_and_reused_first() {
+        let frames = Frames::new(70, 2);
+        let a = frames.alloc_zeroed().unwrap();
+        let id = frames.id(a);
+        frames.write(id, 1, 7).unwrap();
+        assert_eq!(frames.read(id, 1), Ok(7));
+        frames.get(a, GUP_PIN_COUNTING_BIAS);
+        assert!(frames.maybe_dma_pinned(a));
+        frames.put(a, 1);
+        assert_eq!(frames.read(id, 1), Ok(7), "a pin keeps the frame");
+        frames.put(a, GUP_PIN_COUNTING_BIAS);
+        assert_eq!(frames.read(id, 1), Err(id.into()));
+        assert!(!frames.try_get(a, 1));
+        let b = frames.alloc().unwrap();
+        assert_eq!(a, b);
+        assert_eq!(frames.words_of(b)[1].load(Ordering::SeqCst), POISON);
+        assert_eq!(frames.read(id, 1), Err(id.into()), "the next life is not the old one");
+    }
+
+    #[test]
+    fn every_frame_is_handed_out_once() {
+        let frames = Frames::new(70, 1);
+        let mut all: Vec<_> = (0..70).map(|_| frames.alloc().unwrap()).collect();
+        assert_eq!(frames.alloc(), Err(OutOfMemory::Frames));
+        all.dedup();
+        assert_eq!((all.len(), frames.free_frames()), (70, 0));
+        assert!(!all.contains(&ZERO_PAGE));
+    }
+
+    #[test]
+    #[should_panic(expected = "2 references dropped of 1")]
+    fn dropping_too_much_is_a_bug() {
+        let frames = Frames::new(1, 1);
+        frames.put(frames.alloc().unwrap(), 2);
+    }
+}

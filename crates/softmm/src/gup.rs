@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! get_user_pages: pages of an address space, held for somebody who is not the CPU (v6.18).
+//!
+//! Sequence: none of its own. Faults that it causes notify as [`crate::cow`] says, **inside** the caller's gup: a driver
+//! whose callback takes a lock that it holds around gup deadlocks, and one that cancels on invalidation cancels itself.
+//!
+//! Slow: mmap_lock for reading; under the ptl of each page: is it present; FOLL_WRITE: is it writable; FOLL_PIN of an
+//! anonymous page that is not exclusive, for reading: un-share it first (5.19); else fault and look again; take the
+//! reference under the ptl; FOLL_TOUCH marks it accessed, and dirty if for writing.
+//!
+//! Fast: interrupts off and no lock at all: walk; take a reference if there is one left; **look at the pte again** and
+//! let go if it changed. FOLL_PIN lets go of everything if fork's `write_protect_seq` is odd or moved (5.11).
+//! Falls back to the slow way for the rest.
+//!
+//! What the references do: FOLL_GET 1, FOLL_PIN [`GUP_PIN_COUNTING_BIAS`], the zero page none with FOLL_PIN (6.5). Both keep
+//! the frame from being freed, neither keeps the pte from being unmapped or, for FOLL_GET, copied away.
+
+use crate::error::FaultError;
+use crate::fault::FaultFlag;
+use crate::frame::{FrameId, GUP_PIN_COUNTING_BIAS, ZERO_PAGE};
+use crate::machine::Machine;
+use crate::mm::Mm;
+use crate::page_table::{Pte, PteGuard};
+use crate::tlb::Cpu;
+use crate::vma::VmaTree;
+use interleave::{MaySleep, Ordering};
+use mmu_notifier::{PageAddr, Pfn, Range};
+use std::sync::Arc;
+
+/// FOLL_GET or FOLL_PIN: which kind of reference. A call takes one kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FollRef {
+    /// One reference.
+    Get,
+    /// A pin: fork and copy-on-write honour it.
+    Pin,
+}
+
+/// How to get user pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Foll {
+    /// FOLL_WRITE.
+    pub write: bool,
+    /// FOLL_GET or FOLL_PIN.
+    pub hold: FollRef,
+    /// FOLL_LONGTERM; a read pin then un-shares the zero page too. Only with [`FollRef::Pin`]; ignored otherwise.
+    pub longterm: bool,
+}
+
+impl Foll {
+    /// FOLL_GET for reading.
+    pub const GET: Foll = Foll { write: false, hold: FollRef::Get, longterm: false };
+    /// FOLL_PIN for reading.
+    pub const PIN: Foll = Foll { write: false, hold: FollRef::Pin, longterm: false };
+
+    /// The same with FOLL_WRITE.
+    pub const fn write(self) -> Foll {
+        Foll { write: true, ..self }
+    }
+
+    /// The same with FOLL_LONGTERM.
+    pub const fn longterm(self) -> Foll {
+        Foll { longterm: true, ..self }
+    }
+
+    /// gup_must_unshare, for a present pte.
+    fn must_unshare(self, mm: &Mm, pte: Pte) -> bool {
+        if self.write || self.hold != FollRef::Pin || !mm.machine().profile().read_pin_unshares {
+            return false;
+        }
+        if pte.is_special() { self.longterm } else { !mm.machine().frames().exclusive(pte.pfn()) }
+    }
+
+    fn references(self, pfn: Pfn) -> u32 {
+        match self.hold {
+            FollRef::Get => 1,
+            FollRef::Pin if pfn == ZERO_PAGE => 0,
+            FollRef::Pin => GUP_PIN_COUNTING_BIAS,
+        }
+    }
+}
+
+/// Pages that are held. Dropping it drops the references (put_page, unpin_user_page); that may happen in any context.
+#[must_use]
+pub struct UserPages {
+    machine: Arc<Machine>,
+    foll: Foll,
+    pages: Vec<Pfn>,
+}
+
+impl UserPages {
+    fn none(mm: &Mm, foll: Foll) -> UserPages {
+        UserPages { machine: mm.machine_arc().clone(), foll, pages: Vec::new() }
+    }
+
+    /// The frames, in address order.
+    pub fn frames(&self) -> impl ExactSizeIterator<Item = FrameId> {
+        self.pages.iter().map(|&pfn| self.machine.frames().id(pfn))
+    }
+
+    /// set_page_dirty of each page, for who wrote them without the CPU (unpin_user_pages_dirty_lock).
+    pub fn set_dirty(&self) {
+        self.pages
+            .iter()
+            .filter(|&&pfn| pfn != ZERO_PAGE)
+            .for_each(|&pfn| self.machine.frames().set_dirty(pfn));
+    }
+
+    /// How they are held.
+    pub fn foll(&self) -> Foll {
+        self.foll
+    }
+}
+
+impl Drop for UserPages {
+    fn drop(&mut self) {
+        for &pfn in &self.pages {
+            let references = self.foll.references(pfn);
+            if references > 0 {
+                self.machine.frames().put(pfn, references);
+            }
+        }
+    }
+}
+
+impl Mm {
+    /// get_user_pages / pin_user_pages of all pages of `range`, faulting in what is missing.
+    ///
+    /// # Errors
+    /// The fault that failed first. Unlike the kernel, which returns the pages before it, none is held then.
+    pub fn get_user_pages(
+        &self,
+        cx: &mut MaySleep<'_>,
+        range: Range,
+        foll: Foll,
+    ) -> Result<UserPages, FaultError> {
+        let mut got = UserPages::none(self, foll);
+        self.gup_slow(cx, range.iter_pages(), &mut got)?;
+        Ok(got)
+    }
+
+    /// get_user_pages_fast / pin_user_pages_fast on `cpu`.
+    ///
+    /// # Errors
+    /// As [`Mm::get_user_pages`].
+    pub fn get_user_pages_fast(
+        &self,
+        cx: &mut MaySleep<'_>,
+        cpu: &Cpu,
+        range: Range,
+        foll: Foll,
+    ) -> Result<UserPages, FaultError> {
+        let mut got = UserPages::none(self, foll);
+        self.note_pin(foll);
+        let seq = self.write_protect_seq.load(Ordering::SeqCst);
+        let fork_runs = |seq: u64| foll.hold == FollRef::Pin && seq % 2 == 1;
+        if !fork_runs(seq) {
+            let irq_off = cpu.irq_off(cx);
+            for page in range.iter_pages() {
+                match self.gup_fast_page(page, foll) {
+                    Some(pfn) => got.pages.push(pfn),
+                    None => break,
+                }
+            }
+            drop(irq_off);
+            if foll.hold == FollRef::Pin && self.write_protect_seq.load(Ordering::SeqCst) != seq {
+                got = UserPages::none(self, foll);
+            }
+        }
+        let done = got.pages.len();
+        self.gup_slow(cx, range.iter_pages().skip(done), &mut got)?;
+        Ok(got)
+    }
+
+    /// mm_set_has_pinned_flag, before the first pin can be seen.
+    fn note_pin(&self, foll: Foll) {
+        if foll.hold == FollRef::Pin && !self.has_pinned.load(Ordering::SeqCst) {
+            self.has_pinned.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// One page with interrupts off (gup_fast_pte_range). Special ptes are left to the slow way.
+    fn gup_fast_page(&self, page: PageAddr, foll: Foll) -> Option<Pfn> {
+        let (tables, frames) = (self.machine().tables(), self.machine().frames());
+        let pte = self.page_table.peek(tables, page);
+        if !pte.is_present() || pte.is_special() || (foll.write && !pte.is_writable()) {
+            return None;
+        }
+        let (pfn, references) = (pte.pfn(), foll.references(pte.pfn()));
+        if !frames.try_get(pfn, references) {
+            return None;
+        }
+        let again = self.page_table.peek(tables, page);
+        if again != pte || foll.must_unshare(self, pte) {
+            frames.put(pfn, references);
+            return None;
+        }
+        Some(pfn)
+    }
+
+    fn gup_slow(
+        &self,
+        cx: &mut MaySleep<'_>,
+        mut pages: impl ExactSizeIterator<Item = PageAddr>,
+        got: &mut UserPages,
+    ) -> Result<(), FaultError> {
+        if pages.len() == 0 {
+            return Ok(());
+        }
+        self.note_pin(got.foll);
+        let vmas = self.vmas.read(cx);
+        pages.try_for_each(|page| {
+            got.pages.push(self.gup_page(cx, &vmas, page, got.foll)?);
+            Ok(())
+        })
+    }
+
+    fn gup_page(
+        &self,
+        cx: &mut MaySleep<'_>,
+        vmas: &VmaTree,
+        page: PageAddr,
+        foll: Foll,
+    ) -> Result<Pfn, FaultError> {
+        let vma = vmas.find(page.get()).ok_or(FaultError::Unmapped(page))?;
+        if if foll.write { !vma.prot.writable() } else { !vma.prot.readable() } {
+            return Err(FaultError::Access(page));
+        }
+        loop {
+            match self.follow_page(cx, page, foll) {
+                Ok(pfn) => return Ok(pfn),
+                Err(flag) => self.handle_mm_fault(cx, vmas, page, flag)?,
+            }
+        }
+    }
+
+    /// follow_page_pte: the page with its reference, or the fault that is needed first.
+    fn follow_page(&self, cx: &mut MaySleep<'_>, page: PageAddr, foll: Foll) -> Result<Pfn, FaultFlag> {
+        let (tables, frames) = (self.machine().tables(), self.machine().frames());
+        let fault = if foll.write { FaultFlag::Write } else { FaultFlag::Read };
+        let leaf = self.page_table.leaf(tables, page).ok_or(fault)?;
+        let mut guard = PteGuard::lock(tables, leaf, cx);
+        let pte = guard.get(page);
+        if !pte.is_present() || (foll.write && !pte.is_writable()) {
+            return Err(fault);
+        }
+        if foll.must_unshare(self, pte) {
+            return Err(FaultFlag::Unshare);
+        }
+        let references = foll.references(pte.pfn());
+        if references > 0 {
+            frames.get(pte.pfn(), references);
+        }
+        if foll.write {
+            frames.set_dirty(pte.pfn());
+        }
+        guard.set_bits(page, Pte::ACCESSED);
+        Ok(pte.pfn())
+    }
+}

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! A machine: frames, page-table pages, CPUs and the kernel version that runs on it. Its mms share these and nothing
+//! else. There is no global state: two machines do not know of each other, so that tests and explorations do not.
+
+use crate::error::OutOfMemory;
+use crate::frame::Frames;
+use crate::mm::{Mm, MmUser};
+use crate::page_table::Tables;
+use crate::profile::KernelProfile;
+use crate::tlb::Cpu;
+use interleave::{AtomicU64, Ordering};
+use mmu_notifier::PAGE_SIZE;
+use std::sync::Arc;
+
+/// How big a machine is. Small by default, so that rare paths (a full batch, no frame left) are common.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Page frames, the zero page not counted.
+    pub frames: u32,
+    /// Page-table pages. An mm needs four as soon as it maps a page.
+    pub tables: u32,
+    /// CPUs.
+    pub cpus: usize,
+    /// 64-bit words that a page stores, at its start: 1 to 512.
+    pub words_per_page: usize,
+    /// Pages that an mmu_gather holds before it flushes early. The kernel's is about 500 for each of up to 20
+    /// batches.
+    pub gather_batch: usize,
+    /// Which kernel this is.
+    pub profile: KernelProfile,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            frames: 256,
+            tables: 64,
+            cpus: 2,
+            words_per_page: 8,
+            gather_batch: 64,
+            profile: KernelProfile::V6_18,
+        }
+    }
+}
+
+/// See the module.
+pub struct Machine {
+    config: Config,
+    frames: Frames,
+    tables: Tables,
+    cpus: Box<[Cpu]>,
+    next_id: AtomicU64,
+}
+
+impl Machine {
+    /// A machine with all memory free. Numbers out of bounds are brought to the nearest sensible one: at least one
+    /// CPU, one word and one page in a batch.
+    pub fn new(config: Config) -> Arc<Machine> {
+        let words = config.words_per_page.clamp(1, PAGE_SIZE as usize / 8);
+        let config = Config { words_per_page: words, gather_batch: config.gather_batch.max(1), ..config };
+        Arc::new(Machine {
+            frames: Frames::new(config.frames, words),
+            tables: Tables::new(config.tables),
+            cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
+            next_id: AtomicU64::new(1),
+            config,
+        })
+    }
+
+    /// An empty address space with one user.
+    ///
+    /// # Errors
+    /// [`OutOfMemory::Tables`] if there is no page for its top-level table.
+    pub fn new_mm(self: &Arc<Machine>) -> Result<MmUser, OutOfMemory> {
+        Mm::create(self)
+    }
+
+    /// How it was made.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Its page frames.
+    pub fn frames(&self) -> &Frames {
+        &self.frames
+    }
+
+    /// Its CPUs.
+    pub fn cpus(&self) -> &[Cpu] {
+        &self.cpus
+    }
+
+    /// Page-table pages in use. Exact only while nothing runs.
+    pub fn tables_in_use(&self) -> usize {
+        self.tables.in_use()
+    }
+
+    pub(crate) fn tables(&self) -> &Tables {
+        &self.tables
+    }
+
+    pub(crate) fn profile(&self) -> &KernelProfile {
+        &self.config.profile
+    }
+
+    /// A number never given before: names of mms and anon_vmas.
+    pub(crate) fn fresh_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::SeqCst)
+    }
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! mmap(2), private anonymous (v6.18).
+//!
+//! Sequence: nothing for a new mapping. [`Placement::Fixed`] on top of mappings: the munmap sequence for them, over the
+//! whole new range, **with mmap_lock held for writing** (no downgrade), before the new vma is in the tree.
+//!
+//! Locks: mmap_lock for writing.
+
+use crate::error::MmapError;
+use crate::mm::Mm;
+use crate::vma::{Prot, Vma};
+use interleave::MaySleep;
+use mmu_notifier::{Range, RangeError, TASK_SIZE};
+
+/// Lowest address handed out (vm.mmap_min_addr).
+const MMAP_MIN: u64 = 0x1_0000;
+/// Where the search for a free range starts, downwards.
+const MMAP_BASE: u64 = TASK_SIZE - (1 << 30);
+
+/// Where a mapping shall be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// The highest gap that is large enough.
+    Anywhere {
+        /// Length in bytes, a multiple of the page size.
+        len: u64,
+    },
+    /// Exactly here, replacing what is mapped (MAP_FIXED).
+    Fixed(Range),
+    /// Exactly here, if nothing is mapped (MAP_FIXED_NOREPLACE).
+    FixedNoReplace(Range),
+}
+
+impl Mm {
+    /// Maps anonymous private memory and says where. No page is made present.
+    ///
+    /// # Errors
+    /// [`MmapError`]; nothing was changed.
+    pub fn mmap(&self, cx: &mut MaySleep<'_>, placement: Placement, prot: Prot) -> Result<Range, MmapError> {
+        let mut vmas = self.vmas.write(cx);
+        if vmas.exited {
+            return Err(MmapError::Exited);
+        }
+        let range = match placement {
+            Placement::Anywhere { len } => {
+                match Range::new(0, len) {
+                    Err(RangeError::Overflow { .. }) => return Err(MmapError::NoSpace(len)),
+                    Err(_) => return Err(MmapError::Length(len)),
+                    Ok(_) => {}
+                }
+                vmas.find_gap(len, MMAP_MIN, MMAP_BASE).ok_or(MmapError::NoSpace(len))?
+            }
+            Placement::Fixed(range) => {
+                self.munmap_locked(cx, &mut vmas, range);
+                range
+            }
+            Placement::FixedNoReplace(range) => {
+                if vmas.overlapping(range).next().is_some() {
+                    return Err(MmapError::Exists(range));
+                }
+                range
+            }
+        };
+        vmas.insert_merging(Vma::new(range, prot));
+        Ok(range)
+    }
+}

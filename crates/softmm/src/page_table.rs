@@ -1,0 +1,425 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Page tables: x86-64, four levels of 512 entries, one spinlock per page-table page (v6.18,
+//! SPLIT_PTE_PTLOCKS).
+//!
+//! Entries are atomic words, because the MMU of each CPU and `gup_fast` read them without a lock. Rules:
+//! * A pte changes only under the ptl of its table, except for the accessed and dirty bits that the MMU sets.
+//! * An entry of an upper level changes only under the mm's `page_table_lock`. Tables come into being while
+//!   mmap_lock is held at least for reading, and go in `free_pgtables` when no vma can reach them.
+//! * A table is given back only after every CPU has left the section in which it may walk without a lock: the TLB
+//!   flush of [`crate::tlb::MmuGather`] takes each CPU's interrupt lock, and a walker holds its own.
+//!
+//! Page-table pages come from a pool of the machine, so that an index, not a pointer, links the levels: a walker
+//! that comes too late reads another life of the table, as hardware does, and never unmapped Rust memory.
+//!
+//! Lock order: `ptl` -> `ptl` (subclass 1, fork: child's first, parent's nested) -> `cpu_irq`. `page_table_lock` is a
+//! leaf.
+
+use crate::error::OutOfMemory;
+use crate::frame::Bitmap;
+use interleave::{Atomic, AtomicU64, Context, LockClass, MaySleep, Ordering, SpinGuard, SpinLock};
+use mmu_notifier::{PAGE_SHIFT, PageAddr, Pfn, Range, TASK_SIZE};
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+
+static PTL: LockClass = LockClass::new("ptl");
+static PAGE_TABLE_LOCK: LockClass = LockClass::new("page_table_lock");
+
+const LEVELS: u32 = 4;
+const INDEX_BITS: u32 = 9;
+const ENTRIES: usize = 1 << INDEX_BITS;
+
+/// A page-table entry with the x86-64 bits that this slice uses.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub struct Pte(u64);
+
+impl Pte {
+    /// Nothing mapped.
+    pub const NONE: Pte = Pte(0);
+    pub(crate) const PRESENT: u64 = 1 << 0;
+    pub(crate) const WRITE: u64 = 1 << 1;
+    pub(crate) const ACCESSED: u64 = 1 << 5;
+    pub(crate) const DIRTY: u64 = 1 << 6;
+    pub(crate) const SPECIAL: u64 = 1 << 9;
+
+    pub(crate) const fn new(pfn: Pfn, bits: u64) -> Pte {
+        Pte(pfn.0 << PAGE_SHIFT | Pte::PRESENT | bits)
+    }
+
+    pub(crate) const fn with(self, bits: u64) -> Pte {
+        Pte(self.0 | bits)
+    }
+
+    pub(crate) const fn without(self, bits: u64) -> Pte {
+        Pte(self.0 & !bits)
+    }
+
+    const fn has(self, bits: u64) -> bool {
+        self.0 & bits == bits
+    }
+
+    /// The entry as the MMU reads it.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Nothing at all.
+    pub const fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Does the MMU follow it?
+    pub const fn is_present(self) -> bool {
+        self.has(Pte::PRESENT)
+    }
+
+    /// May the CPU write?
+    pub const fn is_writable(self) -> bool {
+        self.has(Pte::WRITE)
+    }
+
+    /// Has the CPU written?
+    pub const fn is_dirty(self) -> bool {
+        self.has(Pte::DIRTY)
+    }
+
+    /// Has the CPU touched it?
+    pub const fn is_young(self) -> bool {
+        self.has(Pte::ACCESSED)
+    }
+
+    /// Maps a page that is not reference counted: the zero page (vm_normal_page says none).
+    pub const fn is_special(self) -> bool {
+        self.has(Pte::SPECIAL)
+    }
+
+    /// The frame. Meaningful if present.
+    pub const fn pfn(self) -> Pfn {
+        Pfn(self.0 >> PAGE_SHIFT)
+    }
+}
+
+impl fmt::Debug for Pte {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_none() {
+            return f.write_str("none");
+        }
+        write!(f, "{:?} ", self.pfn())?;
+        for (bit, name) in [(Pte::WRITE, 'w'), (Pte::ACCESSED, 'a'), (Pte::DIRTY, 'd'), (Pte::SPECIAL, 's')] {
+            write!(f, "{}", if self.has(bit) { name } else { '-' })?;
+        }
+        Ok(())
+    }
+}
+
+/// The number of a page-table page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TableId(u32);
+
+struct Table {
+    ptl: SpinLock<()>,
+    entries: Box<[AtomicU64]>,
+}
+
+/// All page-table pages of a machine. A free one is all zero.
+pub(crate) struct Tables {
+    tables: Box<[Table]>,
+    allocated: Bitmap,
+}
+
+impl Tables {
+    pub(crate) fn new(count: u32) -> Tables {
+        let table = || Table {
+            ptl: SpinLock::new(&PTL, ()),
+            entries: (0..ENTRIES).map(|_| AtomicU64::new(0)).collect(),
+        };
+        Tables { tables: (0..count).map(|_| table()).collect(), allocated: Bitmap::new(count as usize) }
+    }
+
+    pub(crate) fn in_use(&self) -> usize {
+        self.allocated.bits() - self.allocated.zeros()
+    }
+
+    pub(crate) fn alloc(&self) -> Result<TableId, OutOfMemory> {
+        let index = self.allocated.take_lowest().ok_or(OutOfMemory::Tables)?;
+        Ok(TableId(index as u32))
+    }
+
+    /// Gives back a table that is all zero and that no walker can reach.
+    pub(crate) fn free(&self, id: TableId) {
+        self.allocated.give_back(id.0 as usize);
+    }
+
+    fn ptl(&self, id: TableId) -> &SpinLock<()> {
+        &self.tables[id.0 as usize].ptl
+    }
+
+    fn entry(&self, id: TableId, index: usize) -> &AtomicU64 {
+        &self.tables[id.0 as usize].entries[index]
+    }
+}
+
+/// Where in its table (0 is the leaf level) the entry for `addr` is.
+const fn index_at(level: u32, addr: u64) -> usize {
+    (addr >> (PAGE_SHIFT + INDEX_BITS * level)) as usize & (ENTRIES - 1)
+}
+
+/// Bytes under one entry of a table at `level`.
+const fn entry_span(level: u32) -> u64 {
+    1 << (PAGE_SHIFT + INDEX_BITS * level)
+}
+
+const fn child(entry: u64) -> Option<TableId> {
+    if entry & Pte::PRESENT == 0 { None } else { Some(TableId((entry >> PAGE_SHIFT) as u32)) }
+}
+
+/// The page table of one mm.
+pub(crate) struct PageTable {
+    pgd: TableId,
+    page_table_lock: SpinLock<()>,
+}
+
+impl PageTable {
+    pub(crate) fn new(tables: &Tables) -> Result<PageTable, OutOfMemory> {
+        Ok(PageTable { pgd: tables.alloc()?, page_table_lock: SpinLock::new(&PAGE_TABLE_LOCK, ()) })
+    }
+
+    /// Gives the top level back. Everything below has gone in [`PageTable::free_tables`].
+    pub(crate) fn destroy(&mut self, tables: &Tables) {
+        tables.free(self.pgd);
+    }
+
+    /// The leaf table of `page`, if there is one. Walks without a lock: the caller holds mmap_lock over a vma there,
+    /// or the interrupt lock of a CPU.
+    pub(crate) fn leaf(&self, tables: &Tables, page: PageAddr) -> Option<TableId> {
+        let mut table = self.pgd;
+        for level in (1..LEVELS).rev() {
+            table = child(tables.entry(table, index_at(level, page.get())).load(Ordering::SeqCst))?;
+        }
+        Some(table)
+    }
+
+    /// The leaf table of `page`; makes the levels that are missing (pte_alloc, GFP_KERNEL: may sleep).
+    pub(crate) fn alloc_leaf(
+        &self,
+        cx: &mut MaySleep<'_>,
+        tables: &Tables,
+        page: PageAddr,
+    ) -> Result<TableId, OutOfMemory> {
+        let mut table = self.pgd;
+        for level in (1..LEVELS).rev() {
+            let entry = tables.entry(table, index_at(level, page.get()));
+            table = match child(entry.load(Ordering::SeqCst)) {
+                Some(next) => next,
+                None => {
+                    let new = tables.alloc()?;
+                    let guard = self.page_table_lock.lock(cx);
+                    let raced = child(entry.load(Ordering::SeqCst));
+                    if raced.is_none() {
+                        entry.store(u64::from(new.0) << PAGE_SHIFT | Pte::PRESENT, Ordering::SeqCst);
+                    }
+                    drop(guard);
+                    if raced.is_some() {
+                        tables.free(new);
+                    }
+                    raced.unwrap_or(new)
+                }
+            };
+        }
+        Ok(table)
+    }
+
+    /// The pte of `page` as a walker without a lock sees it.
+    pub(crate) fn peek(&self, tables: &Tables, page: PageAddr) -> Pte {
+        self.leaf(tables, page).map_or(Pte::NONE, |leaf| peek_in(tables, leaf, page))
+    }
+
+    /// The MMU sets accessed (and dirty) in the pte of `page` if it still is `seen`.
+    pub(crate) fn mmu_update(&self, tables: &Tables, page: PageAddr, seen: Pte, new: Pte) -> bool {
+        self.leaf(tables, page).is_some_and(|leaf| {
+            tables
+                .entry(leaf, index_at(0, page.get()))
+                .compare_exchange(seen.0, new.0, Ordering::SeqCst, Ordering::SeqCst)
+                .is_ok()
+        })
+    }
+
+    /// Unlinks every table that lies wholly inside `[floor, ceiling)` and under `range`, and hands it to `gone`
+    /// (free_pgtables). No vma may lie between floor and ceiling, and every pte there is none.
+    pub(crate) fn free_tables<C: Context + ?Sized>(
+        &self,
+        cx: &mut C,
+        tables: &Tables,
+        range: Range,
+        (floor, ceiling): (u64, u64),
+        gone: &mut Vec<TableId>,
+    ) {
+        let guard = self.page_table_lock.lock(cx);
+        self.free_below(tables, LEVELS - 1, self.pgd, 0, range, (floor, ceiling), gone);
+        drop(guard);
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "the state of one recursion")]
+    fn free_below(
+        &self,
+        tables: &Tables,
+        level: u32,
+        table: TableId,
+        base: u64,
+        range: Range,
+        (floor, ceiling): (u64, u64),
+        gone: &mut Vec<TableId>,
+    ) {
+        let span = entry_span(level);
+        let table_end = base + span * ENTRIES as u64;
+        let (first, last) = (range.start().max(base), range.end().min(table_end) - 1);
+        for index in index_at(level, first)..=index_at(level, last) {
+            let entry = tables.entry(table, index);
+            let Some(next) = child(entry.load(Ordering::SeqCst)) else { continue };
+            let start = base + index as u64 * span;
+            if level > 1 {
+                self.free_below(tables, level - 1, next, start, range, (floor, ceiling), gone);
+            }
+            if floor <= start && start + span <= ceiling {
+                entry.store(0, Ordering::SeqCst);
+                gone.push(next);
+            }
+        }
+    }
+}
+
+fn peek_in(tables: &Tables, leaf: TableId, page: PageAddr) -> Pte {
+    Pte(tables.entry(leaf, index_at(0, page.get())).load(Ordering::SeqCst))
+}
+
+/// The ptes of one leaf table, in the hands of whoever holds its ptl.
+pub(crate) struct Ptes<'l> {
+    tables: &'l Tables,
+    leaf: TableId,
+}
+
+impl Ptes<'_> {
+    fn entry(&self, page: PageAddr) -> &AtomicU64 {
+        self.tables.entry(self.leaf, index_at(0, page.get()))
+    }
+
+    pub(crate) fn get(&self, page: PageAddr) -> Pte {
+        peek_in(self.tables, self.leaf, page)
+    }
+
+    /// ptep_get_and_clear: what the MMU set up to this instant is in the answer.
+    pub(crate) fn get_and_clear(&mut self, page: PageAddr) -> Pte {
+        Pte(self.entry(page).swap(0, Ordering::SeqCst))
+    }
+
+    /// set_pte_at: on a pte that the MMU cannot follow.
+    pub(crate) fn set(&mut self, page: PageAddr, pte: Pte) {
+        self.entry(page).store(pte.0, Ordering::SeqCst);
+    }
+
+    /// Sets bits of a live pte in one step, so that no accessed or dirty bit is lost (ptep_set_access_flags).
+    pub(crate) fn set_bits(&mut self, page: PageAddr, bits: u64) {
+        self.entry(page).fetch_or(bits, Ordering::SeqCst);
+    }
+
+    /// ptep_set_wrprotect: as [`Ptes::set_bits`]. CPUs may keep writing until their TLB is flushed.
+    pub(crate) fn write_protect(&mut self, page: PageAddr) {
+        self.entry(page).fetch_and(!Pte::WRITE, Ordering::SeqCst);
+    }
+}
+
+/// The ptl of one leaf table, held. Atomic context while it lives (pte_offset_map_lock).
+pub(crate) struct PteGuard<'l, 'c> {
+    ptes: Ptes<'l>,
+    guard: SpinGuard<'l, 'c, ()>,
+}
+
+impl<'l, 'c> PteGuard<'l, 'c> {
+    pub(crate) fn lock<C: Context + ?Sized>(
+        tables: &'l Tables,
+        leaf: TableId,
+        cx: &'c mut C,
+    ) -> PteGuard<'l, 'c> {
+        PteGuard { ptes: Ptes { tables, leaf }, guard: tables.ptl(leaf).lock(cx) }
+    }
+
+    /// The second ptl of fork: the parent's, under the child's (SINGLE_DEPTH_NESTING).
+    pub(crate) fn lock_nested<C: Context + ?Sized>(
+        tables: &'l Tables,
+        leaf: TableId,
+        cx: &'c mut C,
+    ) -> PteGuard<'l, 'c> {
+        PteGuard { ptes: Ptes { tables, leaf }, guard: tables.ptl(leaf).lock_nested(cx, 1) }
+    }
+
+    /// The ptes, and the context to do more with while they are held.
+    pub(crate) fn split(&mut self) -> (&mut Ptes<'l>, &mut Atomic<'c>) {
+        (&mut self.ptes, self.guard.split().1)
+    }
+}
+
+impl<'l> Deref for PteGuard<'l, '_> {
+    type Target = Ptes<'l>;
+
+    fn deref(&self) -> &Ptes<'l> {
+        &self.ptes
+    }
+}
+
+impl<'l> DerefMut for PteGuard<'l, '_> {
+    fn deref_mut(&mut self) -> &mut Ptes<'l> {
+        &mut self.ptes
+    }
+}
+
+/// The pages of `range` under one leaf table after the other.
+pub(crate) fn by_leaf(range: Range) -> impl Iterator<Item = Range> {
+    let span = entry_span(1);
+    let mut at = range.start();
+    std::iter::from_fn(move || {
+        let end = (at & !(span - 1)).saturating_add(span).min(range.end()).min(TASK_SIZE);
+        let piece = Range::new(at, end.checked_sub(at)?).ok()?;
+        at = end;
+        Some(piece)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn page(addr: u64) -> PageAddr {
+        PageAddr::containing(addr).unwrap()
+    }
+
+    #[test]
+    fn leaves_split_at_two_mib() {
+        let r = Range::new(0x1f_f000, 0x20_2000).unwrap();
+        let pieces: Vec<_> = by_leaf(r).map(|r| (r.start(), r.pages())).collect();
+        assert_eq!(pieces, [(0x1f_f000, 1), (0x20_0000, 512), (0x40_0000, 1)]);
+        let last = Range::new(TASK_SIZE - 0x1000, 0x1000).unwrap();
+        assert_eq!(by_leaf(last).collect::<Vec<_>>(), [last]);
+    }
+
+    #[test]
+    fn tables_go_only_where_no_neighbour_needs_them() {
+        let tables = Tables::new(8);
+        MaySleep::enter(|cx| {
+            let mut table = PageTable::new(&tables).unwrap();
+            let a = table.alloc_leaf(cx, &tables, page(0x1000)).unwrap();
+            assert_eq!(table.alloc_leaf(cx, &tables, page(0x5000)).unwrap(), a);
+            assert_ne!(table.alloc_leaf(cx, &tables, page(0x20_0000)).unwrap(), a);
+            assert_eq!(tables.in_use(), 5);
+            let mut gone = Vec::new();
+            let range = Range::new(0x1000, 0x20_0000).unwrap();
+            table.free_tables(cx, &tables, range, (0, 0x30_0000), &mut gone);
+            assert_eq!(gone, [a], "the second leaf reaches past the ceiling");
+            assert_eq!(table.peek(&tables, page(0x1000)), Pte::NONE);
+            table.free_tables(cx, &tables, Range::ALL, (0, u64::MAX), &mut gone);
+            assert_eq!(gone.len(), 4);
+            gone.into_iter().for_each(|t| tables.free(t));
+            table.destroy(&tables);
+            assert_eq!(tables.in_use(), 0);
+        });
+    }
+}

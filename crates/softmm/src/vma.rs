@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Virtual memory areas and the tree that holds them (v6.18).
+//!
+//! Invariants: vmas do not overlap; neighbours that could be one are one right after mmap. The tree changes only
+//! under mmap_lock for writing; `anon_vma` of a vma may be set, once, under mmap_lock for reading.
+//!
+//! The `anon_vma` matters to notifiers: fork copies page tables, and so notifies, only for vmas that have one, and
+//! two vmas with different ones stay apart, which makes two notified ranges out of one.
+
+use interleave::{AtomicU64, Ordering};
+use mmu_notifier::Range;
+use std::collections::BTreeMap;
+
+/// What the CPU may do with a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prot {
+    /// Neither load nor store (PROT_NONE).
+    None,
+    /// Loads (PROT_READ).
+    Read,
+    /// Loads and stores (PROT_READ | PROT_WRITE).
+    ReadWrite,
+}
+
+impl Prot {
+    /// VM_READ.
+    pub const fn readable(self) -> bool {
+        !matches!(self, Prot::None)
+    }
+
+    /// VM_WRITE.
+    pub const fn writable(self) -> bool {
+        matches!(self, Prot::ReadWrite)
+    }
+}
+
+/// A private anonymous mapping. This slice has no other kind, so every vma is copy-on-write (is_cow_mapping).
+#[derive(Debug)]
+pub(crate) struct Vma {
+    pub(crate) range: Range,
+    pub(crate) prot: Prot,
+    /// 0 until the first page of its own (anon_vma_prepare).
+    anon_vma: AtomicU64,
+    /// Came out of fork: its anon_vma chain has more than one link, so it merges with nothing that has no anon_vma.
+    forked: bool,
+}
+
+impl Vma {
+    pub(crate) fn new(range: Range, prot: Prot) -> Vma {
+        Vma { range, prot, anon_vma: AtomicU64::new(0), forked: false }
+    }
+
+    pub(crate) fn anon_vma(&self) -> Option<u64> {
+        Some(self.anon_vma.load(Ordering::SeqCst)).filter(|&id| id != 0)
+    }
+
+    /// A piece of this vma, with its anon_vma (__split_vma).
+    fn piece(&self, range: Range) -> Vma {
+        let anon_vma = AtomicU64::new(self.anon_vma.load(Ordering::SeqCst));
+        Vma { range, prot: self.prot, anon_vma, forked: self.forked }
+    }
+
+    /// The child's copy at fork (anon_vma_fork), with `anon_vma` of its own if the parent has one.
+    pub(crate) fn for_child(&self, anon_vma: impl FnOnce() -> u64) -> Vma {
+        let own = self.anon_vma().map(|_| anon_vma());
+        Vma {
+            range: self.range,
+            prot: self.prot,
+            anon_vma: AtomicU64::new(own.unwrap_or(0)),
+            forked: self.forked || own.is_some(),
+        }
+    }
+
+    /// Could `next`, which starts where this ends, be part of this one (can_vma_merge_after)?
+    fn merges_with(&self, next: &Vma) -> bool {
+        let anon_vmas_allow = match (self.anon_vma(), next.anon_vma()) {
+            (Some(a), Some(b)) => a == b,
+            (Some(_), None) => !self.forked,
+            (None, Some(_)) => !next.forked,
+            (None, None) => true,
+        };
+        self.range.end() == next.range.start() && self.prot == next.prot && anon_vmas_allow
+    }
+}
+
+/// The vmas of one mm, by start address: what mmap_lock guards.
+#[derive(Debug, Default)]
+pub(crate) struct VmaTree {
+    vmas: BTreeMap<u64, Vma>,
+    /// The last user is gone.
+    pub(crate) exited: bool,
+}
+
+impl VmaTree {
+    /// vma_lookup.
+    pub(crate) fn find(&self, addr: u64) -> Option<&Vma> {
+        self.vmas.range(..=addr).next_back().map(|(_, vma)| vma).filter(|vma| vma.range.contains_addr(addr))
+    }
+
+    pub(crate) fn iter(&self) -> impl DoubleEndedIterator<Item = &Vma> {
+        self.vmas.values()
+    }
+
+    pub(crate) fn overlapping(&self, range: Range) -> impl Iterator<Item = &Vma> {
+        let first = self.find(range.start()).map_or(range.start(), |vma| vma.range.start());
+        self.vmas.range(first..range.end()).map(|(_, vma)| vma)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.vmas.is_empty()
+    }
+
+    /// For a `range` that has been detached: the end of the last vma below `range` and the start of the first one above: page tables wholly between them
+    /// serve nobody but `range`.
+    pub(crate) fn neighbours(&self, range: Range) -> (u64, u64) {
+        let below = self.vmas.range(..range.start()).next_back().map_or(0, |(_, vma)| vma.range.end());
+        let above = self.vmas.range(range.end()..).next().map_or(u64::MAX, |(&start, _)| start);
+        (below, above)
+    }
+
+    /// Adds a vma that overlaps none, merged with its neighbours where that is possible (vma_merge_new_range).
+    pub(crate) fn insert(&mut self, vma: Vma) {
+        self.vmas.insert(vma.range.start(), vma);
+    }
+
+    pub(crate) fn insert_merging(&mut self, mut vma: Vma) {
+        let prev = self.vmas.range(..vma.range.start()).next_back().map(|(&start, _)| start);
+        if let Some(prev) = prev.filter(|start| self.vmas[start].merges_with(&vma)) {
+            vma = join(self.vmas.remove(&prev).expect("just seen"), &vma);
+        }
+        if let Some(next) = self.vmas.get(&vma.range.end()).filter(|next| vma.merges_with(next)) {
+            let start = next.range.start();
+            let next = self.vmas.remove(&start).expect("just seen");
+            vma = join(vma, &next);
+        }
+        self.insert(vma);
+    }
+
+    /// Takes `range` out of the tree; vmas that reach past it are split. The pieces taken out, in order.
+    pub(crate) fn detach(&mut self, range: Range) -> Vec<Vma> {
+        let hit: Vec<u64> = self.overlapping(range).map(|vma| vma.range.start()).collect();
+        let mut out = Vec::with_capacity(hit.len());
+        for start in hit {
+            let vma = self.vmas.remove(&start).expect("just seen");
+            let Some(cut) = vma.range.intersection(range) else { continue };
+            for (start, end) in [(vma.range.start(), cut.start()), (cut.end(), vma.range.end())] {
+                if let Ok(rest) = Range::new(start, end - start) {
+                    self.insert(vma.piece(rest));
+                }
+            }
+            out.push(vma.piece(cut));
+        }
+        out
+    }
+
+    /// Gives the vma at `addr` an anon_vma: that of a neighbour which it could merge with, else `fresh`
+    /// (anon_vma_prepare; mmap_lock held for reading is enough).
+    pub(crate) fn anon_vma_prepare(&self, addr: u64, fresh: impl FnOnce() -> u64) {
+        let Some(vma) = self.find(addr) else { return };
+        if vma.anon_vma().is_some() {
+            return;
+        }
+        let next = self.vmas.get(&vma.range.end());
+        let prev = self.vmas.range(..vma.range.start()).next_back().map(|(_, prev)| prev);
+        let of_next = next.filter(|next| vma.merges_with(next)).and_then(Vma::anon_vma);
+        let of_prev = prev.filter(|prev| prev.merges_with(vma)).and_then(Vma::anon_vma);
+        let id = of_next.or(of_prev).unwrap_or_else(fresh);
+        // A racing fault may have been first; both are right.
+        let _ = vma.anon_vma.compare_exchange(0, id, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
+    /// The highest gap of `len` bytes below `top` (top-down layout, v6.18 default), if there is one.
+    pub(crate) fn find_gap(&self, len: u64, bottom: u64, top: u64) -> Option<Range> {
+        let mut ceiling = top;
+        for vma in self.vmas.values().rev() {
+            if vma.range.end() <= ceiling && ceiling - vma.range.end() >= len {
+                break;
+            }
+            ceiling = ceiling.min(vma.range.start());
+        }
+        let start = ceiling.checked_sub(len).filter(|&start| start >= bottom)?;
+        Range::new(start, len).ok()
+    }
+}
+
+fn join(mut low: Vma, high: &Vma) -> Vma {
+    low.range =
+        Range::new(low.range.start(), low.range.len() + high.range.len()).expect("neighbours in user space");
+    if low.anon_vma().is_none() {
+        low.anon_vma.store(high.anon_vma.load(Ordering::SeqCst), Ordering::SeqCst);
+        low.forked |= high.forked;
+    }
+    low
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(page: u64, pages: u64) -> Range {
+        Range::new(page << 12, pages << 12).unwrap()
+    }
+
+    fn ranges(tree: &VmaTree) -> Vec<(u64, u64)> {
+        tree.iter().map(|v| (v.range.start() >> 12, v.range.pages())).collect()
+    }
+
+    #[test]
+    fn neighbours_merge_unless_anon_vmas_differ() {
+        let mut tree = VmaTree::default();
+        tree.insert_merging(Vma::new(range(1, 1), Prot::Read));
+        tree.insert_merging(Vma::new(range(3, 1), Prot::Read));
+        tree.insert_merging(Vma::new(range(2, 1), Prot::Read));
+        assert_eq!(ranges(&tree), [(1, 3)]);
+        tree.insert_merging(Vma::new(range(4, 1), Prot::ReadWrite));
+        assert_eq!(ranges(&tree), [(1, 3), (4, 1)]);
+
+        let mut apart = VmaTree::default();
+        apart.insert_merging(Vma::new(range(1, 1), Prot::Read));
+        apart.insert_merging(Vma::new(range(3, 1), Prot::Read));
+        apart.anon_vma_prepare(1 << 12, || 1);
+        apart.anon_vma_prepare(3 << 12, || 2);
+        apart.insert_merging(Vma::new(range(2, 1), Prot::Read));
+        assert_eq!(ranges(&apart), [(1, 2), (3, 1)]);
+    }
+
+    #[test]
+    fn detach_splits_at_both_ends() {
+        let mut tree = VmaTree::default();
+        tree.insert_merging(Vma::new(range(1, 4), Prot::Read));
+        tree.insert_merging(Vma::new(range(6, 4), Prot::ReadWrite));
+        let out: Vec<_> = tree.detach(range(2, 5)).iter().map(|v| v.range).collect();
+        assert_eq!(out, [range(2, 3), range(6, 1)]);
+        assert_eq!(ranges(&tree), [(1, 1), (7, 3)]);
+        assert_eq!(tree.neighbours(range(2, 5)), (2 << 12, 7 << 12));
+        assert!(tree.find(2 << 12).is_none() && tree.find((7 << 12) + 5).is_some());
+    }
+
+    #[test]
+    fn the_highest_gap_is_taken() {
+        let mut tree = VmaTree::default();
+        assert_eq!(tree.find_gap(2 << 12, 1 << 12, 10 << 12), Some(range(8, 2)));
+        tree.insert(Vma::new(range(8, 2), Prot::Read));
+        tree.insert(Vma::new(range(5, 2), Prot::Read));
+        assert_eq!(tree.find_gap(1 << 12, 1 << 12, 10 << 12), Some(range(7, 1)));
+        assert_eq!(tree.find_gap(2 << 12, 1 << 12, 10 << 12), Some(range(3, 2)));
+        assert_eq!(tree.find_gap(5 << 12, 1 << 12, 10 << 12), None);
+    }
+}
