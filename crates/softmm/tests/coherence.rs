@@ -9,7 +9,7 @@ use interleave::{LockClass, MaySleep, Mutex, MutexGuard, Sleep, scope};
 use mmu_notifier::{
     Access, Invalidate, Invalidation, PageAddr, PrimaryMmu, Range, SeqMoved, SetSeq, Subscription, WouldBlock,
 };
-use softmm::{Config, Foll, FrameId, Machine, Mm, MmSubscription, Placement, Prot};
+use softmm::{AccessError, Config, Foll, FrameId, Machine, Mm, MmSubscription, Placement, Prot};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -136,7 +136,11 @@ fn a_device_that_retries_never_sees_a_freed_frame() {
                 let mut seed = 2;
                 for i in 0..ROUNDS * 4 {
                     let addr = nth_page(random(&mut seed, PAGES)).get();
-                    let _ = machine.cpus()[0].store(cx, mm, addr, i);
+                    let stored = machine.cpus()[0].store(cx, mm, addr, i);
+                    assert!(
+                        !matches!(stored, Err(AccessError::Freed(_))),
+                        "freed before the flush: {stored:?}"
+                    );
                 }
             });
             s.spawn("forker", |cx| {

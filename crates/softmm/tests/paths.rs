@@ -130,6 +130,23 @@ fn fork_notifies_each_vma_that_has_pages_of_its_own() {
     });
 }
 
+#[test]
+fn copy_on_write_reaches_the_tlb_of_every_cpu() {
+    MaySleep::enter(|cx| {
+        let t = setup(cx);
+        let other = &t.machine.cpus()[1];
+        for before in 0..2 {
+            // First off the zero page, then off a page shared with a child.
+            let child = t.user.fork(cx).unwrap();
+            assert_eq!(other.load(cx, &t.user, 16 << 12), Ok(before));
+            t.store(cx, &t.user, 16, before + 1);
+            assert_eq!(other.load(cx, &t.user, 16 << 12), Ok(before + 1));
+            child.mmput(cx);
+        }
+        t.finish(cx);
+    });
+}
+
 /// Counts what CPUs cache and whether a frame lives, at each E.
 struct AtEnd {
     machine: Arc<Machine>,

@@ -5,6 +5,11 @@
 //! in flight at that moment; `read_retry` is the source's own check. Between them lies whatever the caller does to
 //! get the pages. A subscription whose snapshot has not moved since its last barrier needs no new one.
 //!
+//! The barrier waits for what holds the mm's locks. That is all that the kvm source announces, since it is called under
+//! them. userfaultfd announces MADV_DONTNEED, FREE and REMOVE to its reader first and takes the locks afterwards, so over
+//! the uffd source a page can be got that another thread is giving up at that moment; its list of what it cannot
+//! hear says so.
+//!
 //! Lock order: `host_settled` is a leaf.
 
 mod source;

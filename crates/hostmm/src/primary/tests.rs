@@ -145,14 +145,6 @@ fn kvm_read_begin_closes_the_gap() {
 }
 
 #[test]
-fn uffd_read_begin_closes_the_gap() {
-    if has_uffd() {
-        let name = "primary::tests::uffd_read_begin_closes_the_gap";
-        testing::in_child(name, DEADLINE, || the_gap_is_closed(&over_uffd()));
-    }
-}
-
-#[test]
 fn what_cannot_be_got_says_why() {
     if !has_uffd() {
         return;

@@ -82,6 +82,12 @@ pub const DEAF: &[Deaf] = &[
         "EVENT_FORK needs privilege and stops fork until it is read",
         "a pin keeps the parent's pages; a child opens a source of its own and its handles refuse",
     ),
+    deaf(
+        "the end of MADV_DONTNEED, FREE, REMOVE",
+        true,
+        "REMOVE is announced before the pages go; madvise then takes its locks again and nothing tells when it is done",
+        "do not get pages while another thread is giving them up; what madvise has returned from is safe",
+    ),
     deaf("exit, exec", false, "the kernel skips events of a dying mm", "the source goes with the process"),
     deaf("uprobes", true, "replaces a page of program text through rmap", "do not share program text"),
     deaf(
