@@ -75,14 +75,21 @@ pub(crate) struct LiveArgs {
     #[arg(long)]
     pub(crate) race: bool,
     /// Rounds of each race
-    #[arg(long, default_value_t = 20_000, requires = "race")]
+    #[arg(long, default_value_t = 20_000, requires = "race", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) rounds: u64,
     /// Threads of the malloc, get, free churn
-    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "race")]
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "race", value_parser = threads)]
     pub(crate) threads: Vec<usize>,
     /// Write the JSON document to FILE as well
     #[arg(long, value_name = "FILE")]
     pub(crate) save: Option<PathBuf>,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=1024) => Ok(n),
+        _ => Err("give 1 to 1024 threads".into()),
+    }
 }
 
 #[derive(Args)]

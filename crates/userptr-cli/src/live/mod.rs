@@ -21,7 +21,7 @@ use hostmm::uffd::UffdSource;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{LiveArgs, RowArgs};
-use crate::{Error, child, print_json};
+use crate::{Error, Saved, child, print_json};
 use report::{Answer, CannotHear, Column, Declared, Report, Row};
 
 /// The slowest rows wait for a kernel thread.
@@ -57,6 +57,7 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
             return Err(Error::Machine(format!("{needed}: {}", state.detail())));
         }
     }
+    let saved = Saved::create(args.save.as_ref())?;
     let sources = [Listener::Uffd, Listener::Kvm].map(|source| (source, source.missing()));
     let progress = progress(events.len());
     let rows: Vec<Row> = events
@@ -78,10 +79,7 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
         rows,
         seconds: start.elapsed().as_secs_f64(),
     };
-    if let Some(path) = &args.save {
-        let text = serde_json::to_string_pretty(&report)?;
-        std::fs::write(path, text).map_err(|source| Error::File { path: path.clone(), source })?;
-    }
+    saved.write(&report)?;
     if args.json {
         print_json(&report)?;
     } else {
