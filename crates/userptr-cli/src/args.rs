@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// MMU notifiers for user space: tells a program when Linux changes the memory that it shares with a device.
 #[derive(Parser)]
@@ -39,6 +39,7 @@ coherent on every event they must hear, 1 not so, 2 could not run.
 Examples:
   userptr live
   userptr live --only mremap --json
+  userptr live --source uffd         on a machine without /dev/kvm
   userptr live --race --rounds 1000000 --threads 1,2,4,8"
     )]
     Live(LiveArgs),
@@ -68,6 +69,9 @@ pub(crate) struct LiveArgs {
     /// Only the events whose name contains TEXT
     #[arg(long, value_name = "TEXT", conflicts_with = "race")]
     pub(crate) only: Option<String>,
+    /// The sources to hold to what they must hear
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) source: Sources,
     /// List the events and what is declared of them; change nothing
     #[arg(long, conflicts_with = "race")]
     pub(crate) list: bool,
@@ -83,6 +87,18 @@ pub(crate) struct LiveArgs {
     /// Write the JSON document to FILE as well
     #[arg(long, value_name = "FILE")]
     pub(crate) save: Option<PathBuf>,
+}
+
+/// Which sources a machine is expected to have.
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sources {
+    /// Both: without one of them the command cannot run
+    #[default]
+    Both,
+    /// userfaultfd alone
+    Uffd,
+    /// KVM's notifier alone
+    Kvm,
 }
 
 fn threads(text: &str) -> Result<usize, String> {
