@@ -125,16 +125,18 @@ pub(super) fn perf_ring() -> Finding {
         Ok(id) => id,
         Err(finding) => return finding,
     };
-    Finding::of(perf::Ring::open(id, 0, 1, None, false).map(drop), "a ring on the event for all tasks", |errno| {
-        match errno {
+    Finding::of(
+        perf::Ring::open(id, 0, 1, None, false).map(drop),
+        "a ring on the event for all tasks",
+        |errno| match errno {
             libc::EPERM | libc::EACCES => {
                 "give CAP_PERFMON (Linux 5.8), or set kernel.perf_event_paranoid to -1"
             }
             libc::ENOMEM => "raise RLIMIT_MEMLOCK or kernel.perf_event_mlock_kb",
             libc::ENOSYS => "kernel: CONFIG_PERF_EVENTS; or a seccomp filter hides it",
             _ => UNEXPECTED,
-        }
-    })
+        },
+    )
 }
 
 /// In the order of their bits.

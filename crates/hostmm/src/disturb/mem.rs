@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use mmu_notifier::{PAGE_SIZE, Range};
 
+use crate::page::{Frame, Pagemap, Pfn, PidOrSelf};
+
 use super::scene::Undo;
 use super::{DisturbError, Via, raw};
 
@@ -52,10 +54,10 @@ impl Region {
     ) -> Result<Region, DisturbError> {
         let len = pages * PAGE_SIZE;
         let fd = fd.map_or(-1, AsRawFd::as_raw_fd);
-        // SAFETY: without MAP_FIXED the kernel picks addresses that nobody uses.
-        let addr =
-            check(unsafe { libc::mmap(std::ptr::null_mut(), len as usize, prot, flags, fd, 0) } as i64)
-                .map_err(|source| DisturbError::Call { what: "mmap", range: None, source })?;
+        let wish = NEXT.fetch_add(len + GAP, core::sync::atomic::Ordering::Relaxed) as *mut libc::c_void;
+        // SAFETY: without MAP_FIXED the address is a wish: the kernel picks addresses that nobody uses.
+        let addr = check(unsafe { libc::mmap(wish, len as usize, prot, flags, fd, 0) } as i64)
+            .map_err(|source| DisturbError::Call { what: "mmap", range: None, source })?;
         let region = Region { addr, len };
         undo.own(region);
         Ok(region)
@@ -133,13 +135,12 @@ impl Region {
     }
 
     /// The page frame at the first page; `None` if nothing is present there.
-    pub(super) fn pfn(self) -> Result<Option<u64>, DisturbError> {
-        let mut entry = [0; 8];
-        File::open("/proc/self/pagemap")
-            .and_then(|f| f.read_exact_at(&mut entry, self.addr / PAGE_SIZE * 8))
-            .map_err(self.failed("/proc/self/pagemap"))?;
-        let entry = u64::from_ne_bytes(entry);
-        Ok((entry >> 63 == 1).then_some(entry & ((1 << 55) - 1)))
+    pub(super) fn pfn(self) -> Result<Option<Pfn>, DisturbError> {
+        match Pagemap::open(PidOrSelf::Myself)?.entries(self.page(0).range())?[0].frame() {
+            Frame::Present(pfn) => Ok(Some(pfn)),
+            Frame::Hidden => Err(DisturbError::HiddenFrames),
+            Frame::None | Frame::Swapped(_) | Frame::Guard => Ok(None),
+        }
     }
 
     fn call(self, via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64) -> io::Result<u64> {

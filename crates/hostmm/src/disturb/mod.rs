@@ -45,6 +45,8 @@ use std::io;
 
 use mmu_notifier::Range;
 
+use crate::page::PageError;
+
 pub use observer::{Observer, Sighting};
 pub use scene::{After, Arena, Change, Scene};
 
@@ -206,7 +208,7 @@ impl Event {
 #[non_exhaustive]
 pub enum DisturbError {
     /// A system call failed.
-    #[error("{what} on {range:?}: {source}")]
+    #[error("{what}{}: {source}", range.map_or(String::new(), |range| format!(" on {range}")))]
     Call {
         /// The system call or file.
         what: &'static str,
@@ -235,6 +237,14 @@ pub enum DisturbError {
         /// Where it is.
         now: u64,
     },
+    /// Whether the page moved cannot be told.
+    #[error(transparent)]
+    Page(#[from] PageError),
+    /// Page frame numbers read as 0.
+    #[error(
+        "/proc/self/pagemap hides page frame numbers, so whether the page moved cannot be told: needs CAP_SYS_ADMIN"
+    )]
+    HiddenFrames,
     /// A [`Scene`] can be disturbed once.
     #[error("this scene was disturbed already: set up a new one")]
     Spent,

@@ -22,11 +22,9 @@ pub(super) const EVENTS: &[&[Event]] = &[
     &both!("mremap_grow_move", "expand_vma -> move_vma -> move_page_tables", grow_move, |e| e
         .expect(Stale, Stale, "no room to grow: the whole mapping moves")
         .uffd()),
-    &both!("mremap_grow_in_place", "expand_vma_in_place", grow, |e| e.expect(
-        Coherent,
-        Coherent,
-        "the page stays; only the new tail is notified"
-    )),
+    &both!("mremap_grow_in_place", "expand_vma_in_place", grow, |e| e
+        .expect(Coherent, Coherent, "control: the page stays, and growing into a hole notifies nothing")
+        .not_kvm()),
     &both!("mremap_dontunmap", "move_vma -> move_page_tables, vma kept", dontunmap, |e| e
         .expect(Stale, Stale, "the old address stays mapped and gets a fresh page")
         .uffd()),
@@ -82,13 +80,12 @@ fn grow(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let (page, room) = (region.page(0), region.page(1));
     room.munmap(Via::Libc).map_err(room.failed("munmap"))?;
     undo.disown(room);
-    let scene = Scene::new(page.range(), before, After::Stamp(before), undo, move |returned, undo| {
+    Ok(Scene::new(page.range(), before, After::Stamp(before), undo, move |returned, undo| {
         page.mremap(via, 2 * PAGE_SIZE, 0, None).map_err(page.failed("mremap"))?;
         returned();
         undo.own(room);
         Ok(Change::Happened)
-    });
-    Ok(scene.changing(room.range()))
+    }))
 }
 
 fn dontunmap(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {

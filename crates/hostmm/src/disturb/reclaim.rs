@@ -15,6 +15,7 @@ use super::mem::{self, Plug, Region, pause_for};
 use super::scene::{After, Arena, Change, Scene, Undo};
 use super::swap::SwapSpace;
 use super::{DisturbError, Event, Need, Via, both};
+use crate::page::{Frame, Pagemap, PidOrSelf};
 
 pub(super) const EVENTS: &[&[Event]] = &[
     &both!("madv_pageout_swap", "madvise_pageout -> reclaim_pages -> try_to_unmap", pageout, |e| e
@@ -33,9 +34,11 @@ pub(super) const EVENTS: &[&[Event]] = &[
 ///
 /// The first calls may pass a page over that is still in another CPU's batch of pages on their way to the LRU lists.
 pub(super) fn page_out(page: Region, via: Via) -> Result<bool, DisturbError> {
+    let old = page.pfn()?;
     for _ in 0..20 {
         page.madvise(via, libc::MADV_PAGEOUT).map_err(page.failed("MADV_PAGEOUT"))?;
-        if page.pfn()?.is_none() {
+        // Not `is_none`: an observer's read may have faulted another page in already.
+        if page.pfn()? != old {
             return Ok(true);
         }
         pause_for(Duration::from_millis(2));
@@ -88,18 +91,12 @@ fn ageing(arena: &mut Arena, _: Via) -> Result<Scene, DisturbError> {
 fn idle_pages(region: Region) -> Result<usize, DisturbError> {
     let failed =
         |source| DisturbError::Call { what: "/proc/kpageflags", range: Some(region.range()), source };
-    let pagemap = File::open("/proc/self/pagemap").map_err(failed)?;
     let flags = File::open("/proc/kpageflags").map_err(failed)?;
-    let pages = region.range().pages();
-    let mut entries = vec![0_u8; pages as usize * 8];
-    pagemap.read_exact_at(&mut entries, region.addr() / PAGE_SIZE * 8).map_err(failed)?;
     let mut idle = 0;
-    for entry in entries.as_chunks::<8>().0 {
-        let entry = u64::from_ne_bytes(*entry);
+    for entry in Pagemap::open(PidOrSelf::Myself)?.entries(region.range())? {
+        let Frame::Present(pfn) = entry.frame() else { continue };
         let mut word = [0; 8];
-        if entry >> 63 == 1 {
-            flags.read_exact_at(&mut word, (entry & ((1 << 55) - 1)) * 8).map_err(failed)?;
-        }
+        flags.read_exact_at(&mut word, pfn.get() * 8).map_err(failed)?;
         idle += usize::from(u64::from_ne_bytes(word) & KPF_IDLE != 0);
     }
     Ok(idle)

@@ -137,8 +137,7 @@ impl Scene {
         self.watched
     }
 
-    /// What a notifier is expected to report some part of. The watched page, but for events that change memory
-    /// beside it.
+    /// What a notifier is expected to report some part of: the watched page, or more where the kernel names more.
     #[must_use]
     pub fn changed(&self) -> Range {
         self.changed
@@ -186,5 +185,66 @@ impl std::fmt::Debug for Scene {
             .field("changed", &self.changed)
             .field("after", &self.after)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::catalogue;
+    use super::super::mem::{PRIVATE, RW};
+    use super::*;
+
+    fn mapped(region: Region) -> bool {
+        region.madvise(Via::Libc, libc::MADV_NORMAL).is_ok()
+    }
+
+    #[test]
+    fn what_a_scene_gave_up_is_not_unmapped() {
+        let mut undo = Undo::default();
+        let region = Region::map(&mut undo, 5, RW, PRIVATE, None).unwrap();
+        undo.disown(region.page(2));
+        drop(undo);
+        let parts = [region.part(0, 2), region.page(2), region.part(3, 2)];
+        assert_eq!(parts.map(mapped), [false, true, false]);
+        region.page(2).munmap(Via::Libc).unwrap();
+    }
+
+    #[test]
+    fn a_region_without_a_hole_is_what_is_left_of_it() {
+        let mut undo = Undo::default();
+        let region = Region::map(&mut undo, 6, RW, PRIVATE, None).unwrap();
+        let without = |first, pages| region.part(1, 3).without(region.part(first, pages)).collect::<Vec<_>>();
+        assert_eq!(without(2, 1), [region.page(1), region.page(3)]);
+        assert_eq!(without(0, 2), [region.part(2, 2)]);
+        assert_eq!(without(3, 3), [region.part(1, 2)]);
+        assert_eq!(without(0, 6), []);
+        assert_eq!(without(5, 1), [region.part(1, 3)]);
+    }
+
+    #[test]
+    fn undo_runs_backwards_and_once() {
+        let (sender, order) = std::sync::mpsc::channel();
+        let mut undo = Undo::default();
+        for n in 0..3 {
+            let sender = sender.clone();
+            undo.push(move || sender.send(n).unwrap());
+        }
+        drop((undo, sender));
+        assert_eq!(order.iter().collect::<Vec<_>>(), [2, 1, 0]);
+    }
+
+    #[test]
+    fn a_scene_is_disturbed_once() {
+        let event = catalogue().into_iter().find(|e| e.name == "madv_dontneed/raw").unwrap();
+        let mut scene = event.setup(&mut Arena::new("/nonexistent")).unwrap();
+        assert_eq!(scene.disturb(&mut || {}).unwrap(), Change::Happened);
+        assert!(matches!(scene.disturb(&mut || {}), Err(DisturbError::Spent)));
+    }
+
+    #[test]
+    fn a_set_up_that_fails_says_what_failed() {
+        let event = catalogue().into_iter().find(|e| e.name == "fsync_writeback/raw").unwrap();
+        let error = event.setup(&mut Arena::new("/nonexistent")).unwrap_err();
+        assert!(error.to_string().starts_with("O_TMPFILE in the arena's directory"), "{error}");
     }
 }

@@ -41,9 +41,10 @@ fn collapse(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let region = Region::huge(&mut undo, 1)?;
     region.madvise(Via::Libc, libc::MADV_NOHUGEPAGE).map_err(region.failed("MADV_NOHUGEPAGE"))?;
     region.fill(before);
-    region.madvise(Via::Libc, libc::MADV_HUGEPAGE).map_err(region.failed("MADV_HUGEPAGE"))?;
     let page = region.page(WATCHED);
     let scene = Scene::new(page.range(), before, After::Stamp(before), undo, move |returned, _| {
+        // Not before now: khugepaged may collapse it from here on.
+        region.madvise(Via::Libc, libc::MADV_HUGEPAGE).map_err(region.failed("MADV_HUGEPAGE"))?;
         // EAGAIN also means a page on its way to the LRU lists: once is no refusal yet.
         let mut tries = 0;
         loop {
@@ -72,7 +73,11 @@ fn huge(undo: &mut Undo, stamp: u64) -> Result<Region, DisturbError> {
     let small = PMD_SIZE / PAGE_SIZE;
     let (first, last) = (region.page(0).pfn()?, region.page(small - 1).pfn()?);
     match (first, last) {
-        (Some(first), Some(last)) if first.is_multiple_of(small) && last == first + small - 1 => Ok(region),
+        (Some(first), Some(last))
+            if first.get().is_multiple_of(small) && last.get() == first.get() + small - 1 =>
+        {
+            Ok(region)
+        }
         // No huge page was free: make one.
         _ => region.madvise(Via::Libc, MADV_COLLAPSE).map(|_| region).map_err(region.failed("MADV_COLLAPSE")),
     }

@@ -104,7 +104,6 @@ pub(crate) enum Input {
     Perf(Fields),
 }
 
-/// A running monitor.
 static ENDED: interleave::LockClass = interleave::LockClass::new("kvm_monitor_ended");
 
 impl std::fmt::Debug for Monitor {
@@ -113,6 +112,7 @@ impl std::fmt::Debug for Monitor {
     }
 }
 
+/// A running monitor.
 pub(crate) struct Monitor {
     thread: JoinHandle<()>,
     /// Disconnected when the thread has ended. Never locked: a receiver alone could not be shared.
