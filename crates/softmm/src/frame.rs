@@ -259,6 +259,20 @@ impl Frames {
         if self.is_live(id) { Ok(()) } else { Err(id.into()) }
     }
 
+    /// set_page_dirty by a driver that mirrors the page and has no reference on it, before it lets go of the mapping.
+    ///
+    /// # Errors
+    /// [`FrameFreed`] if that life of the frame is over: the driver let go too late.
+    pub fn mark_dirty(&self, id: FrameId) -> Result<(), FrameFreed> {
+        if !self.is_live(id) {
+            return Err(id.into());
+        }
+        if id.pfn != ZERO_PAGE {
+            self.set_dirty(id.pfn);
+        }
+        Ok(())
+    }
+
     fn frame(&self, pfn: Pfn) -> &Frame {
         &self.frames[index_of(pfn)]
     }

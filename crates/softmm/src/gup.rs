@@ -24,7 +24,7 @@ use crate::page_table::PteGuard;
 use crate::pte::Pte;
 use crate::tlb::Cpu;
 use crate::vma::VmaTree;
-use interleave::{MaySleep, Ordering};
+use interleave::{Context, MaySleep, Ordering};
 use mmu_notifier::{PageAddr, Pfn, Range};
 use std::sync::Arc;
 
@@ -151,23 +151,7 @@ impl Mm {
         range: Range,
         foll: Foll,
     ) -> Result<UserPages, FaultError> {
-        let mut got = UserPages::none(self, foll);
-        self.note_pin(foll);
-        let seq = self.write_protect_seq.load(Ordering::SeqCst);
-        let fork_runs = |seq: u64| foll.hold == FollRef::Pin && seq % 2 == 1;
-        if !fork_runs(seq) {
-            let irq_off = cpu.irq_off(cx);
-            for page in range.iter_pages() {
-                match self.gup_fast_page(page, foll) {
-                    Some(pfn) => got.pages.push(pfn),
-                    None => break,
-                }
-            }
-            drop(irq_off);
-            if foll.hold == FollRef::Pin && self.write_protect_seq.load(Ordering::SeqCst) != seq {
-                got = UserPages::none(self, foll);
-            }
-        }
+        let mut got = self.get_user_pages_fast_only(cx, cpu, range, foll);
         let done = got.pages.len();
         self.gup_slow(cx, range.iter_pages().skip(done), &mut got)?;
         Ok(got)
@@ -257,5 +241,54 @@ impl Mm {
         }
         guard.set_bits(page, Pte::ACCESSED);
         Ok(pte.pfn())
+    }
+}
+
+impl Mm {
+    /// get_user_pages_fast_only (`__get_user_pages_fast` before 5.8): the leading pages of `range` that can be had with
+    /// interrupts off and without a fault; maybe none. Never sleeps.
+    pub fn get_user_pages_fast_only<C: Context + ?Sized>(
+        &self,
+        cx: &mut C,
+        cpu: &Cpu,
+        range: Range,
+        foll: Foll,
+    ) -> UserPages {
+        let mut got = UserPages::none(self, foll);
+        self.note_pin(foll);
+        let seq = self.write_protect_seq.load(Ordering::SeqCst);
+        let fork_runs = |seq: u64| foll.hold == FollRef::Pin && seq % 2 == 1;
+        if !fork_runs(seq) {
+            let irq_off = cpu.irq_off(cx);
+            for page in range.iter_pages() {
+                match self.gup_fast_page(page, foll) {
+                    Some(pfn) => got.pages.push(pfn),
+                    None => break,
+                }
+            }
+            drop(irq_off);
+            if foll.hold == FollRef::Pin && self.write_protect_seq.load(Ordering::SeqCst) != seq {
+                got = UserPages::none(self, foll);
+            }
+        }
+        got
+    }
+}
+
+impl UserPages {
+    /// Pages that are held.
+    pub fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// None?
+    pub fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+
+    /// Splits off the pages from the `at`th on, for who lets them go one by one.
+    pub fn split_off(&mut self, at: usize) -> UserPages {
+        let pages = self.pages.split_off(at.min(self.pages.len()));
+        UserPages { machine: self.machine.clone(), foll: self.foll, pages }
     }
 }
