@@ -92,20 +92,38 @@ pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: 
 
 #[inline(never)]
 fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
-    // Orders from locks below the last one that was waited for follow from those already recorded.
-    let mut implied = false;
+    let mut unknown = graph::bit(node);
     for slot in t.slots() {
-        let outer = slot.node.get();
-        let unseen = !implied && !graph::seen(outer, node);
-        if unseen | (outer == node) | (slot.lock.get() == lock) {
-            suspect(slot.get(), node, lock, site);
+        if suspicious(slot, node, lock, &mut unknown) {
+            // The last thing that is done here, so that this frame saves no register for it.
+            return suspect_all(t, node, lock, site);
         }
-        implied |= !slot.tried.get();
     }
+}
+
+/// Whether the lock in `slot` is not known to be right. `unknown` is the bit to be looked for, and zero below the last
+/// lock that was waited for: orders from there follow from those already recorded.
+#[inline(always)]
+fn suspicious(slot: &task::Slot, node: Node, lock: usize, unknown: &mut u64) -> bool {
+    let outer = slot.node.get();
+    let unseen = !graph::seen_word(outer, node) & *unknown != 0;
+    if !slot.tried.get() {
+        *unknown = 0;
+    }
+    unseen | (outer == node) | (slot.lock.get() == lock)
 }
 
 #[cold]
 #[inline(never)]
+fn suspect_all(t: &task::Task, node: Node, lock: usize, site: Site) {
+    let mut unknown = graph::bit(node);
+    for slot in t.slots() {
+        if suspicious(slot, node, lock, &mut unknown) {
+            suspect(slot.get(), node, lock, site);
+        }
+    }
+}
+
 fn suspect(held: Held, node: Node, lock: usize, site: Site) {
     let Some(outer_site) = held.site else { return };
     if held.lock == lock {
