@@ -32,13 +32,15 @@ Examples:
   userptr doctor --has ksm && echo 'KSM can be tested here'")]
     Doctor(DoctorArgs),
     /// Change memory of this process in every way Linux has and print which device went stale and who was told
-    #[command(after_help = "Exit codes: 0 the control is stale on exactly the rows declared and both sources are \
+    #[command(
+        after_help = "Exit codes: 0 the control is stale on exactly the rows declared and both sources are \
 coherent on every event they must hear, 1 not so, 2 could not run.
 
 Examples:
   userptr live
   userptr live --only mremap --json
-  userptr live --race --rounds 1000000 --threads 1,2,4,8")]
+  userptr live --race --rounds 1000000 --threads 1,2,4,8"
+    )]
     Live(LiveArgs),
     /// One row of `live`, in a process of its own
     #[command(hide = true)]

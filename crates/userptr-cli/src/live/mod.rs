@@ -156,12 +156,11 @@ fn make(event: &Event, sources: &[(Listener, Option<String>); 2]) -> Row {
     if row.skipped.is_some() {
         return row;
     }
-    let ask = |source: &str, device: &str| {
-        match child::ask(&["live-row", event.name, source, device], DEADLINE) {
+    let ask =
+        |source: &str, device: &str| match child::ask(&["live-row", event.name, source, device], DEADLINE) {
             Ok(part) => Answer::Ran(part),
             Err(e) => Answer::Failed(e.to_string()),
-        }
-    };
+        };
     let column = |source: &str, must_hear| Column {
         must_hear,
         pinned: ask(source, "pinned"),

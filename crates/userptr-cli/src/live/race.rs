@@ -174,7 +174,8 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
 
 fn run_one(race: &str, threads: usize, contestant: &str, control: Option<bool>, rounds: u64) -> Raced {
     // A round takes some microseconds; a hang must end all the same.
-    let deadline = Duration::from_secs(60) + Duration::from_micros(500) * u32::try_from(rounds).unwrap_or(u32::MAX);
+    let deadline =
+        Duration::from_secs(60) + Duration::from_micros(500) * u32::try_from(rounds).unwrap_or(u32::MAX);
     let (rounds_text, threads_text) = (rounds.to_string(), threads.to_string());
     let words = ["live-race", race, contestant, &rounds_text, &threads_text];
     let (numbers, failed) = match child::ask::<Numbers>(&words, deadline) {

@@ -146,7 +146,8 @@ impl Row {
             let Some(column) = column else { continue };
             for (device, answer) in [("pinned", &column.pinned), ("unpinned", &column.unpinned)] {
                 problems.extend(
-                    complaint(answer, column.must_hear).map(|what| format!("{name}, {device} device: {what}")),
+                    complaint(answer, column.must_hear)
+                        .map(|what| format!("{name}, {device} device: {what}")),
                 );
             }
         }
@@ -213,7 +214,8 @@ mod tests {
     use super::*;
 
     fn ran(found: Found, reported: Option<bool>) -> Answer {
-        let heard = reported.map(|reported| Heard { reported, before_return: reported, before_visible: None });
+        let heard =
+            reported.map(|reported| Heard { reported, before_return: reported, before_visible: None });
         Answer::Ran(Part { found, heard, refused: None })
     }
 

@@ -55,8 +55,20 @@ pub(crate) fn table(rows: &[Row], terminal: bool) -> Table {
     let bold = |text: &str| Cell::new(text).add_attribute(Attribute::Bold);
     table.set_header(
         [
-            "event", "via", "declared\npins", "\npfn", "no notifier\npins", "\npfn", "uffd\nheard", "\nreturn",
-            "\nseen", "\nnext use", "kvm\nheard", "\nreturn", "\nseen", "\nnext use",
+            "event",
+            "via",
+            "declared\npins",
+            "\npfn",
+            "no notifier\npins",
+            "\npfn",
+            "uffd\nheard",
+            "\nreturn",
+            "\nseen",
+            "\nnext use",
+            "kvm\nheard",
+            "\nreturn",
+            "\nseen",
+            "\nnext use",
         ]
         .map(bold),
     );
@@ -116,10 +128,8 @@ fn column_cells(column: Option<&Column>) -> [Cell; 4] {
     if refusing {
         return ["refuses", "-", "-", "one-shot"].map(Cell::new);
     }
-    let heard: Vec<Heard> = parts
-        .into_iter()
-        .filter_map(|a| if let Answer::Ran(part) = a { part.heard } else { None })
-        .collect();
+    let heard: Vec<Heard> =
+        parts.into_iter().filter_map(|a| if let Answer::Ran(part) = a { part.heard } else { None }).collect();
     let all = |of: fn(&Heard) -> Option<bool>| {
         let known: Vec<bool> = heard.iter().filter_map(of).collect();
         if known.is_empty() { None } else { Some(known.into_iter().all(|yes| yes)) }
