@@ -114,16 +114,13 @@ fn control_cell(answer: &Answer) -> Cell {
     match answer {
         Answer::Ran(part) if part.found == Found::Stale => Cell::new("stale").fg(Color::Yellow),
         Answer::Ran(part) => Cell::new(found(part.found)),
-        Answer::Failed(_) | Answer::NoSource(_) => Cell::new("FAILED").fg(Color::Red),
+        Answer::Failed(_) => Cell::new("FAILED").fg(Color::Red),
     }
 }
 
 fn column_cells(column: Option<&Column>) -> [Cell; 4] {
     let Some(column) = column else { return ["-"; 4].map(Cell::new) };
     let parts = [&column.pinned, &column.unpinned];
-    if let Some(Answer::NoSource(_)) = parts.into_iter().find(|a| matches!(a, Answer::NoSource(_))) {
-        return ["no source", "-", "-", "-"].map(Cell::new);
-    }
     let refusing = parts.into_iter().any(|a| matches!(a, Answer::Ran(part) if part.refused.is_some()));
     if refusing {
         return ["refuses", "-", "-", "one-shot"].map(Cell::new);
