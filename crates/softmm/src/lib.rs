@@ -22,8 +22,8 @@
 //!     page_table_lock             leaf
 //!     ptl                         one per page-table page; fork: the child's
 //!       ptl/1                     fork: the parent's
-//!         cpu_irq                 interrupts off; one per CPU, one at a time; leaf
-//!           locks of drivers      that arch_invalidate_secondary_tlbs takes come before it, under the ptl
+//!         cpu_irq                 interrupts off; one CPU at a time; leaf; also taken with no ptl (loads, gup_fast)
+//!         locks of drivers        arch_invalidate_secondary_tlbs, with the ptl held in copy-on-write
 //! ```
 //! Frames, page-table entries and reference counts are atomics and have no lock. No callback runs under `cpu_irq` or
 //! `page_table_lock`.

@@ -127,7 +127,7 @@ impl Mm {
         Ok(result)
     }
 
-    /// A: the CPUs' TLBs are about to be flushed.
+    /// A: the CPUs' TLBs have been flushed.
     pub(crate) fn secondary_tlbs<C: Context + ?Sized>(&self, cx: &mut C, range: Range) {
         interleave::preempt_disable(cx, |cx: &mut Atomic<'_>| {
             self.notifiers.arch_invalidate_secondary_tlbs(cx, range);

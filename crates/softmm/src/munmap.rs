@@ -64,7 +64,8 @@ impl Mm {
         neighbours: (u64, u64),
     ) {
         let tables = self.machine().tables();
-        gather.remove_tables(span, |gone| self.page_table.free_tables(cx, tables, span, neighbours, gone));
+        self.page_table
+            .free_tables(cx, tables, span, neighbours, &mut |page, table| gather.remove_table(page, table));
     }
 
     /// Clears the ptes of `range` and gathers their pages (zap_page_range). The caller is inside S..E.

@@ -161,7 +161,8 @@ impl PageTable {
         })
     }
 
-    /// Unlinks every table that lies wholly inside `[floor, ceiling)` and under `range`, and hands it to `gone`
+    /// Unlinks every table that lies wholly inside `[floor, ceiling)` and under `range`, and hands it to `gone` with the first page of
+    /// `range` under it
     /// (free_pgtables). No vma may lie between floor and ceiling, and every pte there is none.
     pub(crate) fn free_tables<C: Context + ?Sized>(
         &self,
@@ -169,7 +170,7 @@ impl PageTable {
         tables: &Tables,
         range: Range,
         (floor, ceiling): (u64, u64),
-        gone: &mut Vec<TableId>,
+        gone: &mut dyn FnMut(PageAddr, TableId),
     ) {
         let guard = self.page_table_lock.lock(cx);
         self.free_below(tables, LEVELS - 1, self.pgd, 0, range, (floor, ceiling), gone);
@@ -185,7 +186,7 @@ impl PageTable {
         base: u64,
         range: Range,
         (floor, ceiling): (u64, u64),
-        gone: &mut Vec<TableId>,
+        gone: &mut dyn FnMut(PageAddr, TableId),
     ) {
         let span = entry_span(level);
         let table_end = base + span * ENTRIES as u64;
@@ -199,7 +200,9 @@ impl PageTable {
             }
             if floor <= start && start + span <= ceiling {
                 entry.store(0, Ordering::SeqCst);
-                gone.push(next);
+                if let Ok(first) = PageAddr::new(start.max(range.start())) {
+                    gone(first, next);
+                }
             }
         }
     }
@@ -329,12 +332,15 @@ mod tests {
             assert_eq!(tables.in_use(), 5);
             let mut gone = Vec::new();
             let range = Range::new(0x1000, 0x20_0000).unwrap();
-            table.free_tables(cx, &tables, range, (0, 0x30_0000), &mut gone);
-            assert_eq!(gone, [a], "the second leaf reaches past the ceiling");
+            table
+                .free_tables(cx, &tables, range, (0, 0x30_0000), &mut |page, table| gone.push((page, table)));
+            assert_eq!(gone, [(page(0x1000), a)], "the second leaf reaches past the ceiling");
             assert_eq!(table.peek(&tables, page(0x1000)), Pte::NONE);
-            table.free_tables(cx, &tables, Range::ALL, (0, u64::MAX), &mut gone);
+            table.free_tables(cx, &tables, Range::ALL, (0, u64::MAX), &mut |page, table| {
+                gone.push((page, table))
+            });
             assert_eq!(gone.len(), 4);
-            gone.into_iter().for_each(|t| tables.free(t));
+            gone.into_iter().for_each(|(_, table)| tables.free(table));
             table.destroy(&tables);
             assert_eq!(tables.in_use(), 0);
         });

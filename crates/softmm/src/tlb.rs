@@ -83,11 +83,12 @@ impl Tlb {
 impl Machine {
     /// flush_tlb_mm_range: when it returns, no CPU uses an older translation of `range`. May be called under a ptl.
     pub(crate) fn flush_tlb_range<C: Context + ?Sized>(&self, cx: &mut C, mm: &Mm, range: Range) {
-        // V6: A (arch_invalidate_secondary_tlbs) goes here, before the CPUs' own TLBs are known to be clean.
-        mm.secondary_tlbs(cx, range);
         for cpu in self.cpus() {
             cpu.irq_off(cx).drop_range(mm.id(), range);
         }
+        // A comes last in x86's flush_tlb_mm_range (6.6 and later): a secondary TLB refilled from a page table that
+        // CPUs still cached would be flushed here all the same.
+        mm.secondary_tlbs(cx, range);
     }
 }
 
@@ -115,13 +116,11 @@ impl<'m> MmuGather<'m> {
         self.pages.len() >= self.mm.machine().config().gather_batch
     }
 
-    /// Page-table pages that have been unlinked, all within `range`.
-    pub(crate) fn remove_tables(&mut self, range: Range, unlink: impl FnOnce(&mut Vec<TableId>)) {
-        let before = self.tables.len();
-        unlink(&mut self.tables);
-        if self.tables.len() > before {
-            self.cover(range);
-        }
+    /// A page-table page that has been unlinked; `page` is the first of the unmapped span under it. Only that page
+    /// counts as changed (tlb_flush_pmd_range).
+    pub(crate) fn remove_table(&mut self, page: PageAddr, table: TableId) {
+        self.cover(Range::page(page));
+        self.tables.push(table);
     }
 
     fn cover(&mut self, range: Range) {

@@ -188,6 +188,42 @@ fn flush_and_free_come_after_the_end() {
     });
 }
 
+/// Shares the page table, so it flushes when the CPU does: what it is told, and what it finds then.
+struct SharesTable {
+    machine: Arc<Machine>,
+    mm: std::sync::Weak<Mm>,
+    seen: SpinLock<Vec<(Range, bool, usize)>>,
+}
+
+impl MmuNotifier for SharesTable {
+    fn ops(&self) -> Ops {
+        Ops::SECONDARY_TLBS
+    }
+
+    fn arch_invalidate_secondary_tlbs(&self, cx: &mut interleave::Atomic<'_>, range: Range) {
+        let Some(mm) = self.mm.upgrade() else { return };
+        let mapped = mm.peek_pte(PageAddr::new(16 << 12).unwrap()).is_present();
+        let cached = self.machine.cpus()[0].cached(cx);
+        self.seen.lock(cx).push((range, mapped, cached));
+    }
+}
+
+#[test]
+fn secondary_tlbs_are_flushed_after_the_cpus_and_before_the_new_pte() {
+    MaySleep::enter(|cx| {
+        let t = setup(cx);
+        let (machine, mm) = (t.machine.clone(), Arc::downgrade(&t.user));
+        let shares = Arc::new(SharesTable { machine, mm, seen: SpinLock::new(&TEST, Vec::new()) });
+        register(cx, &t.user, shares.clone());
+        t.load(cx, &t.user, 16);
+        t.store(cx, &t.user, 16, 1);
+        assert_eq!(*shares.seen.lock(cx), [(range(16, 1), false, 0)], "copy-on-write: clr, A, set");
+        t.user.munmap(cx, range(16, 8));
+        assert_eq!(shares.seen.lock(cx)[1..], [(range(16, 1), false, 0)], "munmap: what was really cleared");
+        t.finish(cx);
+    });
+}
+
 #[test]
 fn a_full_batch_is_flushed_and_freed_inside() {
     MaySleep::enter(|cx| {

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// MMU notifiers for user space: tells a program when Linux changes the memory that it shares with a device.
 #[derive(Parser)]
@@ -32,13 +32,16 @@ Examples:
   userptr doctor --has ksm && echo 'KSM can be tested here'")]
     Doctor(DoctorArgs),
     /// Change memory of this process in every way Linux has and print which device went stale and who was told
-    #[command(after_help = "Exit codes: 0 the control is stale on exactly the rows declared and both sources are \
+    #[command(
+        after_help = "Exit codes: 0 the control is stale on exactly the rows declared and both sources are \
 coherent on every event they must hear, 1 not so, 2 could not run.
 
 Examples:
   userptr live
   userptr live --only mremap --json
-  userptr live --race --rounds 1000000 --threads 1,2,4,8")]
+  userptr live --source uffd         on a machine without /dev/kvm
+  userptr live --race --rounds 1000000 --threads 1,2,4,8"
+    )]
     Live(LiveArgs),
     /// One row of `live`, in a process of its own
     #[command(hide = true)]
@@ -66,6 +69,9 @@ pub(crate) struct LiveArgs {
     /// Only the events whose name contains TEXT
     #[arg(long, value_name = "TEXT", conflicts_with = "race")]
     pub(crate) only: Option<String>,
+    /// The sources to hold to what they must hear
+    #[arg(long, value_enum, default_value_t)]
+    pub(crate) source: Sources,
     /// List the events and what is declared of them; change nothing
     #[arg(long, conflicts_with = "race")]
     pub(crate) list: bool,
@@ -73,14 +79,33 @@ pub(crate) struct LiveArgs {
     #[arg(long)]
     pub(crate) race: bool,
     /// Rounds of each race
-    #[arg(long, default_value_t = 20_000, requires = "race")]
+    #[arg(long, default_value_t = 20_000, requires = "race", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) rounds: u64,
     /// Threads of the malloc, get, free churn
-    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "race")]
+    #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "race", value_parser = threads)]
     pub(crate) threads: Vec<usize>,
     /// Write the JSON document to FILE as well
     #[arg(long, value_name = "FILE")]
     pub(crate) save: Option<PathBuf>,
+}
+
+/// Which sources a machine is expected to have.
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sources {
+    /// Both: without one of them the command cannot run
+    #[default]
+    Both,
+    /// userfaultfd alone
+    Uffd,
+    /// KVM's notifier alone
+    Kvm,
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=1024) => Ok(n),
+        _ => Err("give 1 to 1024 threads".into()),
+    }
 }
 
 #[derive(Args)]

@@ -10,6 +10,9 @@ use hostmm::capability::{self, Capability, Report, State, Verdict};
 use crate::args::DoctorArgs;
 use crate::{Error, print_json};
 
+/// Columns, where there is no terminal to ask.
+const WIDTH: u16 = 140;
+
 /// Print the report; the exit code is the verdict.
 pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode, Error> {
     if let Some(name) = &args.has {
@@ -34,7 +37,7 @@ fn print(report: &Report) {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
     if !std::io::stdout().is_terminal() {
-        table.force_no_tty().set_content_arrangement(ContentArrangement::Disabled);
+        table.force_no_tty().set_width(WIDTH);
     }
     table.set_header(["capability", "state", "found", "needed for"]);
     for entry in &report.capabilities {

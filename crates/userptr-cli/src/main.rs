@@ -36,6 +36,26 @@ enum Error {
     Json(#[from] serde_json::Error),
 }
 
+/// The file of `--save`, made before the work is done: a bad path must not cost the result.
+struct Saved(Option<(std::path::PathBuf, std::fs::File)>);
+
+impl Saved {
+    fn create(path: Option<&std::path::PathBuf>) -> Result<Saved, Error> {
+        let create = |path: &std::path::PathBuf| match std::fs::File::create(path) {
+            Ok(file) => Ok((path.clone(), file)),
+            Err(source) => Err(Error::File { path: path.clone(), source }),
+        };
+        path.map(create).transpose().map(Saved)
+    }
+
+    fn write(self, value: &impl Serialize) -> Result<(), Error> {
+        use std::io::Write;
+        let Some((path, mut file)) = self.0 else { return Ok(()) };
+        let text = serde_json::to_string_pretty(value)?;
+        file.write_all(text.as_bytes()).map_err(|source| Error::File { path, source })
+    }
+}
+
 fn print_json(value: &impl Serialize) -> Result<(), Error> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();

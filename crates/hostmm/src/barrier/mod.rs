@@ -10,7 +10,7 @@
 //! |---|---|---|
 //! | mmap lock, for writing | munmap, mremap, mprotect, fork, uprobes, KSM, oom reaper (some for reading) | `mbind`, `madvise` |
 //! | the VMA's own lock, for writing | page faults (6.4), MADV_DONTNEED and MADV_FREE (6.16) | `mbind` (its page walk asks for it, 6.5), or a change of the VMA's flags |
-//! | `i_mmap`, for writing | truncate, hole punch, by any process | linking a second mapping of the file |
+//! | `i_mmap`, for writing | truncate, hole punch, by any process | linking a second mapping of the file, or splitting it |
 //!
 //! Order: read the counter, barrier, get the pages, read the counter. An operation that started before the first
 //! read is over when the barrier returns; one that starts later moves the counter.
@@ -23,14 +23,22 @@
 //! Linux (`vma_replace_policy`) leaves alone; where a policy is set, a flag that only core dumps look at is toggled
 //! and put back.
 //!
-//! Context: may sleep, for as long as the longest operation in flight. Takes no lock of ours. Must not be called by
-//! a thread that a userfaultfd monitor waits for.
+//! Lock order: `file_links` and `file_link` are leaves. Context: may sleep, for as long as the longest operation in
+//! flight. Must not be called by a thread that a userfaultfd monitor waits for.
 
-use interleave::MaySleep;
+mod file_link;
+
+use std::sync::{Arc, Weak};
+use std::{fmt, io};
+
+use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::Range;
 
-use crate::page::{Maps, PageError, PidOrSelf, VmFlags, Vma};
+use crate::page::{Maps, PageError, PidOrSelf, VmFlags};
 use crate::sys::mm;
+use file_link::{FileId, FileLink, file_of};
+
+static FILE_LINKS: LockClass = LockClass::new("file_links");
 
 /// Why the barrier could not be made. The caller must not trust pages got after it.
 #[derive(Debug, thiserror::Error)]
@@ -52,9 +60,9 @@ pub enum BarrierError {
         /// The part of the range in that mapping.
         range: Range,
         /// What `mbind` said.
-        mbind: std::io::Error,
+        mbind: io::Error,
         /// What `madvise` said.
-        madvise: std::io::Error,
+        madvise: io::Error,
     },
     /// The file behind a shared mapping cannot be locked against truncate and hole punch.
     #[error(
@@ -65,14 +73,25 @@ pub enum BarrierError {
         /// The part of the range in that mapping.
         range: Range,
         /// What `mremap` said.
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
+/// The files behind a range whose second mappings are kept; see [`MmBarrier::wait`].
+#[derive(Default)]
+pub struct Files(Vec<Arc<FileLink>>);
+
 /// Makes mm barriers for this process.
-#[derive(Debug)]
 pub struct MmBarrier {
     maps: Maps,
+    /// Second mappings, shared by all ranges that show the same file.
+    links: Mutex<Vec<Weak<FileLink>>>,
+}
+
+impl fmt::Debug for MmBarrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MmBarrier").field("maps", &self.maps).finish_non_exhaustive()
+    }
 }
 
 impl MmBarrier {
@@ -82,36 +101,66 @@ impl MmBarrier {
     /// [`BarrierError::Maps`].
     pub fn open() -> Result<MmBarrier, BarrierError> {
         let maps = Maps::open(PidOrSelf::Myself);
-        Ok(MmBarrier { maps: maps.map_err(|source| BarrierError::Maps { range: Range::ALL, source })? })
+        let maps = maps.map_err(|source| BarrierError::Maps { range: Range::ALL, source })?;
+        Ok(MmBarrier { maps, links: Mutex::new(&FILE_LINKS, Vec::new()) })
     }
 
     /// Wait until every operation that was changing a translation in `range`, when this was called, has done so.
     ///
-    /// Context: may sleep. Costs about 2 µs for one quiet anonymous mapping, some 3 µs more for each shared file in
-    /// the range; otherwise as long as the longest operation in flight.
+    /// With `files`, truncate and hole punch of the shared files in the range included; keep the value for the next
+    /// barrier of the same range. A barrier announces nothing itself, except when `files` forgets a file that the
+    /// range shows no more, which unmaps two pages elsewhere.
+    ///
+    /// Context: may sleep. Costs some 2 µs for one quiet anonymous mapping, 4 µs more for each shared file in the
+    /// range; otherwise as long as the longest operation in flight.
     ///
     /// # Errors
     /// [`BarrierError`]: there was no barrier.
-    pub fn wait(&self, _cx: &mut MaySleep<'_>, range: Range) -> Result<(), BarrierError> {
+    pub fn wait(
+        &self,
+        cx: &mut MaySleep<'_>,
+        range: Range,
+        files: Option<&mut Files>,
+    ) -> Result<(), BarrierError> {
         let vmas = self.maps.in_range(range).map_err(|source| BarrierError::Maps { range, source })?;
         if vmas.is_empty() {
             // Nothing to pin either, but an munmap that took it away may still be changing its page tables: it holds
             // the mmap lock, and mbind asks for that before it finds the hole.
             let _ = mm::mbind_default(range);
-            return Ok(());
         }
-        let mut files: Vec<((u32, u32), u64)> = Vec::new();
-        for vma in &vmas {
-            let Some(part) = vma.range.intersection(range) else { continue };
+        let parts = || vmas.iter().filter_map(|vma| Some((vma, vma.range.intersection(range)?)));
+        for (_, part) in parts() {
             self.wait_for_vma(part)?;
-            let file = (vma.dev, vma.inode);
-            if needs_i_mmap(vma) && !files.contains(&file) {
-                // After the VMA's lock: a fault in flight may hold the file's lock while it waits for nobody.
-                mm::link_and_unlink(part).map_err(|source| BarrierError::File { range: part, source })?;
-                files.push(file);
+        }
+        let Some(Files(held)) = files else { return Ok(()) };
+        held.retain(|link| vmas.iter().any(|vma| file_of(vma) == Some(link.file())));
+        for (vma, part) in parts() {
+            let Some(file) = file_of(vma) else { continue };
+            let failed = |source| BarrierError::File { range: part, source };
+            if let Some(link) = held.iter().find(|link| link.file() == file) {
+                link.wait(cx).map_err(failed)?;
+            } else {
+                held.push(self.link(cx, file, part).map_err(failed)?);
             }
         }
         Ok(())
+    }
+
+    /// The second mapping of `file`, waited for.
+    fn link(&self, cx: &mut MaySleep<'_>, file: FileId, part: Range) -> io::Result<Arc<FileLink>> {
+        let known = {
+            let mut links = self.links.lock(cx);
+            links.retain(|link| link.strong_count() > 0);
+            links.iter().filter_map(Weak::upgrade).find(|link| link.file() == file)
+        };
+        if let Some(link) = known {
+            link.wait(cx)?;
+            return Ok(link);
+        }
+        // Not under the lock: it waits for others in the kernel. Two of one file do no harm.
+        let link = Arc::new(FileLink::new(file, part.first_page())?);
+        self.links.lock(cx).push(Arc::downgrade(&link));
+        Ok(link)
     }
 
     fn wait_for_vma(&self, part: Range) -> Result<(), BarrierError> {
@@ -120,29 +169,20 @@ impl MmBarrier {
                 Ok(()) => return Ok(()),
                 Err(e) => e,
             },
-            Ok(false) => std::io::Error::other("a memory policy is set there and must stay"),
+            Ok(false) => io::Error::other("a memory policy is set there and must stay"),
             Err(e) => e,
         };
         self.toggle_dump(part).map_err(|madvise| BarrierError::Vma { range: part, mbind, madvise })
     }
 
     /// A change of the VMA's flags takes its write lock; this flag matters to core dumps alone.
-    fn toggle_dump(&self, part: Range) -> std::io::Result<()> {
+    fn toggle_dump(&self, part: Range) -> io::Result<()> {
         let page = part.first_page();
-        let flags = self.maps.vm_flags(page).map_err(std::io::Error::other)?;
+        let flags = self.maps.vm_flags(page).map_err(io::Error::other)?;
         let dumped = !flags.contains(VmFlags::DD);
         mm::set_dump(part, !dumped)?;
         mm::set_dump(part, dumped)
     }
-}
-
-/// Can a page of this mapping go without the mmap lock and without a second notification?
-///
-/// Truncate notifies each mapping twice, before and after the pages leave the page cache (`truncate_pagecache`), so
-/// whoever got a page in the first gap hears the second. A hole punch in a shared mapping notifies once. In a private
-/// mapping a pin for writing has an anonymous copy, which a hole punch leaves alone.
-fn needs_i_mmap(vma: &Vma) -> bool {
-    vma.shared && vma.inode != 0
 }
 
 #[cfg(test)]

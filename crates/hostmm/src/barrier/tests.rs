@@ -63,6 +63,7 @@ fn pin_in_the_middle(op: Operation, barrier: Option<&MmBarrier>) -> Option<Got> 
     let last = Range::page(memory.range.last_page());
     memory.write(last.start() - memory.range.start(), b"old");
     let pinner = Pinner::new(1).unwrap();
+    let mut files = Files::default();
     let full = resident();
     let (done, is_done) = mpsc::channel::<()>();
     let range = memory.range;
@@ -83,7 +84,7 @@ fn pin_in_the_middle(op: Operation, barrier: Option<&MmBarrier>) -> Option<Got> 
         while full - resident().min(full) < range.pages() / 64 && is_done.try_recv().is_err() {}
         if let Some(barrier) = barrier {
             let before = is_done.try_recv().is_err();
-            MaySleep::enter(|cx| barrier.wait(cx, last)).unwrap();
+            MaySleep::enter(|cx| barrier.wait(cx, last, Some(&mut files))).unwrap();
             (pinner.pin(last), before)
         } else {
             let pin = pinner.pin(last);
@@ -161,7 +162,7 @@ fn a_memory_policy_and_the_dump_flag_survive_the_barrier() {
         } else {
             assert!(!mm::has_default_policy(part.first_page()).unwrap());
         }
-        MaySleep::enter(|cx| barrier.wait(cx, memory.range)).unwrap();
+        MaySleep::enter(|cx| barrier.wait(cx, memory.range, None)).unwrap();
         assert!(bound != 0 || !mm::has_default_policy(part.first_page()).unwrap());
         for page in memory.range.iter_pages() {
             assert_eq!(dumped(page), dump);
@@ -176,5 +177,5 @@ fn a_range_without_mappings_has_a_barrier_too() {
     let range = memory.range;
     memory.munmap();
     let barrier = MmBarrier::open().unwrap();
-    MaySleep::enter(|cx| barrier.wait(cx, range)).unwrap();
+    MaySleep::enter(|cx| barrier.wait(cx, range, None)).unwrap();
 }

@@ -10,7 +10,7 @@
 //! the uffd source a page can be got that another thread is giving up at that moment; its list of what it cannot
 //! hear says so.
 //!
-//! Lock order: `host_settled` is a leaf.
+//! Lock order: `host_settled`, held across a barrier, before the barrier's `file_links` and `file_link`.
 
 mod source;
 
@@ -24,7 +24,7 @@ use mmu_notifier::primary::{
 };
 use mmu_notifier::{Access, InsideInvalidation, PageAddr, Pfn, Range};
 
-use crate::barrier::{BarrierError, MmBarrier};
+use crate::barrier::{BarrierError, Files, MmBarrier};
 use crate::page::{Frame, PageError, Pages, PidOrSelf};
 use crate::pin::{self, PinError, Pinner};
 use crate::sys::mm;
@@ -91,7 +91,8 @@ impl<S: Source> HostMm<S> {
     }
 
     fn subscription(&self, watch: S::Watch) -> HostSubscription<S::Watch> {
-        HostSubscription { watch, barrier: Arc::clone(&self.barrier), settled: Mutex::new(&SETTLED, None) }
+        let settled = Settled { seq: None, files: S::FILES.then(Files::default) };
+        HostSubscription { watch, barrier: Arc::clone(&self.barrier), settled: Mutex::new(&SETTLED, settled) }
     }
 }
 
@@ -178,8 +179,15 @@ fn refused(range: Range, access: Access, error: PinError) -> GupError {
 pub struct HostSubscription<W: LiveWatch> {
     watch: W,
     barrier: Arc<MmBarrier>,
+    settled: Mutex<Settled<W::Seq>>,
+}
+
+/// What the last barrier of a range left.
+struct Settled<Seq> {
     /// A snapshot after which a barrier was passed.
-    settled: Mutex<Option<W::Seq>>,
+    seq: Option<Seq>,
+    /// The shared files in the range; `None` if the source does not hear what is done to files.
+    files: Option<Files>,
 }
 
 impl<W: LiveWatch> fmt::Debug for HostSubscription<W> {
@@ -215,12 +223,14 @@ impl<W: LiveWatch> Subscription for HostSubscription<W> {
         let seq = self.watch.snapshot()?;
         // An operation that is in flight now and was not at `settled` has moved the sequence since. Asked after the
         // snapshot: what begins between the two is the reader's to notice, in `read_retry`.
-        let settled = *self.settled.lock(cx);
-        if settled.is_some_and(|settled| !self.watch.changed_since(settled)) {
+        let mut settled = self.settled.lock(cx);
+        if settled.seq.is_some_and(|settled| !self.watch.changed_since(settled)) {
             return Ok(seq);
         }
-        self.barrier.wait(cx, self.range()).map_err(|e| Gone::Closed { why: e.to_string() })?;
-        *self.settled.lock(cx) = Some(seq);
+        self.barrier
+            .wait(cx, self.range(), settled.files.as_mut())
+            .map_err(|e| Gone::Closed { why: e.to_string() })?;
+        settled.seq = Some(seq);
         Ok(seq)
     }
 

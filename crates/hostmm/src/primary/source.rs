@@ -19,6 +19,8 @@ pub trait Source: Send + Sync {
     type Delivery: Delivery;
     /// One range of it.
     type Watch: LiveWatch;
+    /// Does it hear what is done to a file behind a shared mapping (truncate, hole punch)?
+    const FILES: bool;
     /// What it never reports.
     const CANNOT_HEAR: &'static [Unheard];
 
@@ -88,6 +90,7 @@ impl KvmWatch {
 impl Source for kvm::KvmSource {
     type Delivery = CountedBefore;
     type Watch = KvmWatch;
+    const FILES: bool = true;
     const CANNOT_HEAR: &'static [Unheard] =
         &[Unheard { change: "exit", why: "the notifier goes with the mm; nobody is left in it to be told" }];
 
@@ -153,6 +156,7 @@ const UFFD_CANNOT_HEAR: [Unheard; DEAF.len()] = {
 impl Source for UffdSource {
     type Delivery = After;
     type Watch = uffd::Watch;
+    const FILES: bool = false;
     const CANNOT_HEAR: &'static [Unheard] = &UFFD_CANNOT_HEAR;
 
     fn watch(

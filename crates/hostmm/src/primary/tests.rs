@@ -118,10 +118,10 @@ fn pin_in_the_gap<S: Source>(mm: &HostMm<S>, wait: bool) -> Option<bool> {
             let in_the_gap = wait || is_done.try_recv().is_err();
             (pin, !sub.read_retry(seq), in_the_gap)
         });
-        if !in_the_gap {
+        // Not trusted: the same bucket of addresses changed in some VM of the machine. The caller would try again.
+        if !in_the_gap || !trusted {
             return None;
         }
-        assert!(trusted, "the sequence says that the pin may be used");
         let mut device = [0; 3];
         pin.buffer().read_through(0, &mut device).unwrap();
         Some(device == memory.read(WIDE - PAGE_SIZE, 3)[..])
@@ -132,7 +132,7 @@ fn the_gap_is_closed<S: Source>(mm: &HostMm<S>) {
     let control = (0..20).find_map(|_| pin_in_the_gap(mm, false));
     assert_eq!(control, Some(false), "the control: a snapshot alone lets a stale pin through");
     for _ in 0..3 {
-        assert_eq!(pin_in_the_gap(mm, true), Some(true));
+        assert_eq!((0..20).find_map(|_| pin_in_the_gap(mm, true)), Some(true));
     }
 }
 
@@ -142,6 +142,36 @@ fn kvm_read_begin_closes_the_gap() {
         let name = "primary::tests::kvm_read_begin_closes_the_gap";
         testing::in_child(name, DEADLINE, || the_gap_is_closed(&over_kvm()));
     }
+}
+
+#[test]
+fn a_barrier_announces_nothing_itself() {
+    if !has_kvm() {
+        return;
+    }
+    testing::in_child("primary::tests::a_barrier_announces_nothing_itself", DEADLINE, || {
+        let mm = over_kvm();
+        for bytes in [PAGE_SIZE, 8 * PAGE_SIZE] {
+            let file = std::fs::File::from(
+                rustix::fs::memfd_create("file", rustix::fs::MemfdFlags::CLOEXEC).unwrap(),
+            );
+            file.set_len(bytes).unwrap();
+            let memory = Memory::file(&file, bytes, libc::MAP_SHARED);
+            memory.touch();
+            let sub = mm.watch(memory.range).unwrap();
+            MaySleep::enter(|cx| {
+                for _ in 0..3 {
+                    memory.madvise(libc::MADV_DONTNEED).unwrap();
+                    // Each follows a change, so each passes a barrier; a machine with busy VMs may need a second try.
+                    let quiet = (0..20).any(|_| {
+                        let seq = sub.read_begin(cx).unwrap();
+                        !sub.read_retry(seq)
+                    });
+                    assert!(quiet, "read_begin moves its own sequence");
+                }
+            });
+        }
+    });
 }
 
 #[test]

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
+use mmu_notifier::PageAddr;
+
 /// A mapping that this process made. Invariant: `[ptr, ptr + len)` is ours until drop.
 #[derive(Debug)]
 pub(crate) struct Mapping {
@@ -32,6 +34,22 @@ impl Mapping {
     /// `len` bytes of `fd` from `offset`, shared, with `prot`.
     pub(crate) fn shared(fd: BorrowedFd<'_>, len: usize, prot: i32, offset: i64) -> io::Result<Mapping> {
         Mapping::map(len, prot, libc::MAP_SHARED, fd.as_raw_fd(), offset)
+    }
+
+    /// Maps the pages at `of`, a shared mapping, a second time: `len` bytes from there on, which may reach past the
+    /// end of the file, with the same rights.
+    ///
+    /// # Errors
+    /// `EINVAL` for private mappings (Linux 4.14), `EFAULT` where nothing is mapped or a mapping may not grow.
+    pub(crate) fn second(of: PageAddr, len: usize) -> io::Result<Mapping> {
+        // SAFETY: an old size of 0 leaves the old mapping as it is and maps its pages at a free address.
+        let ptr = unsafe { libc::mremap(of.get() as *mut libc::c_void, 0, len, libc::MREMAP_MAYMOVE) };
+        if ptr == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let ptr =
+            NonNull::new(ptr.cast::<u8>()).ok_or_else(|| io::Error::other("mremap returned address 0"))?;
+        Ok(Mapping { ptr, len })
     }
 
     /// Private anonymous memory, readable and writable.

@@ -4,7 +4,7 @@
 use std::io;
 use std::ptr;
 
-use mmu_notifier::{PAGE_SIZE, PageAddr, Range};
+use mmu_notifier::{PageAddr, Range};
 
 const MPOL_DEFAULT: libc::c_int = 0;
 const MPOL_F_ADDR: libc::c_ulong = 2;
@@ -64,22 +64,6 @@ pub(crate) fn set_dump(range: Range, dump: bool) -> io::Result<()> {
     let advice = if dump { libc::MADV_DODUMP } else { libc::MADV_DONTDUMP };
     // SAFETY: these two advices change no page and no translation.
     check(unsafe { libc::madvise(range.start() as *mut libc::c_void, range.len() as usize, advice) }.into())
-}
-
-/// Link one more mapping of the file behind the shared mapping at `range`, and unlink it.
-///
-/// # Errors
-/// `EINVAL` for private mappings (Linux 4.14), `EFAULT` for mappings that may not grow.
-pub(crate) fn link_and_unlink(range: Range) -> io::Result<()> {
-    // SAFETY: an old size of 0 leaves the old mapping as it is and maps the same pages at a free address.
-    let second = unsafe {
-        libc::mremap(range.start() as *mut libc::c_void, 0, PAGE_SIZE as usize, libc::MREMAP_MAYMOVE)
-    };
-    if second == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: this mapping was made above and nobody else knows its address.
-    check(unsafe { libc::munmap(second, PAGE_SIZE as usize) }.into())
 }
 
 /// Make every page of `range` present, for writing if `write`.

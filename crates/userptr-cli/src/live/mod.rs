@@ -20,8 +20,8 @@ use hostmm::primary::Source;
 use hostmm::uffd::UffdSource;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::args::{LiveArgs, RowArgs};
-use crate::{Error, child, print_json};
+use crate::args::{LiveArgs, RowArgs, Sources};
+use crate::{Error, Saved, child, print_json};
 use report::{Answer, CannotHear, Column, Declared, Report, Row};
 
 /// The slowest rows wait for a kernel thread.
@@ -57,7 +57,8 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
             return Err(Error::Machine(format!("{needed}: {}", state.detail())));
         }
     }
-    let sources = [Listener::Uffd, Listener::Kvm].map(|source| (source, source.missing()));
+    let saved = Saved::create(args.save.as_ref())?;
+    let sources = Listener::chosen(args.source)?;
     let progress = progress(events.len());
     let rows: Vec<Row> = events
         .iter()
@@ -69,34 +70,25 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
         })
         .collect();
     progress.finish_and_clear();
-    let both = sources.iter().any(|(_, missing)| missing.is_none());
     let report = Report {
         kernel: kernel(),
         userptr: env!("CARGO_PKG_VERSION"),
-        holds: both && rows.iter().all(|row| row.problems.is_empty()),
+        holds: rows.iter().all(|row| row.problems.is_empty()),
         cannot_hear: cannot_hear(),
         rows,
         seconds: start.elapsed().as_secs_f64(),
     };
-    if let Some(path) = &args.save {
-        let text = serde_json::to_string_pretty(&report)?;
-        std::fs::write(path, text).map_err(|source| Error::File { path: path.clone(), source })?;
-    }
+    saved.write(&report)?;
     if args.json {
         print_json(&report)?;
     } else {
-        for (source, missing) in &sources {
-            if let Some(why) = missing {
-                println!("no {} source: {why}", source.name());
-            }
-        }
         table::print(&report);
     }
     Ok(ExitCode::from(u8::from(!report.holds)))
 }
 
 /// The two live sources, by name.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Listener {
     Uffd,
     Kvm,
@@ -117,11 +109,25 @@ impl Listener {
         }
     }
 
-    /// Why it cannot be opened here.
-    fn missing(self) -> Option<String> {
+    /// Those that were asked for, each of which opens here.
+    fn chosen(sources: Sources) -> Result<Vec<Listener>, Error> {
+        let (chosen, other) = match sources {
+            Sources::Both => (vec![Listener::Uffd, Listener::Kvm], "; `--source` runs with the other alone"),
+            Sources::Uffd => (vec![Listener::Uffd], ""),
+            Sources::Kvm => (vec![Listener::Kvm], ""),
+        };
+        for source in &chosen {
+            source
+                .opens()
+                .map_err(|why| Error::Machine(format!("no {} source: {why}{other}", source.name())))?;
+        }
+        Ok(chosen)
+    }
+
+    fn opens(self) -> Result<(), String> {
         match self {
-            Listener::Uffd => UffdSource::open(&Default::default()).err().map(|e| e.to_string()),
-            Listener::Kvm => KvmSource::open(&Default::default()).err().map(|e| e.to_string()),
+            Listener::Uffd => UffdSource::open(&Default::default()).map(drop).map_err(|e| e.to_string()),
+            Listener::Kvm => KvmSource::open(&Default::default()).map(drop).map_err(|e| e.to_string()),
         }
     }
 }
@@ -149,36 +155,27 @@ fn declare(event: &Event) -> Row {
     }
 }
 
-fn make(event: &Event, sources: &[(Listener, Option<String>); 2]) -> Row {
+fn make(event: &Event, sources: &[Listener]) -> Row {
     let mut row = declare(event);
     let arena = Arena::new(scratch());
     row.skipped = event.needs.iter().find_map(|need| need.missing(&arena));
     if row.skipped.is_some() {
         return row;
     }
-    let ask = |source: &str, device: &str| {
-        match child::ask(&["live-row", event.name, source, device], DEADLINE) {
+    let ask =
+        |source: &str, device: &str| match child::ask(&["live-row", event.name, source, device], DEADLINE) {
             Ok(part) => Answer::Ran(part),
             Err(e) => Answer::Failed(e.to_string()),
-        }
-    };
+        };
     let column = |source: &str, must_hear| Column {
         must_hear,
         pinned: ask(source, "pinned"),
         unpinned: ask(source, "unpinned"),
     };
     row.no_notifier = Some(column("none", false));
-    let [uffd, kvm] = sources.each_ref().map(|(source, missing)| {
-        let must_hear = source.must_hear(event);
-        match missing {
-            None => column(source.name(), must_hear),
-            Some(why) => {
-                let none = Answer::NoSource(why.clone());
-                Column { must_hear, pinned: none.clone(), unpinned: none }
-            }
-        }
-    });
-    (row.uffd, row.kvm) = (Some(uffd), Some(kvm));
+    let heard_by =
+        |source: Listener| sources.contains(&source).then(|| column(source.name(), source.must_hear(event)));
+    (row.uffd, row.kvm) = (heard_by(Listener::Uffd), heard_by(Listener::Kvm));
     row.judge();
     row
 }

@@ -15,8 +15,9 @@ use hostmm::uffd::{UffdSource, raced};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{LiveArgs, RaceRowArgs};
-use crate::{Error, child, print_json};
+use super::Listener;
+use crate::args::{LiveArgs, RaceRowArgs, Sources};
+use crate::{Error, Saved, child, print_json};
 
 /// A control that always loses needs no more rounds than this; one that loses now and then gets all.
 const CONTROL_ROUNDS: u64 = 20_000;
@@ -136,15 +137,21 @@ fn plan(args: &LiveArgs) -> Vec<Plan> {
         // One thread that looks up what itself has freed meets only system calls that have returned.
         let probe_matters = threads > 1;
         plan.push((race, threads, "nothing", Some(true), few));
-        plan.push((race, threads, "uffd without probe", Some(probe_matters), few));
-        plan.push((race, threads, "uffd", None, rounds));
-        plan.push((race, threads, "kvm", None, rounds));
+        if args.source != Sources::Kvm {
+            plan.push((race, threads, "uffd without probe", Some(probe_matters), few));
+            plan.push((race, threads, "uffd", None, rounds));
+        }
+        if args.source != Sources::Uffd {
+            plan.push((race, threads, "kvm", None, rounds));
+        }
     }
     plan
 }
 
 /// All races.
 pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
+    Listener::chosen(args.source)?;
+    let saved = Saved::create(args.save.as_ref())?;
     let plan = plan(args);
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -160,10 +167,7 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
         .collect();
     progress.finish_and_clear();
     let report = Report { holds: races.iter().all(Raced::holds), rounds: args.rounds, races };
-    if let Some(path) = &args.save {
-        let text = serde_json::to_string_pretty(&report)?;
-        std::fs::write(path, text).map_err(|source| Error::File { path: path.clone(), source })?;
-    }
+    saved.write(&report)?;
     if args.json {
         print_json(&report)?;
     } else {
@@ -174,7 +178,8 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
 
 fn run_one(race: &str, threads: usize, contestant: &str, control: Option<bool>, rounds: u64) -> Raced {
     // A round takes some microseconds; a hang must end all the same.
-    let deadline = Duration::from_secs(60) + Duration::from_micros(500) * u32::try_from(rounds).unwrap_or(u32::MAX);
+    let deadline =
+        Duration::from_secs(60) + Duration::from_micros(500) * u32::try_from(rounds).unwrap_or(u32::MAX);
     let (rounds_text, threads_text) = (rounds.to_string(), threads.to_string());
     let words = ["live-race", race, contestant, &rounds_text, &threads_text];
     let (numbers, failed) = match child::ask::<Numbers>(&words, deadline) {

@@ -88,8 +88,6 @@ pub(crate) enum Answer {
     Ran(Part),
     /// It crashed, hung or met an error.
     Failed(String),
-    /// The source is not usable on this machine.
-    NoSource(String),
 }
 
 /// One event.
@@ -109,9 +107,9 @@ pub(crate) struct Row {
     pub(crate) declared_unpinned: Declared,
     /// The control: no source; absent if the machine cannot make this event.
     pub(crate) no_notifier: Option<Column>,
-    /// userfaultfd.
+    /// userfaultfd; absent if it was not asked for.
     pub(crate) uffd: Option<Column>,
-    /// KVM's notifier.
+    /// KVM's notifier; absent if it was not asked for.
     pub(crate) kvm: Option<Column>,
     /// Why the machine cannot make this event.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -136,7 +134,7 @@ impl Row {
                         word(&part.found),
                         word(&declared)
                     )),
-                    Answer::Failed(why) | Answer::NoSource(why) => {
+                    Answer::Failed(why) => {
                         problems.push(format!("no notifier, {device} device: {why}"));
                     }
                 }
@@ -146,7 +144,8 @@ impl Row {
             let Some(column) = column else { continue };
             for (device, answer) in [("pinned", &column.pinned), ("unpinned", &column.unpinned)] {
                 problems.extend(
-                    complaint(answer, column.must_hear).map(|what| format!("{name}, {device} device: {what}")),
+                    complaint(answer, column.must_hear)
+                        .map(|what| format!("{name}, {device} device: {what}")),
                 );
             }
         }
@@ -158,7 +157,6 @@ fn complaint(answer: &Answer, must_hear: bool) -> Option<String> {
     let part = match answer {
         Answer::Ran(part) => part,
         Answer::Failed(why) => return Some(why.clone()),
-        Answer::NoSource(_) => return None,
     };
     if !must_hear || part.refused.is_some() {
         return None;
@@ -213,7 +211,8 @@ mod tests {
     use super::*;
 
     fn ran(found: Found, reported: Option<bool>) -> Answer {
-        let heard = reported.map(|reported| Heard { reported, before_return: reported, before_visible: None });
+        let heard =
+            reported.map(|reported| Heard { reported, before_return: reported, before_visible: None });
         Answer::Ran(Part { found, heard, refused: None })
     }
 

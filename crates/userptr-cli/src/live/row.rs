@@ -9,16 +9,22 @@
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 
-use hostmm::disturb::{After, Arena, Change, Event, Observer, Outcome, catalogue};
+use hostmm::disturb::{After, Arena, Change, DisturbError, Event, Observer, Outcome, catalogue};
 use hostmm::kvm::{self, KvmSource};
 use hostmm::page::{Pages, PidOrSelf};
 use hostmm::pin::{Pin, PinError, Pinner};
 use hostmm::primary::{HostMm, HostSubscription, KvmWatch, LiveWatch, Source};
 use hostmm::uffd::{self, UffdSource};
 use interleave::{AtomicBool, MaySleep};
-use mmu_notifier::{PageAddr, Pfn, Range, Subscription};
+use mmu_notifier::{Access, PageAddr, Pfn, PrimaryMmu, Range, Subscription};
 
 use super::report::{Found, Heard, Part};
+
+/// How often a device tries to map a page that changes meanwhile.
+const ATTEMPTS: u32 = 1000;
+
+/// How often an event is tried that the kernel may pass over.
+const TRIES: u32 = 4;
 
 /// Why a row gave no answer.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +56,9 @@ pub(crate) enum RowError {
     /// The device failed.
     #[error(transparent)]
     Pin(#[from] PinError),
+    /// Something kept changing the page.
+    #[error("{0} changed at each of {ATTEMPTS} attempts to map it again")]
+    Restless(Range),
     /// The source has gone.
     #[error(transparent)]
     Gone(#[from] mmu_notifier::Gone),
@@ -69,13 +78,33 @@ pub(crate) fn run(event: &str, source: &str, device: &str) -> Result<Part, RowEr
         other => return Err(RowError::NoDevice(other.into())),
     };
     match source {
-        "none" => with::<KvmSource>(event, kind, None),
+        "none" => settle::<KvmSource>(event, kind, None),
         "kvm" => {
             let options = kvm::Options { age: event.name == AGEING, ..kvm::Options::default() };
-            with(event, kind, Some(&HostMm::new(KvmSource::open(&options)?, 1)?))
+            settle(event, kind, Some(&HostMm::new(KvmSource::open(&options)?, 1)?))
         }
-        "uffd" => with(event, kind, Some(&HostMm::new(UffdSource::open(&uffd::Options::default())?, 1)?)),
+        "uffd" => settle(event, kind, Some(&HostMm::new(UffdSource::open(&uffd::Options::default())?, 1)?)),
         other => Err(RowError::NoSource(other.into())),
+    }
+}
+
+/// Make the event; again if the kernel, for reasons of its own, did not: reclaim and compaction pass pages over that
+/// are on their way between lists.
+fn settle<S: Source>(event: &Event, kind: Kind, mm: Option<&HostMm<S>>) -> Result<Part, RowError>
+where
+    S::Watch: Hear,
+{
+    let mut tries = 1..TRIES;
+    loop {
+        let made = with(event, kind, mm);
+        let passed_over = match &made {
+            Ok(part) => part.found == Found::Prevented && kind.declared(event) != Outcome::Prevented,
+            Err(RowError::Disturb(DisturbError::Timeout { .. })) => true,
+            Err(_) => false,
+        };
+        if !passed_over || tries.next().is_none() {
+            return made;
+        }
     }
 }
 
@@ -140,9 +169,13 @@ impl Device {
         }
     }
 
+    fn unmap(&mut self) {
+        self.held = Held::Nothing;
+    }
+
     fn map(&mut self, page: Range) -> Result<(), RowError> {
         // The old pin first: there is one slot, as in a device whose table is full.
-        self.held = Held::Nothing;
+        self.unmap();
         self.held = match &self.pinner {
             Some(pinner) => Held::Page(pinner.pin(page)?),
             None => frame(&self.pages, page.first_page())?.map_or(Held::Nothing, Held::Frame),
@@ -266,7 +299,9 @@ where
     let observer = Observer::new(page, scene.before());
     let visible = scene.is_visible();
     let mut change = || scene.disturb(&mut || at_return.set(heard()));
-    let change = if visible {
+    // The control asks nobody, and an observer may be given the freed frame when it looks: the change would then
+    // seem not to have happened.
+    let change = if visible && ears.is_some() {
         observer.during(&|_| at_sight.store(heard(), Ordering::Release), change).0?
     } else {
         change()?
@@ -289,15 +324,18 @@ where
         && sub.read_retry(*seq)
     {
         MaySleep::enter(|cx| -> Result<(), RowError> {
-            loop {
-                let Ok(seq) = sub.read_begin(cx) else { break };
-                device.map_again(page)?;
-                if !sub.read_retry(seq) {
+            for _ in 0..ATTEMPTS {
+                // A subscription that died with its mapping has no sequence any more; its user would make a new one.
+                let seq = sub.read_begin(cx).ok();
+                device.unmap();
+                if mm.is_some_and(|mm| mm.fault_in(cx, page, Access::Read).is_ok()) {
+                    device.map_again(page)?;
+                }
+                if seq.is_none_or(|seq| !sub.read_retry(seq)) {
                     return Ok(());
                 }
             }
-            // The subscription died with its mapping: a new one would be made here, for a new registration.
-            device.map_again(page)
+            Err(RowError::Restless(page))
         })?;
     }
     let after = if happened { scene.after() } else { After::Stamp(scene.before()) };

@@ -55,8 +55,20 @@ pub(crate) fn table(rows: &[Row], terminal: bool) -> Table {
     let bold = |text: &str| Cell::new(text).add_attribute(Attribute::Bold);
     table.set_header(
         [
-            "event", "via", "declared\npins", "\npfn", "no notifier\npins", "\npfn", "uffd\nheard", "\nreturn",
-            "\nseen", "\nnext use", "kvm\nheard", "\nreturn", "\nseen", "\nnext use",
+            "event",
+            "via",
+            "declared\npins",
+            "\npfn",
+            "no notifier\npins",
+            "\npfn",
+            "uffd\nheard",
+            "\nreturn",
+            "\nseen",
+            "\nnext use",
+            "kvm\nheard",
+            "\nreturn",
+            "\nseen",
+            "\nnext use",
         ]
         .map(bold),
     );
@@ -102,24 +114,19 @@ fn control_cell(answer: &Answer) -> Cell {
     match answer {
         Answer::Ran(part) if part.found == Found::Stale => Cell::new("stale").fg(Color::Yellow),
         Answer::Ran(part) => Cell::new(found(part.found)),
-        Answer::Failed(_) | Answer::NoSource(_) => Cell::new("FAILED").fg(Color::Red),
+        Answer::Failed(_) => Cell::new("FAILED").fg(Color::Red),
     }
 }
 
 fn column_cells(column: Option<&Column>) -> [Cell; 4] {
     let Some(column) = column else { return ["-"; 4].map(Cell::new) };
     let parts = [&column.pinned, &column.unpinned];
-    if let Some(Answer::NoSource(_)) = parts.into_iter().find(|a| matches!(a, Answer::NoSource(_))) {
-        return ["no source", "-", "-", "-"].map(Cell::new);
-    }
     let refusing = parts.into_iter().any(|a| matches!(a, Answer::Ran(part) if part.refused.is_some()));
     if refusing {
         return ["refuses", "-", "-", "one-shot"].map(Cell::new);
     }
-    let heard: Vec<Heard> = parts
-        .into_iter()
-        .filter_map(|a| if let Answer::Ran(part) = a { part.heard } else { None })
-        .collect();
+    let heard: Vec<Heard> =
+        parts.into_iter().filter_map(|a| if let Answer::Ran(part) = a { part.heard } else { None }).collect();
     let all = |of: fn(&Heard) -> Option<bool>| {
         let known: Vec<bool> = heard.iter().filter_map(of).collect();
         if known.is_empty() { None } else { Some(known.into_iter().all(|yes| yes)) }
