@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+use interleave::{AtomicU64, MaySleep, Ordering, time};
 use mmu_notifier::{PAGE_SIZE, Range};
 
 use crate::page::{Frame, Pagemap, Pfn, PidOrSelf};
@@ -27,8 +28,7 @@ pub(super) const PMD_SIZE: u64 = 2 << 20;
 ///
 /// Far below the addresses that the kernel hands out: mmap without a wish takes the highest gap that fits, so a hole
 /// that a scene leaves here is nobody else's next mapping.
-#[expect(clippy::disallowed_types, reason = "hands out distinct numbers; orders nothing")]
-static NEXT: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0x1000_0000_0000);
+static NEXT: AtomicU64 = AtomicU64::const_new(0x1000_0000_0000);
 /// Left free between two mappings, so that they neither merge nor grow into each other.
 const GAP: u64 = 16 * PAGE_SIZE;
 
@@ -54,7 +54,7 @@ impl Region {
     ) -> Result<Region, DisturbError> {
         let len = pages * PAGE_SIZE;
         let fd = fd.map_or(-1, AsRawFd::as_raw_fd);
-        let wish = NEXT.fetch_add(len + GAP, core::sync::atomic::Ordering::Relaxed) as *mut libc::c_void;
+        let wish = NEXT.fetch_add(len + GAP, Ordering::Relaxed) as *mut libc::c_void;
         // SAFETY: without MAP_FIXED the address is a wish: the kernel picks addresses that nobody uses.
         let addr = check(unsafe { libc::mmap(wish, len as usize, prot, flags, fd, 0) } as i64)
             .map_err(|source| DisturbError::Call { what: "mmap", range: None, source })?;
@@ -304,8 +304,7 @@ pub(super) fn wait_for(
     }
 }
 
-/// Sleep. The kernel thread that is waited for is part of no exploration.
-#[expect(clippy::disallowed_methods, reason = "waits for a thread of the kernel, in real time")]
-pub(super) fn pause_for(time: Duration) {
-    std::thread::sleep(time);
+/// Sleep, to let a thread of the kernel get on.
+pub(super) fn pause_for(duration: Duration) {
+    MaySleep::enter(|cx| time::sleep(cx, duration));
 }
