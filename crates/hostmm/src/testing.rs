@@ -16,6 +16,7 @@
 
 use std::env;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
@@ -123,19 +124,34 @@ pub fn require(capability: Capability) -> bool {
 
 /// Say that the running test is skipped for want of `capability`.
 pub fn skip(capability: Capability, why: &str) {
-    let test = env::var(CHILD).ok().or_else(|| std::thread::current().name().map(str::to_owned));
-    let why = why.replace('\n', " ");
-    say(&format!("skipped: {}: {capability}: {why}", test.as_deref().unwrap_or("?")));
+    skip_for(capability.name(), why);
 }
 
-/// [`skip`] what is left of the body that [`in_child`] runs, also from deep inside it.
+/// Say that the running test is skipped for want of something that is no [`Capability`], or may be had and is busy.
+///
+/// `what` is one word without a colon. CI asks `userptr doctor --has` about it: a skip passes where that knows no
+/// such name, or says that the machine has none.
+pub fn skip_for(what: &str, why: &str) {
+    let test = env::var(CHILD).ok().or_else(|| std::thread::current().name().map(str::to_owned));
+    let why = why.replace('\n', " ");
+    say(&format!("skipped: {}: {what}: {why}", test.as_deref().unwrap_or("?")));
+}
+
+/// [`skip_for`] what is left of the body that [`in_child`] runs, also from deep inside it.
 ///
 /// # Panics
 /// In a process that tests share: this is for a child of [`in_child`].
-pub fn skip_rest(capability: Capability, why: &str) -> ! {
+pub fn skip_rest(what: &str, why: &str) -> ! {
     assert!(is_child(), "not in a child of in_child");
-    skip(capability, why);
+    skip_for(what, why);
     std::process::exit(BODY_RETURNED);
+}
+
+/// Where a test puts its files: the directory for temporary files if it is on a disk ([`Capability::DiskFile`]), else
+/// `build`, which may be.
+#[must_use]
+pub fn scratch(build: &str) -> PathBuf {
+    if capability::probe(Capability::DiskFile).is_usable() { env::temp_dir() } else { build.into() }
 }
 
 /// A line past libtest's capture, whole and from the left edge, whatever libtest is in the middle of.

@@ -10,19 +10,17 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use hostmm::capability::Capability;
 use hostmm::disturb::{
     After, Arena, Change, DisturbError, Event, Observer, Outcome, Scene, Sighting, Via, catalogue,
 };
 use hostmm::pin::{Pin, PinError, Pinner};
-use hostmm::testing::{in_child, skip, skip_rest};
+use hostmm::testing::{in_child, scratch, skip, skip_rest};
 use mmu_notifier::PAGE_SIZE;
 
 const DEADLINE: Duration = Duration::from_secs(90);
 
 fn arena() -> Arena {
-    // /tmp may be a tmpfs; the build directory is on a disk.
-    Arena::new(env!("CARGO_TARGET_TMPDIR"))
+    Arena::new(scratch(env!("CARGO_TARGET_TMPDIR")))
 }
 
 fn pfn(addr: u64) -> Option<u64> {
@@ -90,8 +88,7 @@ fn disturb(event: &Event, scene: &mut Scene) -> Change {
 /// A kernel thread that has better things to do is no failure of ours; anything else is.
 fn not_today(event: &Event, error: &DisturbError) -> ! {
     if event.via == Via::KernelThread && matches!(error, DisturbError::Timeout { .. }) {
-        let capability = event.needs.first().map_or(Capability::Pfn, |need| need.capability());
-        skip_rest(capability, &error.to_string());
+        skip_rest("kernel_thread", &error.to_string());
     }
     panic!("{}: {error}", event.name)
 }

@@ -248,6 +248,25 @@ pub(super) unsafe fn call(via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce()
 pub(super) struct Plug;
 
 impl Plug {
+    /// Keep the frame behind `page` from being freed before the scene is undone: a pipe refers to it.
+    ///
+    /// For changes of shared memory that an observer sees: it may fault a fresh page in before
+    /// [`frames`](Self::frames) has taken the old one. A plain reference does not stop truncation, nor is it a pin.
+    pub(super) fn hold(undo: &mut Undo, page: Region) -> Result<(), DisturbError> {
+        let mut ends = [-1; 2];
+        // SAFETY: room for two descriptors, which are new and ours.
+        let [read, write] = unsafe {
+            check(libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC).into()).map_err(page.failed("pipe2"))?;
+            ends.map(|fd| OwnedFd::from_raw_fd(fd))
+        };
+        let part = libc::iovec { iov_base: page.addr() as *mut libc::c_void, iov_len: PAGE_SIZE as usize };
+        // SAFETY: the kernel checks the address; nobody ever reads the pipe.
+        let held = unsafe { libc::vmsplice(write.as_raw_fd(), &raw const part, 1, 0) };
+        check(held as i64).map_err(page.failed("vmsplice"))?;
+        undo.keep((read, write));
+        Ok(())
+    }
+
     /// Take the frames that were just freed on this CPU until the scene is undone.
     pub(super) fn frames(undo: &mut Undo) -> Result<(), DisturbError> {
         // A page that was locked, or was on its way to the LRU lists, is freed only when this CPU's batches are

@@ -237,6 +237,10 @@ impl<const LINK: usize> Stack<LINK> {
         }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.head.load(Ordering::Relaxed).is_null()
+    }
+
     /// All of them, the last pushed first. A node may be pushed again as soon as it has come out.
     pub(super) fn take(&self) -> Taken<LINK> {
         Taken { next: self.head.swap(ptr::null_mut(), Ordering::AcqRel) }
