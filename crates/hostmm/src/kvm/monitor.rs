@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The monitor thread: reads records and calls back whoever's range they overlap.
+//! The monitor: one thread reads records, another calls back whoever's range they overlap.
 //!
 //! Callbacks come *after the announcement and independently of the change*: nothing waits for them, so a consumer's
 //! correctness rests on [`super::Watch`] alone. They are for giving memory back early and for watching.
 //!
-//! The thread blocks every signal and has a descriptor table of its own with nothing but the ring in it, so that a
-//! close_range(2) elsewhere does not silence it. For the same reason it is not woken by a descriptor when the source
-//! closes: the closer changes the canary page, whose record wakes it like any other.
+//! Both threads block every signal. The reader has a descriptor table of its own with nothing but the ring in it, so
+//! that a close_range(2) elsewhere does not silence it. For the same reason it is not woken by a descriptor when the
+//! source closes: the closer changes the canary page, whose record wakes it like any other. Callbacks are the
+//! consumer's code, which may well use a descriptor (to give a pin back, to stop a device), so they run on the other
+//! thread, with the table of the process. A slow callback stops the reader in the end, and the ring overflows: counted,
+//! and told as [`Notice::Everything`], so that what is queued has a bound.
 //!
-//! Whatever the reason that it stops, the state word says so first; see [`Gone::MonitorDead`].
+//! Whatever the reason that either stops, the state word says so first; see [`Gone::MonitorDead`].
 
 use super::error::Gone;
 use super::layout::Kind;
@@ -21,7 +24,7 @@ use mmu_notifier::Range;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -108,36 +111,45 @@ static ENDED: interleave::LockClass = interleave::LockClass::new("kvm_monitor_en
 
 impl std::fmt::Debug for Monitor {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Monitor").field("thread", &self.thread.thread().id()).finish_non_exhaustive()
+        f.debug_struct("Monitor").field("caller", &self.caller.thread().id()).finish_non_exhaustive()
     }
 }
 
 /// A running monitor.
 pub(crate) struct Monitor {
-    thread: JoinHandle<()>,
-    /// Disconnected when the thread has ended. Never locked: a receiver alone could not be shared.
+    reader: JoinHandle<()>,
+    caller: JoinHandle<()>,
+    /// Disconnected when both threads have ended. Never locked: a receiver alone could not be shared.
     ended: interleave::Mutex<Receiver<()>>,
 }
 
 impl Monitor {
-    /// Starts the thread. `fds` are what it polls; they are closed here once it has its own copies.
+    /// Starts the threads. `fds` are what it polls; they are closed here once it has its own copies.
     pub(crate) fn start(shared: &Arc<Shared>, input: Input, fds: Vec<OwnedFd>) -> io::Result<Monitor> {
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let (ready, is_ready) = channel::<io::Result<()>>();
         let (alive, ended) = channel::<()>();
         let shared = Arc::clone(shared);
-        let body = move || run(&shared, input, &raw, &ready, alive);
+        let (notices, called) = sync_channel(QUEUED);
+        let call_back = {
+            let (shared, alive) = (Arc::clone(&shared), alive.clone());
+            move || call(&shared, &called, alive)
+        };
+        let body = move || run(&shared, input, &raw, &ready, &notices, alive);
         // A new thread inherits the mask, so there is no moment in which it could take a signal.
-        let thread =
-            blocking_signals(|| std::thread::Builder::new().name("kvm-notifier".into()).spawn(body))?;
+        let (caller, reader) = blocking_signals(|| {
+            let caller = std::thread::Builder::new().name("kvm-callbacks".into()).spawn(call_back)?;
+            let reader = std::thread::Builder::new().name("kvm-notifier".into()).spawn(body)?;
+            Ok::<_, io::Error>((caller, reader))
+        })?;
         is_ready.recv().map_err(|_| io::Error::other("the monitor thread died at its start"))??;
-        Ok(Monitor { thread, ended: interleave::Mutex::new(&ENDED, ended) })
+        Ok(Monitor { reader, caller, ended: interleave::Mutex::new(&ENDED, ended) })
     }
 
-    /// Waits for the end of the thread; `wake` makes a record appear. Gives up after two seconds: the thread then ends
-    /// by itself at its next record, and touches nothing but what it owns.
+    /// Waits for the end of the threads; `wake` makes a record appear. Gives up after two seconds: they then end by
+    /// themselves at the next record, and touch nothing but what they own. From a callback it does not wait.
     pub(crate) fn stop(mut self, mut wake: impl FnMut()) {
-        if std::thread::current().id() == self.thread.thread().id() {
+        if std::thread::current().id() == self.caller.thread().id() {
             return;
         }
         for _ in 0..400 {
@@ -146,14 +158,18 @@ impl Monitor {
                 == Err(RecvTimeoutError::Disconnected)
             {
                 // The result was already told through the state word.
-                let _ = self.thread.join();
+                let _ = self.reader.join();
+                let _ = self.caller.join();
                 return;
             }
         }
     }
 }
 
-/// Clears the monitor's bit however the thread ends, a panic in a callback included.
+/// Notices that the reader may be ahead of the callbacks.
+const QUEUED: usize = 256;
+
+/// Clears the monitor's bit however its thread ends, a panic in a callback included.
 struct Obituary<'a>(&'a Shared);
 
 impl Drop for Obituary<'_> {
@@ -162,7 +178,30 @@ impl Drop for Obituary<'_> {
     }
 }
 
-fn run(shared: &Shared, mut input: Input, fds: &[RawFd], ready: &Sender<io::Result<()>>, alive: Sender<()>) {
+/// The caller.
+fn call(shared: &Shared, notices: &Receiver<Notice>, alive: Sender<()>) {
+    let _alive = alive;
+    let _obituary = Obituary(shared);
+    while let Ok(notice) = notices.recv() {
+        if shared.check(ALIVE).is_err() {
+            return;
+        }
+        dispatch(shared, &notice);
+    }
+}
+
+/// The caller is gone.
+struct NobodyCalls;
+
+/// The reader.
+fn run(
+    shared: &Shared,
+    mut input: Input,
+    fds: &[RawFd],
+    ready: &Sender<io::Result<()>>,
+    notices: &SyncSender<Notice>,
+    alive: Sender<()>,
+) {
     let _alive = alive;
     shared.set(MONITOR);
     let _obituary = Obituary(shared);
@@ -191,7 +230,10 @@ fn run(shared: &Shared, mut input: Input, fds: &[RawFd], ready: &Sender<io::Resu
             #[expect(clippy::disallowed_methods, reason = "a real thread that waits for the kernel")]
             std::thread::sleep(COALESCE);
         }
-        drain(shared, &mut input, &mut tails, &mut lost);
+        let tell = |notice| notices.send(notice).map_err(|_| NobodyCalls);
+        if drain(shared, &mut input, &mut tails, &mut lost, &tell).is_err() {
+            return;
+        }
         // The program fails to reserve and then counts the loss. Should the drain fall between the two, nothing more
         // would wake us: look once more after a while, then sleep for as long as it takes.
         timeout = if n > 0 { SETTLE_MS } else { -1 };
@@ -204,38 +246,45 @@ const COALESCE: Duration = Duration::from_micros(250);
 /// How long after the last record the loss counter is looked at again, in milliseconds.
 const SETTLE_MS: i32 = 100;
 
-fn drain(shared: &Shared, input: &mut Input, tails: &mut Vec<u64>, lost: &mut u64) {
+fn drain(
+    shared: &Shared,
+    input: &mut Input,
+    tails: &mut Vec<u64>,
+    lost: &mut u64,
+    tell: &impl Fn(Notice) -> Result<(), NobodyCalls>,
+) -> Result<(), NobodyCalls> {
     match input {
         Input::Bpf(ring, lost_word) => {
             loop {
                 match ring.next::<{ super::program::RECORD_WORDS }>() {
-                    Ok(Some(words)) => dispatch(shared, &Notice::Range(Record::from_words(words))),
+                    Ok(Some(words)) => tell(Notice::Range(Record::from_words(words)))?,
                     Ok(None) => break,
-                    Err(_) => dispatch(shared, &Notice::Everything),
+                    Err(_) => tell(Notice::Everything)?,
                 }
                 if shared.check(ALIVE).is_err() {
-                    return;
+                    return Ok(());
                 }
             }
             let now = lost_word.load();
             if now != std::mem::replace(lost, now) {
-                dispatch(shared, &Notice::Everything);
+                tell(Notice::Everything)?;
             }
         }
         Input::Perf(fields) => {
-            let Counters::Perf { rings, cpus } = &*shared.counters else { return };
+            let Counters::Perf { rings, cpus } = &*shared.counters else { return Ok(()) };
             tails.resize(rings.len(), 0);
             for (at, (ring, tail)) in rings.iter().zip(tails.iter_mut()).enumerate() {
                 match perf_rings::read(ring, tail, cpus[at], *fields) {
-                    Some(records) => records.iter().for_each(|r| dispatch(shared, &Notice::Range(*r))),
+                    Some(records) => records.iter().try_for_each(|r| tell(Notice::Range(*r)))?,
                     None => {
                         shared.count_overrun();
-                        dispatch(shared, &Notice::Everything);
+                        tell(Notice::Everything)?;
                     }
                 }
             }
         }
     }
+    Ok(())
 }
 
 /// Calls back every subscription that the notice concerns. A linear scan.
@@ -280,7 +329,7 @@ pub struct Subscription {
     sub: Arc<Sub>,
     shared: Arc<Shared>,
     watch: super::Watch,
-    monitor: std::thread::ThreadId,
+    caller: std::thread::ThreadId,
 }
 
 impl Subscription {
@@ -294,7 +343,7 @@ impl Subscription {
         let sub = Arc::new(Sub { range, callback: Lock::new(Some(callback)) });
         lock(&shared.subs).push(Arc::clone(&sub));
         let this =
-            Subscription { sub, shared: Arc::clone(shared), watch, monitor: monitor.thread.thread().id() };
+            Subscription { sub, shared: Arc::clone(shared), watch, caller: monitor.caller.thread().id() };
         // After it is listed: a monitor that dies from now on is seen by the watch.
         shared.check(ALIVE | MONITOR)?;
         Ok(this)
@@ -302,7 +351,7 @@ impl Subscription {
 
     /// Is this the thread that calls back?
     pub(crate) fn is_calling(&self) -> bool {
-        std::thread::current().id() == self.monitor
+        std::thread::current().id() == self.caller
     }
 
     /// The synchronous side of the same range. Unlike a watch without callbacks it is also gone when the monitor is.
@@ -324,7 +373,7 @@ impl Drop for Subscription {
             *lock(&self.sub.callback) = None;
             return;
         }
-        // On the monitor: a callback of another subscription may drop this one, whose lock is then free.
+        // On the calling thread: a callback of another subscription may drop this one, whose lock is then free.
         if let Ok(mut callback) = self.sub.callback.try_lock() {
             *callback = None;
         }
