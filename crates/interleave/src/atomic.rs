@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Atomics and fences.
 //!
-//! Plainly they are std's, behind one predicted branch. Under exploration each access is a scheduling point, and
-//! memory is sequentially consistent whatever the ordering says: weak memory is not explored.
+//! Plainly they are std's, behind two predicted branches: which world the thread is in, and which one the atomic
+//! was born in. That is half a nanosecond on a load and nothing that shows on a read-modify-write
+//! (benches/locks.rs). The second branch could go, at the price that an atomic which leaks out of an exploration
+//! is used unseen. Under exploration each access is a scheduling point, and memory is sequentially consistent
+//! whatever the ordering says: weak memory is not explored.
 
 use std::fmt;
 use std::panic::Location;

@@ -41,8 +41,10 @@
 //!
 //! # Rules
 //! 1. A context is a token. It comes from [`MaySleep::enter`] or [`spawn`], is lent, and is never kept, sent or copied.
-//! 2. A [`Mutex`], [`RwLock`], [`Semaphore`], [`WaitQueue`] or join wants [`MaySleep`]. A [`SpinLock`] and any try take each context.
-//! 3. Every lock has a [`LockClass`], in a static, named by its role. Two locks of one class at once need `lock_nested`.
+//! 2. A [`Mutex`], [`RwLock`], [`Semaphore`], [`WaitQueue`] or join wants [`MaySleep`]. A [`SpinLock`] and any try
+//!    take each context.
+//! 3. Every lock has a [`LockClass`], in a static, named by its role. Two locks of one class at once need
+//!    `lock_nested`.
 //! 4. Classes are taken in one order. The first contradiction is reported with both places of both orders.
 //! 5. A reader queues behind a waiting writer: no thread reads a lock twice.
 //! 6. A wake comes after the change that it announces; a condition waited for does not sleep.

@@ -5,8 +5,8 @@
 //! under a lock that reclaim takes is wrong, also if reclaim does not run this time.
 //!
 //! A map never waits and threads share nothing through it, so that no schedule can tell two orders of two sections
-//! apart: under exploration it is noted, for the trace and the lock set, and is no scheduling point. For the same reason
-//! a map in a static serves in every world.
+//! apart: under exploration it is noted, for the trace and the lock set, and is no scheduling point. For the same
+//! reason a map in a static serves in every world.
 
 use std::fmt;
 use std::marker::PhantomData;

@@ -12,7 +12,8 @@
 //!
 //! A try-lock does not wait, so no order leads *to* it; but orders lead from it while it is held.
 //!
-//! Once a pair of classes has been looked at, it costs one test of a bit. Lock order: the graph, then nothing; the
+//! Once a pair of classes has been looked at, it costs one test of a bit: three to four nanoseconds for a lock under
+//! another, a good one for a lock under none (benches/locks.rs). Lock order: the graph, then nothing; the
 //! reports, then nothing; neither is held while a report is logged.
 
 mod graph;

@@ -7,10 +7,10 @@
 //! asked for, so one pair of comparisons over the columns prunes leaves and subtrees alike.
 //!
 //! Invariants (checked by `check` in the property tests):
-//! * `starts` is ascending in a node, and through the leaves from left to right; an inner entry holds the least start and
-//!   the greatest end of its child; unused entries have start `NOWHERE` and so never match;
-//! * all leaves are at the same depth; every node off the right spine is at least `MIN` full, and the root of more than one
-//!   level has two children, so the depth is O(log n) whatever was removed;
+//! * `starts` is ascending in a node, and through the leaves from left to right; an inner entry holds the least
+//!   start and the greatest end of its child; unused entries have start `NOWHERE` and so never match;
+//! * all leaves are at the same depth; every node off the right spine is at least `MIN` full, and the root of more
+//!   than one level has two children, so the depth is O(log n) whatever was removed;
 //! * a slot knows its leaf and a node its parent: removal starts at the leaf and never searches, so any number of
 //!   equal ranges costs no more than distinct ones.
 
@@ -128,7 +128,10 @@ impl<T> IntervalIndex<T> {
         let value = slot.value.take()?;
         slot.generation = slot.generation.wrapping_add(1);
         let leaf = slot.leaf;
-        self.free_slots.push(key.slot);
+        // A slot whose generations are used up is given up: a key is never another's.
+        if slot.generation != 0 {
+            self.free_slots.push(key.slot);
+        }
         self.len -= 1;
         let pos = self.nodes[leaf as usize].position(key.slot);
         self.nodes[leaf as usize].remove(pos);
@@ -141,8 +144,9 @@ impl<T> IntervalIndex<T> {
         Overlaps { index: self, cursor: self.cursor(range) }
     }
 
-    /// Like [`IntervalIndex::overlaps`], for a caller who cannot borrow the index all the while: [`IntervalIndex::next`] goes on
-    /// where the cursor stands. The index must not change in between, or entries are missed.
+    /// Like [`IntervalIndex::overlaps`], for a caller who cannot borrow the index all the while:
+    /// [`IntervalIndex::next`] goes on where the cursor stands. The index must not change in between, or entries
+    /// are missed.
     pub fn cursor(&self, range: Range) -> Cursor {
         let mut cursor = Cursor { range, depth: 0, path: [(0, 0); MAX_DEPTH] };
         if self.root != NONE {

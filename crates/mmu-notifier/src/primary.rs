@@ -23,10 +23,11 @@
 //! * The check and the installation are one critical section of the driver's lock, and the callback moves the sequence
 //!   and drops the translations in one. Either the callback comes first, and the check fails; or the
 //!   installation does, and the callback drops it.
-//! * The pages are got without the driver's lock: getting them can fault, a fault can invalidate, and the callback wants the
-//!   lock.
+//! * The pages are got without the driver's lock: getting them can fault, a fault can invalidate, and the callback
+//!   wants the lock.
 //! * `read_begin` waits for changes in flight. A reader that got its pages between start and the change of the
-//!   page table would hold the old page, and no second callback would come (the "start gap" of drivers that listen to start alone).
+//!   page table would hold the old page, and no second callback would come (the "start gap" of drivers that listen
+//!   to start alone).
 //! * Neither `read_begin` nor unsubscribing may be called from a callback, or with a lock that the callback takes.
 //!
 //! # What differs between sources
@@ -40,9 +41,9 @@
 //! | [`CountedBefore`] | no | before the page tables change | after `read_retry` said false |
 //! | [`After`] | until the event is read, not until it is handled | before the changing system call returns | after `read_retry` said false; racy with other threads |
 //!
-//! So a consumer that is generic over the source asks `read_retry` before each use of a translation; over [`Blocks`] that is
-//! redundant and costs a load. With a callback that comes late, dropping the translation is housekeeping. What a source never reports is
-//! in [`PrimaryMmu::cannot_hear`].
+//! So a consumer that is generic over the source asks `read_retry` before each use of a translation; over
+//! [`Blocks`] that is redundant and costs a load. With a callback that comes late, dropping the translation is
+//! housekeeping. What a source never reports is in [`PrimaryMmu::cannot_hear`].
 
 use std::fmt;
 use std::sync::Arc;
@@ -92,7 +93,8 @@ impl<'a> SetSeq<'a> {
         SetSeq { moves: None }
     }
 
-    /// Moves the sequence. Under the lock of the consumer that also guards installation, before translations are dropped.
+    /// Moves the sequence. Under the lock of the consumer that also guards installation, before translations are
+    /// dropped.
     pub fn set(self) -> SeqMoved {
         if let Some((cell, seq)) = self.moves {
             cell.store(seq.0, Ordering::Release);
@@ -108,8 +110,8 @@ impl<'a> SetSeq<'a> {
 
 /// The callback of a subscription (`mmu_interval_notifier_ops`).
 pub trait Invalidate: Send + Sync {
-    /// What lies behind the subscribed range changes in `inv.range`, which may reach beyond it. Move the sequence with `seq`,
-    /// drop the translations and wait until no access through them is in flight.
+    /// What lies behind the subscribed range changes in `inv.range`, which may reach beyond it. Move the sequence
+    /// with `seq`, drop the translations and wait until no access through them is in flight.
     ///
     /// The caller can hold any lock of the mm: see [`MmuNotifier`](crate::MmuNotifier).
     ///
@@ -207,11 +209,13 @@ pub trait PrimaryMmu: Send + Sync {
     /// [`GupError`]; pages before the failing one may have been faulted in.
     fn fault_in(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<(), GupError>;
 
-    /// Faults in the pages of `range` and takes references (`pin_user_pages`). A pin keeps the pages, not the mapping: the range
-    /// can be unmapped or replaced under it.
+    /// Faults in the pages of `range` and takes references (`pin_user_pages`). A pin keeps the pages, not the
+    /// mapping: the range can be unmapped or replaced under it.
     ///
     /// # Errors
-    /// [`GupError`]; nothing is pinned then.
+    /// [`GupError`]; nothing is pinned then. It says what was wrong at some moment of the call: ask
+    /// [`read_retry`](Subscription::read_retry) before believing it, and know that mapping something where nothing
+    /// was moves no sequence.
     fn pin(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Self::Pin, GupError>;
 
     /// What lies behind `page` now. Out of date when it returns, unless bracketed by `read_begin` and `read_retry`.
@@ -239,7 +243,8 @@ pub trait Subscription: Send + Sync {
     /// ([`Gone::InsideInvalidation`]) the caller waits for itself.
     fn read_begin(&self, cx: &mut MaySleep<'_>) -> Result<Self::Seq, Gone>;
 
-    /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs a load or two.
+    /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs
+    /// a load or two.
     fn read_retry(&self, seq: Self::Seq) -> bool;
 
     /// Ends the subscription; no callback runs after it returns. May sleep.

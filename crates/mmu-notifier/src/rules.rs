@@ -24,11 +24,12 @@ pub struct Rules {
     /// Does the end of a range call the secondary-TLB callback before each notifier's end? 3.19 to 6.5 do, unless
     /// the caller asks for the end alone (4.15+).
     pub end_invalidates_secondary_tlbs: bool,
-    /// After a failed start (4.19+), do the notifiers whose start succeeded get their end? Since 5.12, which also warns of a
-    /// notifier that has an end and fails its start. 4.19 to 5.11 leave them started for ever.
+    /// After a failed start (4.19+), do the notifiers whose start succeeded get their end? Since 5.12, which also
+    /// warns of a notifier that has an end and fails its start. 4.19 to 5.11 leave them started for ever.
     pub failed_start_ends_others: bool,
-    /// After a list notifier failed its start, is the range ended for interval notifiers? No Linux up to 6.13 does: their
-    /// sequence stays odd, and every reader that collided waits for ever (read in the source; no known report).
+    /// After a list notifier failed its start, is the range ended for interval notifiers? No Linux up to 6.13
+    /// does: their sequence stays odd, and every reader that collided waits for ever (read in the source; no known
+    /// report).
     pub failed_start_ends_intervals: bool,
 }
 
@@ -67,7 +68,8 @@ pub enum Breach {
     /// A callback failed a range that may block. The failure is ignored: the page tables change all the same.
     #[error("a callback failed the blockable invalidation of {}", .0.range)]
     FailedBlockable(Invalidation),
-    /// A notifier that has `invalidate_range_end` failed its start (5.12+): it cannot know whether its end will be called.
+    /// A notifier that has `invalidate_range_end` failed its start (5.12+): it cannot know whether its end will be
+    /// called.
     #[error("a notifier with invalidate_range_end failed the start for {}", .0.range)]
     FailedStartWithEnd(Invalidation),
     /// A section was dropped instead of ended.

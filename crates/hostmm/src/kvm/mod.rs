@@ -231,10 +231,10 @@ impl KvmSource {
         Watch::new(&self.shared, range, ALIVE, self.age)
     }
 
-    /// Calls `callback` from the monitor thread for each record that overlaps `range`, after the fact.
+    /// Calls `callback` from a thread of the source for each record that overlaps `range`, after the fact.
     ///
-    /// The callback may take locks and sleep; while it does, records wait in the ring and may be lost (and counted).
-    /// It may subscribe and unsubscribe. If it panics the monitor dies and every subscription's watch says so.
+    /// The callback may take locks, use descriptors and sleep; while it does, records wait and may be lost (and
+    /// counted). It may subscribe and unsubscribe. If it panics the monitor dies and every subscription's watch says so.
     ///
     /// # Errors
     /// [`SubscribeError`]: no ring, or gone.

@@ -18,8 +18,8 @@ impl<T> IntervalIndex<T> {
         }
     }
 
-    /// Puts `entry` at `pos` of `at`; splits as far up as needed. `rightmost`: `at` is on the right spine, where a split
-    /// leaves the left node full, so that ascending insertion packs the tree.
+    /// Puts `entry` at `pos` of `at`; splits as far up as needed. `rightmost`: `at` is on the right spine, where a
+    /// split leaves the left node full, so that ascending insertion packs the tree.
     pub(super) fn insert_entry(&mut self, at: u32, pos: usize, entry: Entry, rightmost: bool) {
         if self.nodes[at as usize].len() < FANOUT {
             self.nodes[at as usize].insert(pos, entry);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Why a primary MMU refuses: the errors of [`PrimaryMmu`](super::PrimaryMmu) and [`Subscription`](super::Subscription),
-//! the same for every source. Each names the range or page, and what to do about it where something can be done.
+//! Why a primary MMU refuses: the errors of [`PrimaryMmu`](super::PrimaryMmu) and
+//! [`Subscription`](super::Subscription), the same for every source. Each names the range or page, and what to do
+//! about it where something can be done.
 
 use std::error::Error;
 

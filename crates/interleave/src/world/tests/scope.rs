@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Scoped virtual threads borrow: `scope` does not end, neither by returning nor by unwinding, before their closures are gone.
+//! Scoped virtual threads borrow: `scope` does not end, neither by returning nor by unwinding, before their
+//! closures are gone.
 
 use std::cell::{Cell, RefCell};
 use std::os::unix::process::ExitStatusExt;
