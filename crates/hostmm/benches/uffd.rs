@@ -136,7 +136,7 @@ fn compare(source: &UffdSource, floor: &Floor, op: Op, len: u64, rounds: usize) 
             unmap(range);
         }
         // The monitors are asleep again before the next.
-        std::thread::yield_now();
+        interleave::yield_now();
     }
     times.map(|mut t| {
         t.sort();
@@ -185,8 +185,7 @@ impl Floor {
         // SAFETY: `struct uffdio_api` is three u64.
         assert_eq!(unsafe { libc::ioctl(fd.as_raw_fd(), 0xC018_AA3F, &mut api) }, 0);
         let raw = fd.as_raw_fd();
-        #[expect(clippy::disallowed_methods, reason = "the floor has a real thread")]
-        std::thread::spawn(move || {
+        interleave::spawn("floor", move |_| {
             let mut poll = libc::pollfd { fd: raw, events: libc::POLLIN, revents: 0 };
             let mut msg = [0u64; 4];
             loop {

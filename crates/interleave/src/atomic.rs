@@ -176,28 +176,33 @@ macro_rules! atomic {
     };
 }
 
-atomic!(AtomicBool, bool, "An atomic flag.", [fetch_or, fetch_and, fetch_xor]);
+atomic!(
+    AtomicBool,
+    bool,
+    "An atomic flag. Any context; in statics: [`const_new`](Self::const_new), plain only.",
+    [fetch_or, fetch_and, fetch_xor]
+);
 atomic!(
     AtomicU32,
     u32,
-    "An atomic `u32`.",
+    "An atomic `u32`. Any context; in statics: [`const_new`](Self::const_new), plain only.",
     [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
 );
 atomic!(
     AtomicU64,
     u64,
-    "An atomic `u64`.",
+    "An atomic `u64`. Any context; in statics: [`const_new`](Self::const_new), plain only.",
     [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
 );
 atomic!(
     AtomicI64,
     i64,
-    "An atomic `i64`.",
+    "An atomic `i64`. Any context; in statics: [`const_new`](Self::const_new), plain only.",
     [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
 );
 atomic!(
     AtomicUsize,
     usize,
-    "An atomic `usize`.",
+    "An atomic `usize`. Any context; in statics: [`const_new`](Self::const_new), plain only.",
     [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
 );

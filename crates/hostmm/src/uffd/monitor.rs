@@ -20,15 +20,15 @@
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
+use interleave::Ordering;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::Fault;
 use super::index::Index;
 use super::node::{Kind, Node};
-use super::shared::{Shared, nap};
+use super::shared::{Shared, nap, this_thread};
 use crate::sys::uffd::{self as sys, Event, Msg, Probe};
 
 /// Why the loop ended; for the reader of the code only.
@@ -40,7 +40,7 @@ enum End {
 
 pub(super) fn run(shared: Arc<Shared>, mut batch: Box<[Msg]>) {
     let mut exit = Exit { shared: &shared, index: Index::new() };
-    shared.monitor_tid.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
+    shared.monitor_tid.store(this_thread(), Ordering::Release);
     let alone = own_descriptor_table(shared.uffd.as_raw_fd(), shared.wake.as_raw_fd());
     let _: End = turn(&shared, &mut exit.index, &mut batch, alone);
 }
