@@ -179,9 +179,17 @@ pub fn require(capability: Capability) -> bool {
 
 /// Say that the running test is skipped for want of `capability`.
 pub fn skip(capability: Capability, why: &str) {
+    skip_for(capability.name(), why);
+}
+
+/// Say that the running test is skipped for want of something that is no [`Capability`], or may be had and is busy.
+///
+/// `what` is one word without a colon. CI asks `userptr doctor --has` about it: a skip passes where that knows no
+/// such name, or says that the machine has none.
+pub fn skip_for(what: &str, why: &str) {
     let test = env::var(CHILD).ok().or_else(|| std::thread::current().name().map(str::to_owned));
     let why = why.replace('\n', " ");
-    say(&format!("skipped: {}: {capability}: {why}", test.as_deref().unwrap_or("?")));
+    say(&format!("skipped: {}: {what}: {why}", test.as_deref().unwrap_or("?")));
 }
 
 /// A line past libtest's capture, whole and from the left edge, whatever libtest is in the middle of.

@@ -14,7 +14,7 @@ use hostmm::disturb::{
     After, Arena, Change, DisturbError, Event, Need, Observer, Outcome, Scene, Sighting, Via, catalogue,
 };
 use hostmm::pin::{Pin, PinError, Pinner};
-use hostmm::testing::in_child;
+use hostmm::testing::{in_child, skip_for};
 use mmu_notifier::PAGE_SIZE;
 
 const DEADLINE: Duration = Duration::from_secs(90);
@@ -91,7 +91,7 @@ fn disturb(event: &Event, scene: &mut Scene) -> Change {
 /// A kernel thread that has better things to do is no failure of ours; anything else is.
 fn not_today(event: &Event, error: &DisturbError) -> ! {
     if event.via == Via::KernelThread && matches!(error, DisturbError::Timeout { .. }) {
-        eprintln!("skipped: {}: {error}", event.name);
+        skip_for("kernel_thread", &error.to_string());
         std::process::exit(BODY_RETURNED);
     }
     panic!("{}: {error}", event.name)
@@ -185,8 +185,9 @@ fn every_event_does_what_is_declared() {
     for event in catalogue() {
         let body = || {
             let mut arena = arena();
-            if let Some(why) = event.needs.iter().find_map(|n: &Need| n.missing(&arena)) {
-                eprintln!("skipped: {}: {why}", event.name);
+            let missing = |need: &Need| Some((need.name(), need.missing(&arena)?));
+            if let Some((need, why)) = event.needs.iter().find_map(missing) {
+                skip_for(need, &why);
                 return;
             }
             if event.via == Via::OtherProcess && event.expect.unpinned == Outcome::NotMappable {

@@ -6,9 +6,9 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use hostmm::capability::Capability;
-use hostmm::disturb::{Arena, Change, DisturbError, Event, Observer, Via, catalogue};
+use hostmm::disturb::{Arena, Change, DisturbError, Event, Need, Observer, Via, catalogue};
 use hostmm::kvm::{KvmSource, Options};
-use hostmm::testing::{in_child, require};
+use hostmm::testing::{in_child, require, skip_for};
 use hostmm::uffd::{self, UffdSource};
 use interleave::{AtomicBool, Ordering};
 use mmu_notifier::PageAddr;
@@ -23,8 +23,9 @@ fn for_every_event(test: &str, body: impl Fn(&Event, &mut Arena)) {
     for event in catalogue() {
         let run = || {
             let mut arena = Arena::new(env!("CARGO_TARGET_TMPDIR"));
-            match event.needs.iter().find_map(|need| need.missing(&arena)) {
-                Some(why) => eprintln!("skipped: {}: {why}", event.name),
+            let missing = |need: &Need| Some((need.name(), need.missing(&arena)?));
+            match event.needs.iter().find_map(missing) {
+                Some((need, why)) => skip_for(need, &why),
                 None => body(event, &mut arena),
             }
         };
@@ -40,7 +41,7 @@ fn for_every_event(test: &str, body: impl Fn(&Event, &mut Arena)) {
 /// A kernel thread that has better things to do is no failure of ours; anything else is.
 fn not_today(event: &Event, error: &DisturbError) -> ! {
     if event.via == Via::KernelThread && matches!(error, DisturbError::Timeout { .. }) {
-        eprintln!("skipped: {}: {error}", event.name);
+        skip_for("kernel_thread", &error.to_string());
         std::process::exit(BODY_RETURNED);
     }
     panic!("{}: {error}", event.name)

@@ -122,13 +122,13 @@ fn shared(
     };
     let end = if refilled { After::Stamp(after) } else { After::Faults };
     Ok(Scene::new(page.range(), before, end, undo, move |returned, undo| {
+        Plug::hold(undo, page)?;
         match other {
             Some(mut child) => child.run().map_err(page.failed(what))?,
             None => change(via, fd.as_raw_fd()).map(drop).map_err(page.failed(what))?,
         }
         returned();
         if refilled {
-            Plug::frames(undo)?;
             page.fill(after);
         }
         Ok(Change::Happened)

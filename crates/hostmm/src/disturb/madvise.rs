@@ -118,9 +118,9 @@ fn remove(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let region = Region::map(&mut undo, 1, RW, libc::MAP_SHARED, Some(&fd))?;
     region.load();
     Ok(Scene::new(region.range(), before, After::Stamp(after), undo, move |returned, undo| {
+        Plug::hold(undo, region)?;
         region.madvise(via, libc::MADV_REMOVE).map_err(region.failed("madvise"))?;
         returned();
-        Plug::frames(undo)?;
         region.fill(after);
         Ok(Change::Happened)
     }))

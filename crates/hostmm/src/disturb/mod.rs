@@ -9,7 +9,7 @@
 //! Invariants:
 //! * a scene touches only addresses that it mapped itself, and puts back on drop what it changed of the machine;
 //! * after a disturbance the page frame at the watched address is never the old one by accident: the freed frame is
-//!   allocated elsewhere first (`mem::Plug`), so comparing page frame numbers is an exact oracle;
+//!   allocated elsewhere first, or is not freed yet (`mem::Plug`), so comparing page frame numbers is an exact oracle;
 //! * settings of the machine (KSM, swap) are held only while a change needs them, never between set-up and
 //!   disturbance, so two scenes of one process cannot wait for each other.
 //!

@@ -6,8 +6,27 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::{Arena, Need};
+use crate::capability::Capability;
 
 impl Need {
+    /// Its name in a `skipped:` line: the capability's where there is one, else a word of its own.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Need::PageFrames => Capability::Pfn.name(),
+            Need::Ksm => Capability::Ksm.name(),
+            Need::Swap => Capability::Zram.name(),
+            Need::Uprobe => Capability::Uprobes.name(),
+            Need::Compaction => Capability::Compaction.name(),
+            Need::Thp => Capability::Thp.name(),
+            Need::Guard => Capability::GuardPages.name(),
+            Need::DiskFile => "disk_file",
+            Need::SysV => "sysv_shm",
+            Need::Damon => "damon",
+            Need::ProcessMadvise => "process_madvise",
+        }
+    }
+
     /// Why an event with this need cannot run here; `None` if it can as far as one can tell without trying.
     #[must_use]
     pub fn missing(self, arena: &Arena) -> Option<String> {

@@ -11,6 +11,8 @@ use std::time::Duration;
 use mmu_notifier::PAGE_SIZE;
 
 use super::Outcome::{Coherent, Prevented, Stale};
+use crate::sys::mm;
+
 use super::mem::{self, Plug, Region, pause_for};
 use super::scene::{After, Arena, Change, Scene, Undo};
 use super::swap::SwapSpace;
@@ -32,10 +34,12 @@ pub(super) const EVENTS: &[&[Event]] = &[
 
 /// MADV_PAGEOUT until the page is gone. `false` if the kernel keeps it.
 ///
-/// The first calls may pass a page over that is still in another CPU's batch of pages on their way to the LRU lists.
+/// Reclaim passes over a page that is in some CPU's batch of pages on their way to the LRU lists, so every CPU's are
+/// drained first.
 pub(super) fn page_out(page: Region, via: Via) -> Result<bool, DisturbError> {
     let old = page.pfn()?;
     for _ in 0..20 {
+        mm::drain_lru_batches(page.range());
         page.madvise(via, libc::MADV_PAGEOUT).map_err(page.failed("MADV_PAGEOUT"))?;
         // Not `is_none`: an observer's read may have faulted another page in already.
         if page.pfn()? != old {

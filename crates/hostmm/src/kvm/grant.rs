@@ -19,7 +19,7 @@ use super::canary::Canary;
 use super::layout::{Buckets, Layout};
 use super::parts::Parts;
 use super::{KvmSource, OpenError, Options};
-use crate::sys::vm;
+use crate::sys::signal::blocking_signals;
 use mmu_notifier::Range;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -64,7 +64,7 @@ impl Grant {
     /// # Errors
     /// As [`KvmSource::open`].
     pub fn make(options: &Options, canary: Range) -> Result<Grant, OpenError> {
-        vm::blocking_signals(|| Parts::make(options, canary)).map(Grant)
+        blocking_signals(|| Parts::make(options, canary)).map(Grant)
     }
 
     /// Sends it as one message over a connected Unix socket (SOCK_SEQPACKET or SOCK_STREAM).
@@ -162,7 +162,7 @@ impl KvmSource {
     /// # Errors
     /// [`OpenError`]; [`OpenError::Canary`] if the grant was made for another page or does not hear.
     pub fn from_grant(grant: Grant, canary: CanaryPage) -> Result<KvmSource, OpenError> {
-        vm::blocking_signals(|| KvmSource::from_parts(grant.0, canary.0))
+        blocking_signals(|| KvmSource::from_parts(grant.0, canary.0))
     }
 }
 

@@ -13,7 +13,7 @@
 use super::canary::Canary;
 use super::error::{self, OpenError, system};
 use super::layout::Kind;
-use super::monitor::Record;
+use super::record::Record;
 use super::{Options, parts};
 use crate::sys::perf::Ring;
 use crate::sys::tracefs::Tracefs;

@@ -71,7 +71,7 @@ fn a_merge_by_ksmd() {
         let start = Instant::now();
         while !watch.changed_since(seq) {
             assert!(start.elapsed() < Duration::from_secs(15), "ksmd merged nothing that was heard");
-            std::thread::yield_now();
+            interleave::yield_now();
         }
     });
 }
