@@ -143,12 +143,11 @@ impl Region {
         }
     }
 
+    /// A call about this region: what the module promises is what makes it allowed.
     fn call(self, via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64) -> io::Result<u64> {
-        match via {
-            // SAFETY: every caller below passes memory of a region, which is the scene's to change.
-            Via::RawSyscall => unsafe { raw::syscall(nr, args) },
-            _ => check(libc()),
-        }
+        debug_assert_eq!(args[usize::from(nr == libc::SYS_shmat)], self.addr);
+        // SAFETY: every caller below passes memory of its region, which is the scene's to change.
+        unsafe { call(via, nr, args, libc) }
     }
 
     fn ptr(self) -> *mut libc::c_void {
@@ -229,9 +228,17 @@ impl Region {
     }
 }
 
-/// A system call that names no memory of its own.
-pub(super) fn call(via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64) -> io::Result<u64> {
-    Region { addr: 0, len: PAGE_SIZE }.call(via, nr, args, libc)
+/// A system call, through libc (by `libc`) or by the instruction itself. Whether it is one or the other is all that
+/// `via` decides.
+///
+/// # Safety
+/// What system call `nr` with `args` does to memory must be allowed.
+pub(super) unsafe fn call(via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64) -> io::Result<u64> {
+    match via {
+        // SAFETY: the caller's promise.
+        Via::RawSyscall => unsafe { raw::syscall(nr, args) },
+        _ => check(libc()),
+    }
 }
 
 /// Freed frames that are put to another use, so that the next fault cannot get the old frame back by accident.

@@ -17,7 +17,7 @@
 
 use super::canary::Canary;
 use super::layout::{Buckets, Layout};
-use super::parts::Parts;
+use super::parts::{Parts, check_ring};
 use super::{KvmSource, OpenError, Options};
 use crate::sys::signal::blocking_signals;
 use mmu_notifier::Range;
@@ -145,8 +145,8 @@ fn parse(bytes: &[u8; WORDS * 4], fds: Vec<OwnedFd>) -> Result<Grant, OpenError>
     if events != expected_events || fds.len() != wanted {
         return Err(OpenError::Grant(format!("{} descriptors received, wanted {wanted}", fds.len())));
     }
-    if ring_len != 0 && (!ring_len.is_power_of_two() || ring_len < 4096) {
-        return Err(OpenError::Grant(format!("a ring of {ring_len} bytes")));
+    if ring_len != 0 {
+        check_ring(ring_len)?;
     }
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or_else(|| OpenError::Grant("a descriptor is missing".to_owned()));

@@ -39,6 +39,7 @@ mod monitor;
 mod parts;
 mod perf_rings;
 mod program;
+mod queue;
 mod record;
 mod shared;
 mod subscription;

@@ -8,16 +8,17 @@
 //! that a close_range(2) elsewhere does not silence it. For the same reason it is not woken by a descriptor when the
 //! source closes: the closer changes the canary page, whose record wakes it like any other. Callbacks are the
 //! consumer's code, which may well use a descriptor (to give a pin back, to stop a device), so they run on the other
-//! thread, with the table of the process. A slow callback stops the reader in the end, and the ring overflows: counted,
-//! and told as [`Notice::Everything`], so that what is queued has a bound.
+//! thread, with the table of the process.
 //!
 //! Whatever the reason that either stops, the state word says so first; see [`Gone::MonitorDead`](super::Gone::MonitorDead).
 //!
-//! Lock order: `kvm_monitor_stage` is a leaf, taken at the reader's start and end alone.
+//! Lock order: `kvm_monitor_stage` is a leaf, taken at the threads' start and end alone.
 
 use super::perf_rings::{self, Fields};
+use super::queue::Queue;
 use super::record::{Notice, Record};
 use super::shared::{ALIVE, Counters, MONITOR, Shared};
+use super::subscription::Sub;
 use crate::sys::map::Word;
 use crate::sys::ringbuf::RingReader;
 use crate::sys::signal::blocking_signals;
@@ -26,7 +27,6 @@ use rustix::thread::Pid;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
 /// Where the records come from.
@@ -95,48 +95,99 @@ impl Life {
     }
 }
 
-/// A running monitor.
+/// One of the two threads.
 #[derive(Debug)]
-pub(crate) struct Monitor {
-    thread: JoinHandle<()>,
-    tid: Pid,
+struct Thread {
+    handle: JoinHandle<()>,
     life: Arc<Life>,
 }
 
-impl Monitor {
-    /// Starts the thread. `fds` are what it polls; they are closed here once it has its own copies.
-    pub(crate) fn start(shared: &Arc<Shared>, input: Input, fds: Vec<OwnedFd>) -> io::Result<Monitor> {
-        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+impl Thread {
+    fn spawn(name: &str, body: impl FnOnce(&mut MaySleep<'_>, &Life) + Send + 'static) -> io::Result<Thread> {
         let life = Arc::new(Life::new());
         let body = {
-            let (shared, life) = (Arc::clone(shared), Arc::clone(&life));
-            move |cx: &mut MaySleep<'_>| run(cx, &shared, &life, input, &raw)
+            let life = Arc::clone(&life);
+            move |cx: &mut MaySleep<'_>| body(cx, &life)
+        };
+        Ok(Thread { handle: try_spawn(name, body)?, life })
+    }
+}
+
+/// A running monitor.
+#[derive(Debug)]
+pub(crate) struct Monitor {
+    reader: Thread,
+    caller: Thread,
+    caller_tid: Pid,
+}
+
+impl Monitor {
+    /// Starts the threads. `fds` are what the reader polls; they are closed here once it has its own copies.
+    pub(crate) fn start(shared: &Arc<Shared>, input: Input, fds: Vec<OwnedFd>) -> io::Result<Monitor> {
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let queue = Arc::new(Queue::new());
+        shared.set(MONITOR);
+        let call = {
+            let (shared, queue) = (Arc::clone(shared), Arc::clone(&queue));
+            move |cx: &mut MaySleep<'_>, life: &Life| {
+                let _obituary = Obituary { shared: &shared, life, queue: &queue };
+                life.reach(cx, Stage::Running(rustix::thread::gettid()));
+                call(cx, &shared, &queue);
+            }
+        };
+        let read = {
+            let (shared, queue) = (Arc::clone(shared), Arc::clone(&queue));
+            move |cx: &mut MaySleep<'_>, life: &Life| {
+                let _obituary = Obituary { shared: &shared, life, queue: &queue };
+                match own_descriptor_table(&raw) {
+                    Ok(()) => life.reach(cx, Stage::Running(rustix::thread::gettid())),
+                    Err(why) => return life.reach(cx, Stage::Refused(why)),
+                }
+                read(cx, &shared, &queue, input, &raw);
+            }
         };
         // A new thread inherits the mask, so there is no moment in which it could take a signal.
-        let thread = blocking_signals(|| try_spawn("kvm-notifier", body))?;
-        let tid = MaySleep::enter(|cx| life.started(cx))?;
-        Ok(Monitor { thread, tid, life })
+        let (reader, caller) = blocking_signals(|| {
+            let caller = Thread::spawn("kvm-callbacks", call)?;
+            match Thread::spawn("kvm-notifier", read) {
+                Ok(reader) => Ok((reader, caller)),
+                Err(e) => {
+                    // Nobody else would end the caller.
+                    MaySleep::enter(|cx| queue.close(cx));
+                    Err(e)
+                }
+            }
+        })?;
+        let caller_tid = MaySleep::enter(|cx| {
+            reader.life.started(cx)?;
+            caller.life.started(cx)
+        })?;
+        Ok(Monitor { reader, caller, caller_tid })
     }
 
     /// The thread that calls back.
     pub(crate) fn tid(&self) -> Pid {
-        self.tid
+        self.caller_tid
     }
 
-    /// Waits for the end of the thread; `wake` makes a record appear. Gives up after two seconds: the thread then ends
-    /// by itself at its next record, and touches nothing but what it owns. In an atomic section, where nobody may wait,
+    /// Waits for the end of the threads; `wake` makes a record appear. Gives up after two seconds: they then end by
+    /// themselves at the next record, and touch nothing but what they own. In an atomic section, where nobody may wait,
     /// it gives up at once.
     pub(crate) fn stop(self, mut wake: impl FnMut()) {
         // From a callback: the thread ends when that returns.
-        if rustix::thread::gettid() == self.tid {
+        if rustix::thread::gettid() == self.caller_tid {
             return;
         }
         wake();
         let _ = MaySleep::try_enter(|cx| {
             for _ in 0..400 {
-                if self.life.ended_within(cx, Duration::from_millis(5)) {
+                let patience = Duration::from_millis(5);
+                // The reader's end closes the queue, which ends the caller.
+                if self.reader.life.ended_within(cx, patience) && self.caller.life.ended_within(cx, patience)
+                {
                     // The result was already told through the state word.
-                    let _ = self.thread.join(cx);
+                    let _ = self.reader.handle.join(cx);
+                    let _ = self.caller.handle.join(cx);
                     return;
                 }
                 wake();
@@ -145,63 +196,18 @@ impl Monitor {
     }
 }
 
-/// Notices that the reader may be ahead of the callbacks.
-const QUEUED: usize = 256;
-
-/// The thread that calls back.
-struct Caller {
-    thread: JoinHandle<()>,
-    notices: SyncSender<Notice>,
-}
-
-impl Caller {
-    /// Starts it, with the descriptor table that the calling thread has now.
-    fn start(shared: &Arc<Shared>) -> io::Result<(Caller, Pid)> {
-        let (notices, queued) = sync_channel(QUEUED);
-        let (name, named) = sync_channel(1);
-        let shared = Arc::clone(shared);
-        let thread = try_spawn("kvm-callbacks", move |cx| {
-            let _ = name.send(rustix::thread::gettid());
-            call(cx, &shared, &queued);
-        })?;
-        let tid = named.recv().map_err(|_| io::Error::other("the callback thread died at its start"))?;
-        Ok((Caller { thread, notices }, tid))
-    }
-}
-
-/// Says that nobody calls any more however the thread ends, a panic in a callback included.
-struct Silent<'a>(&'a Shared);
-
-impl Drop for Silent<'_> {
-    fn drop(&mut self) {
-        self.0.clear(MONITOR);
-    }
-}
-
-fn call(cx: &mut MaySleep<'_>, shared: &Shared, queued: &Receiver<Notice>) {
-    let _silent = Silent(shared);
-    let mut hits = Vec::new();
-    while let Ok(notice) = queued.recv() {
-        if shared.check(ALIVE).is_err() {
-            return;
-        }
-        shared.subs.dispatch(cx, &notice, &mut hits);
-    }
-}
-
-/// The caller is gone, so there is nobody to read for.
-struct NobodyCalls;
-
-/// Says that the monitor is gone however the reader ends.
+/// Says that the monitor is gone however its thread ends, a panic in a callback included, and ends the other one.
 struct Obituary<'a> {
     shared: &'a Shared,
     life: &'a Life,
+    queue: &'a Queue,
 }
 
 impl Drop for Obituary<'_> {
     fn drop(&mut self) {
         self.shared.clear(MONITOR);
         MaySleep::enter(|cx| {
+            self.queue.close(cx);
             let mut stage = self.life.stage.lock(cx);
             if !matches!(*stage, Stage::Refused(_)) {
                 *stage = Stage::Ended;
@@ -211,34 +217,19 @@ impl Drop for Obituary<'_> {
     }
 }
 
-fn run(cx: &mut MaySleep<'_>, shared: &Arc<Shared>, life: &Life, input: Input, fds: &[RawFd]) {
-    shared.set(MONITOR);
-    let _obituary = Obituary { shared, life };
-    // The caller first: it keeps the descriptor table that this thread leaves.
-    let (caller, tid) = match Caller::start(shared) {
-        Ok(started) => started,
-        Err(why) => return life.reach(cx, Stage::Refused(why)),
-    };
-    match own_descriptor_table(fds) {
-        Ok(()) => {
-            life.reach(cx, Stage::Running(tid));
-            read(cx, shared, input, fds, &caller.notices);
+/// The caller.
+fn call(cx: &mut MaySleep<'_>, shared: &Shared, queue: &Queue) {
+    let mut hits: Vec<Arc<Sub>> = Vec::new();
+    while let Some(notice) = queue.pop(cx) {
+        if shared.check(ALIVE).is_err() {
+            return;
         }
-        Err(why) => life.reach(cx, Stage::Refused(why)),
+        shared.subs.dispatch(cx, &notice, &mut hits);
     }
-    drop(caller.notices);
-    // A panic of it was told through the state word.
-    let _ = caller.thread.join(cx);
 }
 
-/// Reads until the source closes or nobody calls.
-fn read(
-    cx: &mut MaySleep<'_>,
-    shared: &Shared,
-    mut input: Input,
-    fds: &[RawFd],
-    notices: &SyncSender<Notice>,
-) {
+/// The reader.
+fn read(cx: &mut MaySleep<'_>, shared: &Shared, queue: &Queue, mut input: Input, fds: &[RawFd]) {
     let mut polled: Vec<libc::pollfd> =
         fds.iter().map(|fd| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 }).collect();
     let mut state = State::default();
@@ -257,7 +248,7 @@ fn read(
             // of the changing task's time, measured) serve all the ranges of that while.
             time::sleep(cx, COALESCE);
         }
-        if drain(shared, &mut input, &mut state, notices).is_err() {
+        if !drain(cx, shared, queue, &mut input, &mut state) {
             return;
         }
         // The program fails to reserve and then counts the loss. Should the drain fall between the two, nothing more
@@ -266,7 +257,7 @@ fn read(
     }
 }
 
-/// What the thread remembers from one round to the next.
+/// What the reader remembers from one round to the next.
 #[derive(Default)]
 struct State {
     /// How far each perf ring has been read.
@@ -281,46 +272,49 @@ const COALESCE: Duration = Duration::from_micros(250);
 /// How long after the last record the loss counter is looked at again, in milliseconds.
 const SETTLE_MS: i32 = 100;
 
+/// False: nobody calls any more, or the source is closed.
 fn drain(
+    cx: &mut MaySleep<'_>,
     shared: &Shared,
+    queue: &Queue,
     input: &mut Input,
     state: &mut State,
-    notices: &SyncSender<Notice>,
-) -> Result<(), NobodyCalls> {
+) -> bool {
     let State { tails, lost } = state;
-    let tell = |notice| notices.send(notice).map_err(|_| NobodyCalls);
+    let mut tell = |notice| queue.push(cx, notice);
     match input {
         Input::Bpf(ring, lost_word) => {
             loop {
-                match ring.next::<{ super::program::RECORD_WORDS }>() {
-                    Ok(Some(words)) => tell(Notice::Range(Record::from_words(words)))?,
+                let told = match ring.next::<{ super::program::RECORD_WORDS }>() {
+                    Ok(Some(words)) => tell(Notice::Range(Record::from_words(words))),
                     Ok(None) => break,
-                    Err(_) => tell(Notice::Everything)?,
-                }
-                if shared.check(ALIVE).is_err() {
-                    return Ok(());
+                    Err(_) => tell(Notice::Everything),
+                };
+                if !told || shared.check(ALIVE).is_err() {
+                    return false;
                 }
             }
             let now = lost_word.load();
-            if now != std::mem::replace(lost, now) {
-                tell(Notice::Everything)?;
-            }
+            now == std::mem::replace(lost, now) || tell(Notice::Everything)
         }
         Input::Perf(fields) => {
-            let Counters::Perf { rings, cpus } = &*shared.counters else { return Ok(()) };
+            let Counters::Perf { rings, cpus } = &*shared.counters else { return false };
             tails.resize(rings.len(), 0);
             for (at, (ring, tail)) in rings.iter().zip(tails.iter_mut()).enumerate() {
-                match perf_rings::read(ring, tail, cpus[at], *fields) {
-                    Some(records) => records.into_iter().try_for_each(|r| tell(Notice::Range(r)))?,
+                let told = match perf_rings::read(ring, tail, cpus[at], *fields) {
+                    Some(records) => records.into_iter().all(|r| tell(Notice::Range(r))),
                     None => {
                         shared.count_overrun();
-                        tell(Notice::Everything)?;
+                        tell(Notice::Everything)
                     }
+                };
+                if !told {
+                    return false;
                 }
             }
+            true
         }
     }
-    Ok(())
 }
 
 /// Gives the calling thread a descriptor table that holds `keep` and nothing else.

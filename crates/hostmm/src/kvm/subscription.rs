@@ -2,7 +2,7 @@
 //! Callbacks for ranges: who wants to be called, and the fence that ends it.
 //!
 //! Invariants:
-//! * a callback runs on the monitor's calling thread only, with its [`Sub::callback`] lock held and no other of ours;
+//! * a callback runs on the monitor thread only, with its [`Sub::callback`] lock held and no other of ours;
 //! * whoever empties `callback` under that lock has made sure that it neither runs nor will: that is the fence;
 //! * a closure is never dropped under a lock of ours: what it owns may be a [`Subscription`] itself.
 //!
