@@ -104,6 +104,9 @@ impl Mm {
 
 /// The reuse rule of 5.19 and later; a frame that passes is exclusive afterwards. Under the ptl of its only pte.
 fn can_reuse(frames: &Frames, pfn: Pfn) -> bool {
+    if frames.is_file(pfn) {
+        return false;
+    }
     if frames.exclusive(pfn) {
         return true;
     }

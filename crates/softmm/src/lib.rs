@@ -48,6 +48,7 @@ pub mod profile;
 pub mod pte;
 pub mod tlb;
 pub mod vma;
+pub mod zap;
 
 pub use error::{AccessError, FaultError, ForkError, MmapError, OutOfMemory};
 pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};

@@ -15,7 +15,7 @@ use crate::pte::Pte;
 use crate::vma::VmaTree;
 use interleave::{Atomic, AtomicBool, AtomicU64, Context, LockClass, MaySleep, Ordering, RefCount, RwLock};
 use mmu_notifier::{Event, Invalidation, NotifierSubscriptions, PageAddr, Range, WouldBlock};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 static MMAP_LOCK: LockClass = LockClass::new("mmap_lock");
 
@@ -29,6 +29,8 @@ pub struct Mm {
     id: MmId,
     /// Immutable.
     machine: Arc<Machine>,
+    /// Itself, for who finds it by a page instead of by its owner (reverse maps). Immutable.
+    this: Weak<Mm>,
     /// mmap_lock, and what it guards.
     pub(crate) vmas: RwLock<VmaTree>,
     /// Locks of its own; shape protected by mmap_lock and `page_table_lock`, ptes by their ptl.
@@ -50,9 +52,11 @@ pub struct Mm {
 
 impl Mm {
     pub(crate) fn create(machine: &Arc<Machine>) -> Result<MmUser, OutOfMemory> {
-        let mm = Mm {
+        let page_table = PageTable::new(machine.tables())?;
+        let mm = Arc::new_cyclic(|this| Mm {
             id: MmId(machine.fresh_id()),
-            page_table: PageTable::new(machine.tables())?,
+            page_table,
+            this: this.clone(),
             machine: machine.clone(),
             vmas: RwLock::new(&MMAP_LOCK, VmaTree::default()),
             notifiers: NotifierSubscriptions::new(machine.profile().rules),
@@ -61,8 +65,8 @@ impl Mm {
             exiting: Arc::new(AtomicBool::new(false)),
             unstable: AtomicBool::new(false),
             write_protect_seq: AtomicU64::new(0),
-        };
-        Ok(MmUser { mm: Arc::new(mm) })
+        });
+        Ok(MmUser { mm })
     }
 
     /// Its name.
@@ -77,6 +81,11 @@ impl Mm {
 
     pub(crate) fn machine_arc(&self) -> &Arc<Machine> {
         &self.machine
+    }
+
+    /// Keeps the struct, not the address space.
+    pub(crate) fn weak(&self) -> &Weak<Mm> {
+        &self.this
     }
 
     /// The callbacks that this mm fires; register list notifiers here.

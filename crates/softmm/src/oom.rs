@@ -9,6 +9,7 @@
 
 use crate::mm::Mm;
 use crate::tlb::MmuGather;
+use crate::zap::Zap;
 use interleave::{MaySleep, Ordering};
 use mmu_notifier::{Event, Range};
 
@@ -30,7 +31,7 @@ impl Mm {
         for vma in vmas.iter() {
             let mut gather = MmuGather::new(self);
             let zapped = self.invalidate_nonblock(cx, vma.range, Event::Unmap, |cx| {
-                self.zap(cx, &mut gather, vma.range);
+                self.zap(cx, &mut gather, vma.range, Zap::All);
             });
             if zapped.is_err() {
                 left.push(vma.range);

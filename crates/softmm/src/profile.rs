@@ -18,6 +18,9 @@ pub struct KernelProfile {
     pub fork_copies_pinned: bool,
     /// A FOLL_PIN read pin of a shared anonymous page copies it first (FAULT_FLAG_UNSHARE, 5.19).
     pub read_pin_unshares: bool,
+    // The file side.
+    /// A dirty page of a file keeps its mapcount until the CPUs' TLBs are flushed (6.2).
+    pub zap_delays_rmap: bool,
 }
 
 impl KernelProfile {
@@ -28,5 +31,6 @@ impl KernelProfile {
         munmap_downgrades: true,
         fork_copies_pinned: true,
         read_pin_unshares: true,
+        zap_delays_rmap: true,
     };
 }
