@@ -13,6 +13,7 @@
 use crate::mm::Mm;
 use crate::tlb::MmuGather;
 use crate::vma::VmaTree;
+use crate::zap::Zap;
 use interleave::{MaySleep, Ordering};
 use mmu_notifier::{Event, Range};
 
@@ -26,7 +27,7 @@ impl Mm {
         if mapped {
             self.invalidate(cx, Range::ALL, Event::Unmap, |cx| {
                 for vma in vmas.iter() {
-                    self.zap(cx, &mut gather, vma.range);
+                    self.zap(cx, &mut gather, vma.range, Zap::All);
                 }
             });
         }

@@ -16,10 +16,15 @@
 //! * The generation counts allocations: a device that kept a [`FrameId`] over a free is told so even if the frame
 //!   number has a new owner.
 //! * Frame 0 is the zero page: never freed, never counted in a mapcount, never written.
+//! * A frame that belongs to a file (page cache) is never anonymous again in this life; `mapping` says whose page it is and
+//!   is none once truncate or reclaim has taken it out of the cache. It changes under the page lock.
 //!
 //! * `anon_vma` says whose an anonymous page is: rmap starts there. A page in the swap cache has one reference for that.
 //!
-//! Nothing here takes a lock but the page lock itself: the free list is a bitmap of atomic words and the lowest free frame is handed out
+//! The page lock (PG_locked) may sleep and belongs to whoever works on the page as a whole: faults on files, truncate,
+//! writeback, swap, reclaim, KSM, uprobes. Lock order: mmap_lock, page lock, i_mmap, ptl.
+//!
+//! Nothing else here takes a lock: the free list is a bitmap of atomic words and the lowest free frame is handed out
 //! first, which reuses freed frames as soon as possible and so helps to catch who still uses them. References can
 //! be dropped in any context, as `put_page` can.
 
@@ -31,10 +36,10 @@ use interleave::{
 };
 use mmu_notifier::{PAGE_SHIFT, PageAddr, Pfn};
 
-static PAGE_LOCK: LockClass = LockClass::new("page_lock");
-
 /// In the place of an anon_vma: a page of KSM's.
 const KSM: u64 = u64::MAX;
+
+static PAGE_LOCK: LockClass = LockClass::new("page_lock");
 
 /// What a FOLL_PIN adds to the reference count of an order-0 folio (kernel 5.6 and later).
 pub const GUP_PIN_COUNTING_BIAS: u32 = 1024;
@@ -71,12 +76,15 @@ struct Frame {
     exclusive: AtomicBool,
     dirty: AtomicBool,
     generation: AtomicU64,
-    /// PG_locked.
     lock: Mutex<()>,
+    /// A page of a file, not anonymous; also after truncate.
+    file: AtomicBool,
+    /// The file whose page cache holds the frame; 0 is none.
+    mapping: AtomicU64,
     /// Whose page it is, for rmap: 0 not anonymous, [`KSM`], else the name of an anon_vma. Changes under the page lock, or
     /// while nobody else knows the page.
     anon_vma: AtomicU64,
-    /// At which page number it is mapped there.
+    /// Which page of that file, or the page number at which the anon_vma has it.
     index: AtomicU64,
     /// Its slot in the swap cache plus 1, 0 if it is in none (PG_swapcache). Changes under the page lock.
     swap: AtomicU64,
@@ -106,6 +114,8 @@ impl Frames {
                     dirty: AtomicBool::new(false),
                     generation: AtomicU64::new(0),
                     lock: Mutex::new(&PAGE_LOCK, ()),
+                    file: AtomicBool::new(false),
+                    mapping: AtomicU64::new(0),
                     anon_vma: AtomicU64::new(0),
                     index: AtomicU64::new(0),
                     swap: AtomicU64::new(0),
@@ -143,6 +153,7 @@ impl Frames {
         frame.exclusive.store(false, Ordering::SeqCst);
         frame.dirty.store(false, Ordering::SeqCst);
         frame.anon_vma.store(0, Ordering::SeqCst);
+        frame.file.store(false, Ordering::SeqCst);
         let before = frame.refcount.swap(1, Ordering::SeqCst);
         assert_eq!(before, 0, "pfn {index} was on the free list with references");
         Ok(Pfn(index as u64))
@@ -195,6 +206,15 @@ impl Frames {
         if before > n {
             return;
         }
+        self.free_frozen(pfn);
+    }
+
+    /// Frees a frame that has no reference left.
+    ///
+    /// # Panics
+    /// As [`Frames::put`].
+    pub(crate) fn free_frozen(&self, pfn: Pfn) {
+        let frame = self.frame(pfn);
         assert_ne!(pfn, ZERO_PAGE, "the zero page is never freed");
         let mapcount = frame.mapcount.load(Ordering::SeqCst);
         assert_eq!(mapcount, 0, "{pfn:?} freed while mapped");
@@ -215,20 +235,6 @@ impl Frames {
     pub(crate) fn remove_rmap(&self, pfn: Pfn) {
         let before = self.frame(pfn).mapcount.fetch_sub(1, Ordering::SeqCst);
         assert_ne!(before, 0, "{pfn:?}: unmapped more often than mapped");
-    }
-
-    /// Waits for the page lock (lock_page). The caller holds a reference.
-    pub(crate) fn lock_page(&self, cx: &mut MaySleep<'_>, pfn: Pfn) -> MutexGuard<'_, ()> {
-        self.frame(pfn).lock.lock(cx)
-    }
-
-    /// trylock_page: in any context.
-    pub(crate) fn trylock_page<C: Context + ?Sized>(
-        &self,
-        cx: &mut C,
-        pfn: Pfn,
-    ) -> Option<MutexGuard<'_, ()>> {
-        self.frame(pfn).lock.try_lock(cx)
     }
 
     /// A reference that is dropped with the guard.
@@ -289,41 +295,76 @@ impl Frames {
         self.frame(pfn).dirty.store(true, Ordering::SeqCst);
     }
 
-    pub(crate) fn clear_dirty(&self, pfn: Pfn) {
-        self.frame(pfn).dirty.store(false, Ordering::SeqCst);
-    }
-
-    /// page_freeze_refs: if exactly `n` references are held, all of them are the caller's and no more can be taken. The caller
-    /// then frees the frame with [`Frames::free_frozen`].
-    pub(crate) fn freeze(&self, pfn: Pfn, n: u32) -> bool {
-        self.frame(pfn).refcount.compare_exchange(n, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-    }
-
-    /// Frees a frame that was frozen.
-    pub(crate) fn free_frozen(&self, pfn: Pfn) {
-        self.frame(pfn).refcount.store(1, Ordering::SeqCst);
-        self.put(pfn, 1);
-    }
-
     /// Do two pages hold the same (pages_identical)?
     pub(crate) fn identical(&self, a: Pfn, b: Pfn) -> bool {
         let same = |(a, b): (&AtomicU64, &AtomicU64)| a.load(Ordering::SeqCst) == b.load(Ordering::SeqCst);
         self.words_of(a).iter().zip(self.words_of(b)).all(same)
     }
 
+    /// Has the frame been dirtied by a pin or by a pte that is gone?
+    pub fn dirty(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).dirty.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn clear_dirty(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).dirty.swap(false, Ordering::SeqCst)
+    }
+
+    /// lock_page. Only one at a time, but for who says otherwise with a subclass.
+    pub(crate) fn lock_page(&self, cx: &mut MaySleep<'_>, pfn: Pfn) -> MutexGuard<'_, ()> {
+        self.frame(pfn).lock.lock(cx)
+    }
+
+    /// trylock_page.
+    pub(crate) fn trylock_page<C: Context + ?Sized>(
+        &self,
+        cx: &mut C,
+        pfn: Pfn,
+    ) -> Option<MutexGuard<'_, ()>> {
+        self.frame(pfn).lock.try_lock(cx)
+    }
+
+    /// The frame is page `index` of `file` from now on; nobody else sees it yet.
+    pub(crate) fn set_mapping(&self, pfn: Pfn, file: u64, index: u64) {
+        let frame = self.frame(pfn);
+        frame.index.store(index, Ordering::SeqCst);
+        frame.mapping.store(file, Ordering::SeqCst);
+        frame.file.store(true, Ordering::SeqCst);
+    }
+
+    /// The page cache lets go of the frame. Under the page lock.
+    pub(crate) fn clear_mapping(&self, pfn: Pfn) {
+        self.frame(pfn).mapping.store(0, Ordering::SeqCst);
+    }
+
+    /// Is the frame page `index` of `file`? Stable under the page lock.
+    pub(crate) fn is_page_of(&self, pfn: Pfn, file: u64, index: u64) -> bool {
+        let frame = self.frame(pfn);
+        frame.mapping.load(Ordering::SeqCst) == file && frame.index.load(Ordering::SeqCst) == index
+    }
+
+    /// Is it a page of a file, in the page cache or truncated (not PageAnon)?
+    pub fn is_file(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).file.load(Ordering::SeqCst)
+    }
+
+    /// Takes the last `expected` references away from everyone at once, if these are all there are (folio_ref_freeze).
+    /// Then [`Frames::free_frozen`].
+    pub(crate) fn freeze(&self, pfn: Pfn, expected: u32) -> bool {
+        let refcount = &self.frame(pfn).refcount;
+        refcount.compare_exchange(expected, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// What a frame holds, for who copies it away.
     pub(crate) fn contents(&self, pfn: Pfn) -> Box<[u64]> {
         self.words_of(pfn).iter().map(|word| word.load(Ordering::SeqCst)).collect()
     }
 
+    /// Fills a frame that nobody sees yet.
     pub(crate) fn fill(&self, pfn: Pfn, contents: &[u64]) {
-        for (word, &value) in self.words_of(pfn).iter().zip(contents) {
-            word.store(value, Ordering::SeqCst);
+        for (word, value) in self.words_of(pfn).iter().zip(contents) {
+            word.store(*value, Ordering::SeqCst);
         }
-    }
-
-    /// Has the frame been dirtied by a pin or by a pte that is gone?
-    pub fn dirty(&self, pfn: Pfn) -> bool {
-        self.frame(pfn).dirty.load(Ordering::SeqCst)
     }
 
     /// References held: mappings, FOLL_GET, and [`GUP_PIN_COUNTING_BIAS`] for each FOLL_PIN. 0 is free.

@@ -62,6 +62,7 @@ pub mod swap;
 pub mod swap_fault;
 pub mod tlb;
 pub mod vma;
+pub mod zap;
 
 pub use error::{AccessError, ChangeError, FaultError, ForkError, MmapError, OutOfMemory};
 pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};

@@ -16,6 +16,7 @@ use crate::fault::FaultFlag;
 use crate::mm::Mm;
 use crate::tlb::MmuGather;
 use crate::vma::VmaTree;
+use crate::zap::Zap;
 use interleave::MaySleep;
 use mmu_notifier::{Event, PageAddr, Range};
 
@@ -33,7 +34,7 @@ impl Mm {
         let mut gather = MmuGather::new(self);
         for piece in vmas.overlapping(range).filter_map(|vma| vma.range.intersection(range)) {
             self.invalidate(cx, piece, Event::Clear, |cx| {
-                self.zap(cx, &mut gather, piece);
+                self.zap(cx, &mut gather, piece, Zap::All);
                 if profile.dontneed_flushes_inside {
                     self.machine().flush_tlb_range(cx, self, piece);
                 }

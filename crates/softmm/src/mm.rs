@@ -27,10 +27,10 @@ pub struct MmId(u64);
 pub struct Mm {
     /// Immutable.
     id: MmId,
-    /// Itself, for links that do not keep it. Immutable.
-    me: Weak<Mm>,
     /// Immutable.
     machine: Arc<Machine>,
+    /// Itself, for who finds it by a page instead of by its owner (reverse maps). Immutable.
+    this: Weak<Mm>,
     /// mmap_lock, and what it guards.
     pub(crate) vmas: RwLock<VmaTree>,
     /// Locks of its own; shape protected by mmap_lock and `page_table_lock`, ptes by their ptl.
@@ -53,10 +53,10 @@ pub struct Mm {
 impl Mm {
     pub(crate) fn create(machine: &Arc<Machine>) -> Result<MmUser, OutOfMemory> {
         let page_table = PageTable::new(machine.tables())?;
-        let mm = Arc::new_cyclic(|me| Mm {
+        let mm = Arc::new_cyclic(|this| Mm {
             id: MmId(machine.fresh_id()),
-            me: me.clone(),
             page_table,
+            this: this.clone(),
             machine: machine.clone(),
             vmas: RwLock::new(&MMAP_LOCK, VmaTree::default()),
             notifiers: NotifierSubscriptions::new(machine.profile().rules),
@@ -79,12 +79,13 @@ impl Mm {
         &self.machine
     }
 
-    pub(crate) fn weak(&self) -> Weak<Mm> {
-        self.me.clone()
-    }
-
     pub(crate) fn machine_arc(&self) -> &Arc<Machine> {
         &self.machine
+    }
+
+    /// Keeps the struct, not the address space.
+    pub(crate) fn weak(&self) -> &Weak<Mm> {
+        &self.this
     }
 
     /// The callbacks that this mm fires; register list notifiers here.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! munmap(2), and the zap that every unmapping path shares (all versions).
+//! munmap(2) (all versions).
 //!
 //! Sequence: detach the vmas; downgrade mmap_lock; S(UNMAP, the whole span asked for, holes included);
 //! per leaf table [ clr' ; remove rmap; gather the page ], and if the batch fills up: flush; put; **E**; unlink from rmap;
@@ -9,9 +9,9 @@
 //! MAP_FIXED overlay does not); ptl around each batch; S and E with mmap_lock alone.
 
 use crate::mm::Mm;
-use crate::page_table::{PteGuard, by_leaf};
 use crate::tlb::MmuGather;
 use crate::vma::{Vma, VmaTree};
+use crate::zap::Zap;
 use interleave::{MaySleep, WriteGuard};
 use mmu_notifier::{Event, Range};
 
@@ -49,7 +49,7 @@ impl Mm {
         let mut gather = MmuGather::new(self);
         self.invalidate(cx, span, Event::Unmap, |cx| {
             for piece in pieces {
-                self.zap(cx, &mut gather, piece.range);
+                self.zap(cx, &mut gather, piece.range, Zap::All);
             }
         });
         for piece in pieces {
@@ -69,42 +69,5 @@ impl Mm {
         let tables = self.machine().tables();
         self.page_table
             .free_tables(cx, tables, span, neighbours, &mut |page, table| gather.remove_table(page, table));
-    }
-
-    /// Clears the ptes of `range` and gathers their pages (zap_page_range). The caller is inside S..E.
-    pub(crate) fn zap(&self, cx: &mut MaySleep<'_>, gather: &mut MmuGather<'_>, range: Range) {
-        let (tables, frames) = (self.machine().tables(), self.machine().frames());
-        for piece in by_leaf(range) {
-            let mut pages = piece.iter_pages().peekable();
-            let Some(leaf) = pages.peek().and_then(|&first| self.page_table.leaf(tables, first)) else {
-                continue;
-            };
-            while pages.peek().is_some() {
-                let mut guard = PteGuard::lock(tables, leaf, cx);
-                let mut full = false;
-                for page in pages.by_ref() {
-                    if guard.get(page).is_none() {
-                        continue;
-                    }
-                    let pte = guard.get_and_clear(page);
-                    if let Some(slot) = pte.swap_slot() {
-                        self.machine().free_swap_and_cache(guard.split().1, slot);
-                        continue;
-                    }
-                    let counted = (!pte.is_special()).then(|| pte.pfn());
-                    if let Some(pfn) = counted {
-                        frames.remove_rmap(pfn);
-                    }
-                    full = gather.remove_page(page, counted);
-                    if full {
-                        break;
-                    }
-                }
-                drop(guard);
-                if full {
-                    gather.flush(cx);
-                }
-            }
-        }
     }
 }

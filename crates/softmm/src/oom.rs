@@ -11,6 +11,7 @@
 use crate::mm::Mm;
 use crate::profile::OomReaper;
 use crate::tlb::MmuGather;
+use crate::zap::Zap;
 use interleave::{MaySleep, Ordering};
 use mmu_notifier::{Event, Range};
 
@@ -43,12 +44,12 @@ impl Mm {
         for vma in vmas.iter() {
             let mut gather = MmuGather::new(self);
             if reaper != OomReaper::NonBlock {
-                self.zap(cx, &mut gather, vma.range);
+                self.zap(cx, &mut gather, vma.range, Zap::All);
                 gather.finish(cx);
                 continue;
             }
             let zapped = self.invalidate_nonblock(cx, vma.range, Event::Unmap, |cx| {
-                self.zap(cx, &mut gather, vma.range);
+                self.zap(cx, &mut gather, vma.range, Zap::All);
             });
             if zapped.is_err() {
                 left.push(vma.range);

@@ -153,6 +153,9 @@ pub struct KernelProfile {
     pub madvise_batches: bool,
     /// The oom reaper.
     pub oom_reaper: OomReaper,
+    // The file side.
+    /// A dirty page of a file keeps its mapcount until the CPUs' TLBs are flushed (6.2).
+    pub zap_delays_rmap: bool,
 }
 
 impl KernelProfile {
@@ -186,6 +189,7 @@ impl KernelProfile {
         dontneed_flushes_inside: false,
         madvise_batches: false,
         oom_reaper: OomReaper::None,
+        zap_delays_rmap: false,
     };
     /// 3.16 without the pair around change_pte, and nothing in its place (V2a).
     pub const UNWRAPPED_A: KernelProfile = KernelProfile {
@@ -266,6 +270,7 @@ impl KernelProfile {
         mprotect: Mprotect::FromFirstPud,
         mprotect_upgrades: true,
         madvise_batches: true,
+        zap_delays_rmap: true,
         ..KernelProfile::V5_10
     };
 

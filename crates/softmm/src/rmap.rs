@@ -122,7 +122,7 @@ impl Mm {
     fn link(&self, trees: &mut BTreeMap<u64, Vec<Link>>, id: u64, range: Range) {
         let links = trees.entry(id).or_default();
         subtract(links, self.id(), range);
-        links.push(Link { id: self.id(), mm: self.weak(), range });
+        links.push(Link { id: self.id(), mm: self.weak().clone(), range });
     }
 
     /// A new page gets its first mapping (page_add_new_anon_rmap). Under the ptl; the vma has an anon_vma.

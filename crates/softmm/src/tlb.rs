@@ -143,13 +143,18 @@ impl<'m> MmuGather<'m> {
         self.dirty = Range::new(start, end - start).ok();
     }
 
+    /// tlb_flush_mmu_tlbonly: nobody uses what was cleared any more; nothing is freed. May be called under a ptl.
+    pub(crate) fn flush_tlb<C: Context + ?Sized>(&mut self, cx: &mut C) {
+        if let Some(range) = self.dirty.take() {
+            self.mm.machine().flush_tlb_range(cx, self.mm, range);
+            self.mm.invalidate_secondary(cx, range);
+        }
+    }
+
     /// tlb_flush_mmu: flush, then free what was gathered.
     pub(crate) fn flush<C: Context + ?Sized>(&mut self, cx: &mut C) {
         let machine = self.mm.machine();
-        if let Some(range) = self.dirty.take() {
-            machine.flush_tlb_range(cx, self.mm, range);
-            self.mm.invalidate_secondary(cx, range);
-        }
+        self.flush_tlb(cx);
         for pfn in self.pages.drain(..) {
             machine.free_swap_cache(cx, pfn);
             machine.frames().put(pfn, 1);
