@@ -15,6 +15,10 @@ mod driver;
 mod engine;
 mod hmm;
 pub mod i915_v3_16;
+pub mod i915_v3_16_ro;
+pub mod i915_v4_19;
+pub mod i915_v5_13;
+pub mod kvm_v3_16;
 pub mod kvm_v6_18;
 mod listener;
 mod observer;
@@ -35,6 +39,14 @@ pub use work::WorkMode;
 pub static DRIVERS: &[&Kind] = &[
     &i915_v3_16::KIND,
     &i915_v3_16::MENDED,
+    &i915_v3_16_ro::KIND,
+    &i915_v3_16_ro::UNENFORCED,
+    &i915_v4_19::KIND,
+    &i915_v5_13::KIND,
+    &i915_v5_13::KIND_6_10,
+    &kvm_v3_16::KIND,
+    &kvm_v3_16::KIND_5_13,
+    &kvm_v3_16::NO_BUMP,
     &kvm_v6_18::KIND,
     &amd_iommu_v2_3_16::KIND,
     &amd_iommu_invalidate_range::KIND,
