@@ -33,7 +33,9 @@ impl Mm {
         }
         drop(vmas);
         let mut vmas = self.vmas.write(cx);
+        let gone = vmas.detach(Range::ALL);
         if mapped {
+            self.relink_files(cx, &vmas, Range::ALL, &gone, false);
             self.free_pgtables(cx, &mut gather, Range::ALL, (0, u64::MAX));
         }
         gather.finish(cx);

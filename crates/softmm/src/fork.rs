@@ -45,8 +45,11 @@ impl Mm {
         let result = vmas.iter().try_for_each(|vma| {
             let copy = vma.for_child(|| self.machine().fresh_id());
             let (range, writable) = (copy.range, copy.prot.writable());
-            let needs_copy = copy.anon_vma().is_some();
+            let (needs_copy, file) = (copy.anon_vma().is_some(), copy.file.is_some());
             copies.insert(copy);
+            if file {
+                child.relink_files(cx, &copies, range, &[], false);
+            }
             if needs_copy { self.copy_page_range(cx, child, range, writable) } else { Ok(()) }
         });
         self.machine().flush_tlb_range(cx, self, Range::ALL);

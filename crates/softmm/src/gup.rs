@@ -65,11 +65,20 @@ impl Foll {
     }
 
     /// gup_must_unshare, for a present pte.
-    fn must_unshare(self, mm: &Mm, pte: Pte) -> bool {
+    /// `shared`: a shared mapping has nothing to un-share.
+    fn must_unshare(self, mm: &Mm, pte: Pte, shared: bool) -> bool {
         if self.write || self.hold != FollRef::Pin || !mm.machine().profile().read_pin_unshares {
             return false;
         }
-        if pte.is_special() { self.longterm } else { !mm.machine().frames().exclusive(pte.pfn()) }
+        if pte.is_special() || mm.machine().frames().is_file(pte.pfn()) {
+            return self.longterm && !shared;
+        }
+        !mm.machine().frames().exclusive(pte.pfn())
+    }
+
+    /// folio_fast_pin_allowed: what the slow way must look at, with the vma in hand (6.5).
+    fn avoids(self, mm: &Mm, pte: Pte) -> bool {
+        self.write && self.longterm && mm.machine().frames().is_file(pte.pfn())
     }
 
     fn references(self, pfn: Pfn) -> u32 {
@@ -192,7 +201,7 @@ impl Mm {
             return None;
         }
         let again = self.page_table.peek(tables, page);
-        if again != pte || foll.must_unshare(self, pte) {
+        if again != pte || foll.must_unshare(self, pte, false) || foll.avoids(self, pte) {
             frames.put(pfn, references);
             return None;
         }
@@ -227,8 +236,14 @@ impl Mm {
         if if foll.write { !vma.prot.writable() } else { !vma.prot.readable() } {
             return Err(FaultError::Access(page));
         }
+        // vma_needs_dirty_tracking: a long pin would write behind the back of writeback.
+        let tracked = vma.file.as_ref().is_some_and(|file| file.shared && file.file.kind().dirty_accounted());
+        let refused = foll.write && foll.longterm && foll.hold == FollRef::Pin && tracked;
+        if refused && self.machine().profile().longterm_refuses_files {
+            return Err(FaultError::NotPinnable(page));
+        }
         loop {
-            match self.follow_page(cx, page, foll) {
+            match self.follow_page(cx, page, foll, vma.shared()) {
                 Ok(pfn) => return Ok(pfn),
                 Err(flag) => self.handle_mm_fault(cx, vmas, page, flag)?,
             }
@@ -236,7 +251,13 @@ impl Mm {
     }
 
     /// follow_page_pte: the page with its reference, or the fault that is needed first.
-    fn follow_page(&self, cx: &mut MaySleep<'_>, page: PageAddr, foll: Foll) -> Result<Pfn, FaultFlag> {
+    fn follow_page(
+        &self,
+        cx: &mut MaySleep<'_>,
+        page: PageAddr,
+        foll: Foll,
+        shared: bool,
+    ) -> Result<Pfn, FaultFlag> {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
         let fault = if foll.write { FaultFlag::Write } else { FaultFlag::Read };
         let leaf = self.page_table.leaf(tables, page).ok_or(fault)?;
@@ -245,7 +266,7 @@ impl Mm {
         if !pte.is_present() || (foll.write && !pte.is_writable()) {
             return Err(fault);
         }
-        if foll.must_unshare(self, pte) {
+        if foll.must_unshare(self, pte, shared) {
             return Err(FaultFlag::Unshare);
         }
         let references = foll.references(pte.pfn());

@@ -10,7 +10,7 @@
 
 use crate::mm::Mm;
 use crate::tlb::MmuGather;
-use crate::vma::VmaTree;
+use crate::vma::{Vma, VmaTree};
 use crate::zap::Zap;
 use interleave::{MaySleep, WriteGuard};
 use mmu_notifier::{Event, Range};
@@ -19,39 +19,50 @@ impl Mm {
     /// Unmaps every page of `range`, mapped or not.
     pub fn munmap(&self, cx: &mut MaySleep<'_>, range: Range) {
         let mut vmas = self.vmas.write(cx);
-        let pieces: Vec<Range> = vmas.detach(range).iter().map(|vma| vma.range).collect();
+        let pieces = vmas.detach(range);
         if pieces.is_empty() {
             return;
         }
+        self.relink_files(cx, &vmas, range, &pieces, true);
         let neighbours = vmas.neighbours(range);
         if self.machine().profile().munmap_downgrades {
             let held = WriteGuard::downgrade(vmas);
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.unmap_region(cx, &held, range, &pieces, neighbours);
             drop(held);
         } else {
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.unmap_region(cx, &vmas, range, &pieces, neighbours);
             drop(vmas);
         }
     }
 
     /// The overlay's munmap: mmap_lock stays held for writing.
     pub(crate) fn munmap_locked(&self, cx: &mut MaySleep<'_>, vmas: &mut VmaTree, range: Range) {
-        let pieces: Vec<Range> = vmas.detach(range).iter().map(|vma| vma.range).collect();
+        let pieces = vmas.detach(range);
         let neighbours = vmas.neighbours(range);
         if !pieces.is_empty() {
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.relink_files(cx, vmas, range, &pieces, true);
+            self.unmap_region(cx, vmas, range, &pieces, neighbours);
         }
     }
 
     /// unmap_vmas, free_pgtables and tlb_finish_mmu for vmas that are out of the tree. `neighbours`: see
     /// [`VmaTree::neighbours`].
-    fn unmap_region(&self, cx: &mut MaySleep<'_>, span: Range, pieces: &[Range], neighbours: (u64, u64)) {
+    fn unmap_region(
+        &self,
+        cx: &mut MaySleep<'_>,
+        vmas: &VmaTree,
+        span: Range,
+        pieces: &[Vma],
+        neighbours: (u64, u64),
+    ) {
         let mut gather = MmuGather::new(self);
         self.invalidate(cx, span, Event::Unmap, |cx| {
-            for &piece in pieces {
-                self.zap(cx, &mut gather, piece, Zap::All);
+            for piece in pieces {
+                self.zap(cx, &mut gather, piece.range, Zap::All);
             }
         });
+        // unlink_file_vma: nobody may find the page tables through a file any more.
+        self.relink_files(cx, vmas, span, pieces, false);
         self.free_pgtables(cx, &mut gather, span, neighbours);
         gather.finish(cx);
     }

@@ -28,7 +28,8 @@ impl Mm {
         let Some(vmas) = self.vmas.try_read(cx) else { return Reap::Busy };
         self.unstable.store(true, Ordering::SeqCst);
         let mut left = Vec::new();
-        for vma in vmas.iter() {
+        // Pages of shared mappings would not become free.
+        for vma in vmas.iter().filter(|vma| !vma.shared()) {
             let mut gather = MmuGather::new(self);
             let zapped = self.invalidate_nonblock(cx, vma.range, Event::Unmap, |cx| {
                 self.zap(cx, &mut gather, vma.range, Zap::All);

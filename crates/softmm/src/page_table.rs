@@ -242,6 +242,11 @@ impl Ptes<'_> {
         self.entry(page).fetch_or(bits, Ordering::SeqCst);
     }
 
+    /// ptep_test_and_clear_young.
+    pub(crate) fn test_and_clear_young(&mut self, page: PageAddr) -> bool {
+        self.entry(page).fetch_and(!Pte::ACCESSED, Ordering::SeqCst) & Pte::ACCESSED != 0
+    }
+
     /// ptep_set_wrprotect: as [`Ptes::set_bits`]. CPUs may keep writing until their TLB is flushed.
     pub(crate) fn write_protect(&mut self, page: PageAddr) {
         self.entry(page).fetch_and(!Pte::WRITE, Ordering::SeqCst);

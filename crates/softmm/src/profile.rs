@@ -3,6 +3,7 @@
 //!
 //! This slice models one version. A field comes into being with the first path that needs it.
 
+use crate::rmap_file::IMmapLock;
 use mmu_notifier::Rules;
 
 /// One kernel version's choices.
@@ -21,6 +22,10 @@ pub struct KernelProfile {
     // The file side.
     /// A dirty page of a file keeps its mapcount until the CPUs' TLBs are flushed (6.2).
     pub zap_delays_rmap: bool,
+    /// FOLL_LONGTERM | FOLL_WRITE refuses shared mappings of files with dirty accounting (6.5).
+    pub longterm_refuses_files: bool,
+    /// How the reverse map of a file is locked.
+    pub i_mmap: IMmapLock,
 }
 
 impl KernelProfile {
@@ -32,5 +37,7 @@ impl KernelProfile {
         fork_copies_pinned: true,
         read_pin_unshares: true,
         zap_delays_rmap: true,
+        longterm_refuses_files: true,
+        i_mmap: IMmapLock::TruncateReads,
     };
 }
