@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The last mmput: exit_mmap (v6.18).
+//! The last mmput: exit_mmap (all versions).
 //!
 //! Sequence: Xi (interval notifiers hear RELEASE over the whole address space) and X (list notifiers hear release, and
 //! nothing afterwards); then, if anything is mapped, S(UNMAP, the whole address space), which only interval notifiers
-//! still hear; [ clr' ] per pte; E; free_pgtables; flush; put.
+//! still hear; [ clr' ] per pte; E; unlink from rmap; free_pgtables; flush; put.
 //!
 //! Consequence: a list notifier without `release` learns nothing of process exit.
 //!
@@ -36,6 +36,9 @@ impl Mm {
         let gone = vmas.detach(Range::ALL);
         if mapped {
             self.relink_files(cx, &vmas, Range::ALL, &gone, false);
+            for vma in &gone {
+                self.unlink_anon_vmas(cx, vma);
+            }
             self.free_pgtables(cx, &mut gather, Range::ALL, (0, u64::MAX));
         }
         gather.finish(cx);

@@ -13,7 +13,7 @@
 //! truncate and writeback come wholly before or wholly after; ptl.
 
 use crate::error::FaultError;
-use crate::fault::FaultFlag;
+use crate::fault::{FaultFlag, Faulted};
 use crate::mm::Mm;
 use crate::page_cache::{LockedPage, NoPage};
 use crate::page_table::{PteGuard, TableId};
@@ -32,7 +32,7 @@ impl Mm {
         leaf: TableId,
         page: PageAddr,
         flag: FaultFlag,
-    ) -> Result<(), FaultError> {
+    ) -> Result<Faulted, FaultError> {
         match flag {
             FaultFlag::Write if file.shared => self.do_shared_fault(cx, (vma, file), leaf, page),
             FaultFlag::Write => self.do_cow_fault(cx, vmas, (vma, file), leaf, page),
@@ -46,12 +46,12 @@ impl Mm {
         (vma, file): (&Vma, &VmaFile),
         leaf: TableId,
         page: PageAddr,
-    ) -> Result<(), FaultError> {
+    ) -> Result<Faulted, FaultError> {
         let mut found = file_page(cx, vma, file, page)?;
         let accounted = file.file.kind().dirty_accounted();
         let write = if file.shared && vma.prot.writable() && !accounted { Pte::WRITE } else { 0 };
-        self.finish_fault(cx, &mut found, leaf, page, write);
-        Ok(())
+        self.finish_fault(cx, vma, &mut found, leaf, page, write);
+        Ok(Faulted::default())
     }
 
     fn do_cow_fault(
@@ -61,9 +61,9 @@ impl Mm {
         (vma, file): (&Vma, &VmaFile),
         leaf: TableId,
         page: PageAddr,
-    ) -> Result<(), FaultError> {
+    ) -> Result<Faulted, FaultError> {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
-        vmas.anon_vma_prepare(page.get(), || self.machine().fresh_id());
+        self.anon_vma_prepare(cx, vmas, page);
         let new = frames.alloc()?;
         let found = match file_page(cx, vma, file, page) {
             Ok(found) => found,
@@ -76,17 +76,17 @@ impl Mm {
         let mut guard = PteGuard::lock(tables, leaf, cx);
         let won = guard.get(page).is_none();
         if won {
-            frames.add_rmap(new);
-            frames.set_exclusive(new, true);
+            self.add_new_anon_rmap(vma, new, page);
             let write = if vma.prot.writable() { Pte::WRITE } else { 0 };
-            guard.set(page, Pte::new(new, Pte::ACCESSED | Pte::DIRTY | write));
+            let pte = Pte::new(new, 0).modify(vma.prot);
+            guard.set(page, pte.with(Pte::ACCESSED | Pte::DIRTY | write));
         }
         drop(guard);
         drop(found);
         if !won {
             frames.put(new, 1);
         }
-        Ok(())
+        Ok(Faulted::default())
     }
 
     fn do_shared_fault(
@@ -95,26 +95,27 @@ impl Mm {
         (vma, file): (&Vma, &VmaFile),
         leaf: TableId,
         page: PageAddr,
-    ) -> Result<(), FaultError> {
+    ) -> Result<Faulted, FaultError> {
         let mut found = file_page(cx, vma, file, page)?;
         if file.file.kind().dirty_accounted() {
             // page_mkwrite is called without the page lock and takes it itself.
             found.relock(cx);
             if !self.page_mkwrite(vma, file, page, &found) {
-                return Ok(());
+                return Ok(Faulted::default());
             }
         }
         let frames = self.machine().frames();
-        if self.finish_fault(cx, &mut found, leaf, page, Pte::WRITE | Pte::DIRTY) {
+        if self.finish_fault(cx, vma, &mut found, leaf, page, Pte::WRITE | Pte::DIRTY) {
             frames.set_dirty(found.pfn());
         }
-        Ok(())
+        Ok(Faulted::default())
     }
 
     /// [ set ], if the pte is still none.
     fn finish_fault(
         &self,
         cx: &mut MaySleep<'_>,
+        vma: &Vma,
         found: &mut LockedPage<'_>,
         leaf: TableId,
         page: PageAddr,
@@ -125,7 +126,7 @@ impl Mm {
         let won = guard.get(page).is_none();
         if won {
             frames.add_rmap(found.pfn());
-            guard.set(page, Pte::new(found.pfn(), Pte::ACCESSED | bits));
+            guard.set(page, Pte::new(found.pfn(), 0).modify(vma.prot).with(Pte::ACCESSED | bits));
             found.give_reference_to_mapping();
         }
         won
@@ -149,11 +150,11 @@ impl Mm {
         leaf: TableId,
         page: PageAddr,
         seen: Pte,
-    ) -> Result<(), FaultError> {
+    ) -> Result<Faulted, FaultError> {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
         let guard = PteGuard::lock(tables, leaf, cx);
         if guard.get(page) != seen {
-            return Ok(());
+            return Ok(Faulted::default());
         }
         frames.get(seen.pfn(), 1);
         drop(guard);
@@ -166,7 +167,7 @@ impl Mm {
         }
         drop(locked);
         frames.put(seen.pfn(), 1);
-        Ok(())
+        Ok(Faulted::default())
     }
 }
 

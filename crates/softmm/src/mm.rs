@@ -13,8 +13,8 @@ use crate::machine::Machine;
 use crate::page_table::PageTable;
 use crate::pte::Pte;
 use crate::vma::VmaTree;
-use interleave::{Atomic, AtomicBool, AtomicU64, Context, LockClass, MaySleep, Ordering, RefCount, RwLock};
-use mmu_notifier::{Event, Invalidation, NotifierSubscriptions, PageAddr, Range, WouldBlock};
+use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Ordering, RefCount, RwLock};
+use mmu_notifier::{NotifierSubscriptions, PageAddr, Range};
 use std::sync::{Arc, Weak};
 
 static MMAP_LOCK: LockClass = LockClass::new("mmap_lock");
@@ -106,41 +106,6 @@ impl Mm {
     /// The ranges of the vmas, in order.
     pub fn vma_ranges(&self, cx: &mut MaySleep<'_>) -> Vec<Range> {
         self.vmas.read(cx).iter().map(|vma| vma.range).collect()
-    }
-
-    /// S; `change`; E. Blockable.
-    pub(crate) fn invalidate<R>(
-        &self,
-        cx: &mut MaySleep<'_>,
-        range: Range,
-        event: Event,
-        change: impl FnOnce(&mut MaySleep<'_>) -> R,
-    ) -> R {
-        let section = self.notifiers.invalidate_range_start(cx, Invalidation::new(range, event));
-        let result = change(cx);
-        section.invalidate_range_end(cx);
-        result
-    }
-
-    /// S, and if every callback could do without sleeping: `change`; E. Otherwise neither.
-    pub(crate) fn invalidate_nonblock<R>(
-        &self,
-        cx: &mut MaySleep<'_>,
-        range: Range,
-        event: Event,
-        change: impl FnOnce(&mut MaySleep<'_>) -> R,
-    ) -> Result<R, WouldBlock> {
-        let section = self.notifiers.invalidate_range_start_nonblock(cx, Invalidation::new(range, event))?;
-        let result = change(cx);
-        section.invalidate_range_end(cx);
-        Ok(result)
-    }
-
-    /// A: the CPUs' TLBs have been flushed.
-    pub(crate) fn secondary_tlbs<C: Context + ?Sized>(&self, cx: &mut C, range: Range) {
-        interleave::preempt_disable(cx, |cx: &mut Atomic<'_>| {
-            self.notifiers.arch_invalidate_secondary_tlbs(cx, range);
-        });
     }
 
     /// folio_needs_cow_for_dma: might a FOLL_PIN taken through this mm hold the frame? Stable while

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! mmap(2): private anonymous memory and files (v6.18).
+//! mmap(2): private anonymous memory and files (all versions).
 //!
 //! Sequence: nothing for a new mapping. [`Placement::Fixed`] on top of mappings: the munmap sequence for them, over the
 //! whole new range, **with mmap_lock held for writing** (no downgrade), before the new vma is in the tree.
@@ -113,6 +113,9 @@ impl Mm {
             }
         };
         vmas.insert_merging(vma(range));
+        if let Some(vma) = vmas.find(range.start()) {
+            self.anon_vma_link(cx, vma);
+        }
         self.relink_files(cx, &vmas, range, &[], false);
         Ok(range)
     }

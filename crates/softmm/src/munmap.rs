@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! munmap(2) (v6.18).
+//! munmap(2) (all versions).
 //!
 //! Sequence: detach the vmas; downgrade mmap_lock; S(UNMAP, the whole span asked for, holes included);
-//! per leaf table [ clr' ; remove rmap; gather the page ], and if the batch fills up: flush; put; **E**; free_pgtables;
-//! flush; put. Nothing fires if no vma lies in the span.
+//! per leaf table [ clr' ; remove rmap; gather the page ], and if the batch fills up: flush; put; **E**; unlink from rmap;
+//! free_pgtables; flush; put. With the flush go R (v3_19 .. v5_10) and A (v6_18), so they come after E. Nothing fires if no vma lies in the span.
 //!
-//! Locks: mmap_lock for writing, then for reading (4.20 and later; in this version only munmap(2) itself downgrades, a
+//! Locks: mmap_lock for writing, then for reading (v5_10 and later; there only munmap(2) itself downgrades, a
 //! MAP_FIXED overlay does not); ptl around each batch; S and E with mmap_lock alone.
 
 use crate::mm::Mm;
@@ -61,8 +61,11 @@ impl Mm {
                 self.zap(cx, &mut gather, piece.range, Zap::All);
             }
         });
-        // unlink_file_vma: nobody may find the page tables through a file any more.
+        // Before the tables go: nobody may find them through a file or an anon_vma any more.
         self.relink_files(cx, vmas, span, pieces, false);
+        for piece in pieces {
+            self.unlink_anon_vmas(cx, piece);
+        }
         self.free_pgtables(cx, &mut gather, span, neighbours);
         gather.finish(cx);
     }

@@ -82,7 +82,7 @@ const fn index_at(level: u32, addr: u64) -> usize {
 }
 
 /// Bytes under one entry of a table at `level`.
-const fn entry_span(level: u32) -> u64 {
+pub(crate) const fn entry_span(level: u32) -> u64 {
     1 << (PAGE_SHIFT + INDEX_BITS * level)
 }
 
@@ -114,6 +114,18 @@ impl PageTable {
             table = child(tables.entry(table, index_at(level, page.get())).load(Ordering::SeqCst))?;
         }
         Some(table)
+    }
+
+    /// Is there anything under the entry of `addr` in the tables of `level` (pmd_none and pud_none, negated)?
+    pub(crate) fn populated(&self, tables: &Tables, level: u32, addr: u64) -> bool {
+        let mut table = self.pgd;
+        for at in (level..LEVELS).rev() {
+            match child(tables.entry(table, index_at(at, addr)).load(Ordering::SeqCst)) {
+                Some(next) => table = next,
+                None => return false,
+            }
+        }
+        true
     }
 
     /// The leaf table of `page`; makes the levels that are missing (pte_alloc, GFP_KERNEL: may sleep).
@@ -161,9 +173,9 @@ impl PageTable {
         })
     }
 
-    /// Unlinks every table that lies wholly inside `[floor, ceiling)` and under `range`, and hands it to `gone` with the first page of
-    /// `range` under it
-    /// (free_pgtables). No vma may lie between floor and ceiling, and every pte there is none.
+    /// Unlinks every table that lies wholly inside `[floor, ceiling)` and under `range`, and hands it to `gone`
+    /// with the first page of `range` under it (free_pgtables). No vma may lie between floor and ceiling, and
+    /// every pte there is none.
     pub(crate) fn free_tables<C: Context + ?Sized>(
         &self,
         cx: &mut C,
@@ -242,7 +254,7 @@ impl Ptes<'_> {
         self.entry(page).fetch_or(bits, Ordering::SeqCst);
     }
 
-    /// ptep_test_and_clear_young.
+    /// Forgets that the page was accessed; was it (ptep_test_and_clear_young)?
     pub(crate) fn test_and_clear_young(&mut self, page: PageAddr) -> bool {
         self.entry(page).fetch_and(!Pte::ACCESSED, Ordering::SeqCst) & Pte::ACCESSED != 0
     }

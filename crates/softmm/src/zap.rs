@@ -2,7 +2,7 @@
 //! zap_pte_range: the clearing of ptes that every unmapping path shares (munmap, exit, DONTNEED, truncate, the oom
 //! reaper).
 //!
-//! Sequence, inside the caller's S..E, per leaf table: [ clr' ; dirty pte of a file: set_page_dirty; remove rmap; gather the
+//! Swap entries are given back. Sequence, inside the caller's S..E, per leaf table: [ clr' ; dirty pte of a file: set_page_dirty; remove rmap; gather the
 //! page ]. Two things force the flush to come **before the ptl is dropped**, and the free right after it: a full batch,
 //! and a dirty pte of a file, because from the moment that writeback finds no mapper it believes the page clean (3.15).
 //! Since 6.2 such a page keeps its mapcount until that flush.
@@ -55,6 +55,11 @@ impl Mm {
                 let mut dirty = Vec::new();
                 let mut full = false;
                 for page in pages.by_ref() {
+                    if let Some(slot) = ptes.get(page).swap_slot().filter(|_| what == Zap::All) {
+                        ptes.get_and_clear(page);
+                        self.machine().free_swap_and_cache(atomic, slot);
+                        continue;
+                    }
                     match self.zap_one(ptes, gather, page, what, &mut full) {
                         Zapped::DirtyFile(pfn) => dirty.push(pfn),
                         Zapped::Kept | Zapped::Gone => {}
@@ -90,9 +95,9 @@ impl Mm {
     ) -> Zapped {
         let frames = self.machine().frames();
         let seen = ptes.get(page);
-        let counted = (seen.is_present() && !seen.is_special()).then(|| seen.pfn());
+        let counted = (seen.is_mapped() && !seen.is_special()).then(|| seen.pfn());
         let file = counted.filter(|&pfn| frames.is_file(pfn));
-        if seen.is_none() || (what == Zap::FilePages && counted.is_some() && file.is_none()) {
+        if !seen.is_mapped() || (what == Zap::FilePages && counted.is_some() && file.is_none()) {
             return Zapped::Kept;
         }
         let pte = ptes.get_and_clear(page);
