@@ -10,10 +10,17 @@ pub mod amd_iommu_invalidate_range;
 pub mod amd_iommu_v2_3_16;
 mod callbacks;
 mod counters;
+mod design;
+pub mod design_atomic_change_pte;
+pub mod design_drop_everything;
+pub mod design_exact_start_only;
+pub mod design_flag_change_pte;
+pub mod design_start_with_seq;
 pub mod device;
 mod driver;
 mod engine;
 mod hmm;
+pub mod i915_sleeping;
 pub mod i915_v3_16;
 pub mod i915_v3_16_ro;
 pub mod i915_v4_19;
@@ -24,6 +31,7 @@ mod listener;
 mod observer;
 mod pasid;
 pub mod rdma_odp;
+mod sequence;
 pub mod vfio;
 mod work;
 
@@ -51,5 +59,12 @@ pub static DRIVERS: &[&Kind] = &[
     &amd_iommu_v2_3_16::KIND,
     &amd_iommu_invalidate_range::KIND,
     &rdma_odp::KIND,
+    &i915_sleeping::CHANGE_PTE,
+    &i915_sleeping::INVALIDATE_PAGE,
     &vfio::KIND,
+    &design_drop_everything::KIND,
+    &design_exact_start_only::KIND,
+    &design_start_with_seq::KIND,
+    &design_atomic_change_pte::KIND,
+    &design_flag_change_pte::KIND,
 ];
