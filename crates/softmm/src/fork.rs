@@ -48,9 +48,12 @@ impl Mm {
         let result = vmas.iter().try_for_each(|vma| {
             let copy = vma.for_child(|| self.machine().fresh_id());
             child.anon_vma_fork(cx, &copy);
-            let range = copy.range;
+            let (range, file) = (copy.range, copy.file.is_some());
             let needs_copy = copy.anon_vma().is_some();
             copies.insert(copy);
+            if file {
+                child.relink_files(cx, &copies, range, &[], false);
+            }
             match copies.find(range.start()).filter(|_| needs_copy) {
                 Some(copy) => self.copy_page_range(cx, child, copy),
                 None => Ok(()),

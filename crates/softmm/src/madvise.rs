@@ -71,6 +71,7 @@ impl Mm {
             if let Some(vma) = vmas.find(piece.start()) {
                 self.anon_vma_link(cx, vma);
             }
+            self.relink_files(cx, &vmas, piece, &[], false);
         }
         hole(&vmas, range).map_or(Ok(()), |page| Err(ChangeError::Hole(page)))
     }

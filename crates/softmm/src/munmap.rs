@@ -23,13 +23,14 @@ impl Mm {
         if pieces.is_empty() {
             return;
         }
+        self.relink_files(cx, &vmas, range, &pieces, true);
         let neighbours = vmas.neighbours(range);
         if self.machine().profile().munmap_downgrades {
             let held = WriteGuard::downgrade(vmas);
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.unmap_region(cx, &held, range, &pieces, neighbours);
             drop(held);
         } else {
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.unmap_region(cx, &vmas, range, &pieces, neighbours);
             drop(vmas);
         }
     }
@@ -39,13 +40,21 @@ impl Mm {
         let pieces = vmas.detach(range);
         let neighbours = vmas.neighbours(range);
         if !pieces.is_empty() {
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.relink_files(cx, vmas, range, &pieces, true);
+            self.unmap_region(cx, vmas, range, &pieces, neighbours);
         }
     }
 
     /// unmap_vmas, free_pgtables and tlb_finish_mmu for vmas that are out of the tree. `neighbours`: see
     /// [`VmaTree::neighbours`].
-    fn unmap_region(&self, cx: &mut MaySleep<'_>, span: Range, pieces: &[Vma], neighbours: (u64, u64)) {
+    fn unmap_region(
+        &self,
+        cx: &mut MaySleep<'_>,
+        vmas: &VmaTree,
+        span: Range,
+        pieces: &[Vma],
+        neighbours: (u64, u64),
+    ) {
         let mut gather = MmuGather::new(self);
         self.invalidate(cx, span, Event::Unmap, |cx| {
             for piece in pieces {
@@ -55,6 +64,8 @@ impl Mm {
         for piece in pieces {
             self.unlink_anon_vmas(cx, piece);
         }
+        // unlink_file_vma: nobody may find the page tables through a file any more.
+        self.relink_files(cx, vmas, span, pieces, false);
         self.free_pgtables(cx, &mut gather, span, neighbours);
         gather.finish(cx);
     }
