@@ -35,10 +35,10 @@ impl Mm {
         let mut vmas = self.vmas.write(cx);
         let gone = vmas.detach(Range::ALL);
         if mapped {
+            self.relink_files(cx, &vmas, Range::ALL, &gone, false);
             for vma in &gone {
                 self.unlink_anon_vmas(cx, vma);
             }
-            self.relink_files(cx, &vmas, Range::ALL, &gone, false);
             self.free_pgtables(cx, &mut gather, Range::ALL, (0, u64::MAX));
         }
         gather.finish(cx);

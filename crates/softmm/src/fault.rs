@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Page faults: handle_mm_fault, and those on anonymous memory (all versions); those on files are in [`crate::fault_file`].
+//! Page faults: handle_mm_fault, and those on anonymous memory (all versions); those on files are in
+//! [`crate::fault_file`].
 //!
 //! Sequence: nothing when a page becomes present (non-present to present is never notified): a read of an untouched
 //! page maps the zero page, [ set special, RO ]; a write maps a new exclusive page, [ set RW dirty ]. A write to a

@@ -50,7 +50,7 @@ impl Mm {
         let mut found = file_page(cx, vma, file, page)?;
         let accounted = file.file.kind().dirty_accounted();
         let write = if file.shared && vma.prot.writable() && !accounted { Pte::WRITE } else { 0 };
-        self.finish_fault(cx, &mut found, leaf, page, write);
+        self.finish_fault(cx, vma, &mut found, leaf, page, write);
         Ok(Faulted::default())
     }
 
@@ -78,7 +78,8 @@ impl Mm {
         if won {
             self.add_new_anon_rmap(vma, new, page);
             let write = if vma.prot.writable() { Pte::WRITE } else { 0 };
-            guard.set(page, Pte::new(new, 0).modify(vma.prot).with(Pte::ACCESSED | Pte::DIRTY | write));
+            let pte = Pte::new(new, 0).modify(vma.prot);
+            guard.set(page, pte.with(Pte::ACCESSED | Pte::DIRTY | write));
         }
         drop(guard);
         drop(found);
@@ -104,7 +105,7 @@ impl Mm {
             }
         }
         let frames = self.machine().frames();
-        if self.finish_fault(cx, &mut found, leaf, page, Pte::WRITE | Pte::DIRTY) {
+        if self.finish_fault(cx, vma, &mut found, leaf, page, Pte::WRITE | Pte::DIRTY) {
             frames.set_dirty(found.pfn());
         }
         Ok(Faulted::default())
@@ -114,6 +115,7 @@ impl Mm {
     fn finish_fault(
         &self,
         cx: &mut MaySleep<'_>,
+        vma: &Vma,
         found: &mut LockedPage<'_>,
         leaf: TableId,
         page: PageAddr,
@@ -124,7 +126,7 @@ impl Mm {
         let won = guard.get(page).is_none();
         if won {
             frames.add_rmap(found.pfn());
-            guard.set(page, Pte::new(found.pfn(), Pte::ACCESSED | bits));
+            guard.set(page, Pte::new(found.pfn(), 0).modify(vma.prot).with(Pte::ACCESSED | bits));
             found.give_reference_to_mapping();
         }
         won

@@ -48,8 +48,8 @@ impl Mm {
         let result = vmas.iter().try_for_each(|vma| {
             let copy = vma.for_child(|| self.machine().fresh_id());
             child.anon_vma_fork(cx, &copy);
-            let (range, file) = (copy.range, copy.file.is_some());
-            let needs_copy = copy.anon_vma().is_some();
+            let range = copy.range;
+            let (needs_copy, file) = (copy.anon_vma().is_some(), copy.file.is_some());
             copies.insert(copy);
             if file {
                 child.relink_files(cx, &copies, range, &[], false);

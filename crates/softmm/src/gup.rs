@@ -82,6 +82,7 @@ impl Foll {
 
     /// check_vma_flags.
     fn allowed_by(self, vma: &Vma) -> bool {
+        // FOLL_FORCE writes only where a copy can be made.
         if self.write {
             vma.prot.writable() || (self.force && !vma.shared())
         } else {

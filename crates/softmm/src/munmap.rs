@@ -61,11 +61,11 @@ impl Mm {
                 self.zap(cx, &mut gather, piece.range, Zap::All);
             }
         });
+        // Before the tables go: nobody may find them through a file or an anon_vma any more.
+        self.relink_files(cx, vmas, span, pieces, false);
         for piece in pieces {
             self.unlink_anon_vmas(cx, piece);
         }
-        // unlink_file_vma: nobody may find the page tables through a file any more.
-        self.relink_files(cx, vmas, span, pieces, false);
         self.free_pgtables(cx, &mut gather, span, neighbours);
         gather.finish(cx);
     }

@@ -70,8 +70,7 @@ pub(crate) struct Vma {
 
 impl Vma {
     pub(crate) fn new(range: Range, prot: Prot) -> Vma {
-        let anon_vma = AtomicU64::new(0);
-        Vma { range, prot, anon_vma, inherited: Vec::new(), mergeable: false, file: None }
+        Vma { range, prot, anon_vma: AtomicU64::new(0), inherited: Vec::new(), mergeable: false, file: None }
     }
 
     pub(crate) fn of_file(range: Range, prot: Prot, file: VmaFile) -> Vma {
@@ -114,12 +113,8 @@ impl Vma {
     /// The child's copy at fork (anon_vma_fork), with `anon_vma` of its own if the parent has one.
     pub(crate) fn for_child(&self, anon_vma: impl FnOnce() -> u64) -> Vma {
         let own = self.anon_vma().map(|_| anon_vma());
-        Vma {
-            anon_vma: AtomicU64::new(own.unwrap_or(0)),
-            inherited: self.anon_vmas().collect(),
-            file: self.file.clone(),
-            ..*self
-        }
+        let (anon_vma, inherited) = (AtomicU64::new(own.unwrap_or(0)), self.anon_vmas().collect());
+        Vma { anon_vma, inherited, file: self.file.clone(), ..*self }
     }
 
     /// Could `next`, which starts where this ends, be part of this one (can_vma_merge_after)?

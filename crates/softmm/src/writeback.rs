@@ -1,9 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Writeback of a regular file: fsync(2), clear_page_dirty_for_io, page_mkclean (mm/page-writeback.c, mm/rmap.c; v6.18).
+//! Writeback of a regular file: fsync(2), clear_page_dirty_for_io, page_mkclean (mm/page-writeback.c, mm/rmap.c).
 //!
-//! Sequence, per dirty page and per **shared** vma that covers it, if anybody maps the page at all:
-//! S(PROTECTION_PAGE, the page); [ pte writable or dirty? clr A; **set** read-only and clean ]; E. Then the page is written
-//! out. The next write faults, and the page becomes dirty again before it can be changed.
+//! Sequence, per dirty page and per **shared** vma that covers it, if anybody maps the page at all; then the page is
+//! written out. The next write faults, and the page becomes dirty again before it can be changed.
+//!
+//! | profile | one vma |
+//! |---|---|
+//! | v3_16, unwrapped_*, v3_19 | [ pte writable or dirty? clr; **set** read-only and clean ]; if so P, may sleep |
+//! | v4_12 | [ the same; P, atomic ] |
+//! | v4_14 | S; [ the same; R ]; R E |
+//! | v5_10 | S(PROTECTION_PAGE); [ the same ]; R E |
+//! | v6_18 | S(PROTECTION_PAGE); [ pte writable or dirty? clr A; **set** ]; E |
+//!
+//! P comes only for a pte that was changed, S and E always.
 //!
 //! The page stays where it is: only the permission goes. A device that pins it keeps writing, and what it writes after
 //! the page was written out is lost unless the pin's owner sets it dirty (set_page_dirty_lock).
@@ -14,9 +23,9 @@
 
 use crate::mm::Mm;
 use crate::page_cache::{File, LockedPage};
-use crate::page_table::PteGuard;
+use crate::profile::Unmap;
 use crate::pte::Pte;
-use interleave::MaySleep;
+use interleave::{MaySleep, PageContext};
 use mmu_notifier::{Event, PageAddr, Pfn, Range};
 
 impl File {
@@ -62,21 +71,39 @@ impl File {
 
 impl Mm {
     fn page_mkclean_one(&self, cx: &mut MaySleep<'_>, page: PageAddr, pfn: Pfn) -> bool {
-        self.invalidate(cx, Range::page(page), Event::ProtectionPage, |cx| self.mkclean_pte(cx, page, pfn))
+        match self.machine().profile().unmap {
+            Unmap::Pair => {
+                let range = Range::page(page);
+                self.invalidate(cx, range, Event::ProtectionPage, |cx| self.mkclean_pte(cx, page, pfn))
+            }
+            Unmap::PageUnderPtl => self.mkclean_pte(cx, page, pfn),
+            Unmap::PageAfterUnlock => {
+                let cleaned = self.mkclean_pte(cx, page, pfn);
+                if cleaned {
+                    self.notifiers.invalidate_page(PageContext::May(cx), page);
+                }
+                cleaned
+            }
+        }
     }
 
     fn mkclean_pte(&self, cx: &mut MaySleep<'_>, page: PageAddr, pfn: Pfn) -> bool {
-        let tables = self.machine().tables();
-        let Some(leaf) = self.page_table.leaf(tables, page) else { return false };
-        let mut guard = PteGuard::lock(tables, leaf, cx);
-        let seen = guard.get(page);
-        if !seen.is_present() || seen.pfn() != pfn || !(seen.is_writable() || seen.is_dirty()) {
+        let Some(mut guard) = self.mapped_pte(cx, page, pfn) else { return false };
+        let (ptes, cx) = guard.split();
+        let seen = ptes.get(page);
+        if !(seen.is_writable() || seen.is_dirty()) {
             return false;
         }
-        let (ptes, cx) = guard.split();
-        let pte = ptes.get_and_clear(page);
-        self.machine().flush_tlb_range(cx, self, Range::page(page));
+        let pte = self.clear_flush(ptes, cx, page);
         ptes.set(page, pte.without(Pte::WRITE | Pte::DIRTY));
+        let profile = self.machine().profile();
+        match profile.unmap {
+            Unmap::PageUnderPtl => self.notifiers.invalidate_page(PageContext::Atomic(cx), page),
+            Unmap::Pair if profile.unmap_flushes_secondary => {
+                self.invalidate_secondary(cx, Range::page(page));
+            }
+            Unmap::Pair | Unmap::PageAfterUnlock => {}
+        }
         true
     }
 }

@@ -134,7 +134,7 @@ impl World {
     }
 
     fn add(&mut self, cx: &mut MaySleep<'_>, user: MmUser, model: Model) {
-        let recorder = Recorder::new(&user, window(0, PAGES));
+        let recorder = Recorder::of_files(&user, window(0, PAGES));
         common::register(cx, &user, recorder.clone());
         self.processes.push(Process { user, model, recorder });
     }
@@ -242,12 +242,12 @@ impl World {
                 model.contents.retain(|index, _| !(at..at + len).contains(index));
             }
             Op::Fsync { file } => self.files[file].0.fsync(cx),
-            Op::Reclaim { file, page } => drop(self.files[file].0.reclaim(cx, page)),
+            Op::Reclaim { file, page } => drop(self.files[file].0.reclaim(cx, page, page % 2 == 0)),
             Op::Age { file, page } => drop(self.files[file].0.referenced(cx, page)),
             Op::Pin { mm, page, write, get, longterm, fast } => {
                 let Some(i) = self.pick(mm) else { return };
                 let hold = if get { FollRef::Get } else { FollRef::Pin };
-                let foll = Foll { write, longterm, force: false, hold };
+                let foll = Foll { write, longterm, hold, force: false };
                 self.pin(cx, i, page, foll, fast);
             }
             Op::Unpin { pin } if !self.pins.is_empty() => drop(self.pins.swap_remove(pin % self.pins.len())),

@@ -26,7 +26,7 @@ fn setup(cx: &mut MaySleep<'_>, kind: FileKind) -> Setup {
     let machine = Machine::new(Config::default());
     let file = machine.new_file(kind, 4);
     let user = machine.new_mm().unwrap();
-    let recorder = Recorder::new(&user, range(16, 8));
+    let recorder = Recorder::of_files(&user, range(16, 8));
     register(cx, &user, recorder.clone());
     Setup { machine, file, user, recorder }
 }
@@ -334,19 +334,19 @@ fn reclaim_unmaps_every_mapping_and_frees_what_nobody_holds() {
         let t = setup(cx, FileKind::Regular);
         t.map(cx, &t.user, (16, 2), 0, Prot::ReadWrite, MapKind::Shared);
         t.map(cx, &t.user, (20, 2), 0, Prot::ReadWrite, MapKind::Private);
-        assert_eq!(t.file.reclaim(cx, 0), Reclaimed::Absent);
+        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Absent);
         t.store(cx, 16, 1);
         t.load(cx, 20);
         assert!(t.file.referenced(cx, 0) && !t.file.referenced(cx, 0), "asking forgets");
         assert_eq!(t.heard(cx), []);
-        assert_eq!(t.file.reclaim(cx, 0), Reclaimed::Freed);
+        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Freed);
         let heard = [pair(Event::Clear, range(16, 1)), pair(Event::Clear, range(20, 1))];
         assert_eq!(t.heard(cx), heard.concat());
         assert_eq!(t.in_cache(cx, 0), None);
         assert_eq!((t.load(cx, 16), t.load(cx, 20)), (1, 1), "read back from the disk");
 
         let pin = t.user.get_user_pages(cx, range(16, 1), Foll::PIN.write()).unwrap();
-        assert_eq!(t.file.reclaim(cx, 0), Reclaimed::Kept);
+        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Kept);
         assert!(t.pte(16).is_none());
         assert_eq!(t.load(cx, 16), 1);
         assert_eq!(t.pte(16).pfn(), pin.frames().next().unwrap().pfn, "the same page again");
@@ -356,7 +356,7 @@ fn reclaim_unmaps_every_mapping_and_frees_what_nobody_holds() {
         let t = setup(cx, FileKind::Shmem);
         t.map(cx, &t.user, (16, 1), 0, Prot::ReadWrite, MapKind::Shared);
         t.store(cx, 16, 1);
-        assert_eq!(t.file.reclaim(cx, 0), Reclaimed::Kept, "nowhere to write it");
+        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Kept, "nowhere to write it");
         assert_eq!(t.load(cx, 16), 1);
         t.finish(cx);
     });
@@ -512,7 +512,7 @@ fn every_start_on_a_file_may_sleep() {
         t.map(cx, &t.user, (16, 2), 0, Prot::ReadWrite, MapKind::Shared);
         t.store(cx, 16, 1);
         t.file.fsync(cx);
-        t.file.reclaim(cx, 0);
+        t.file.reclaim(cx, 0, true);
         t.file.truncate(cx, 0).unwrap();
         assert_eq!(*counter.starts.lock(cx), 4);
         t.finish(cx);

@@ -443,7 +443,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
     fn softmm_is_the_model(ops in ops(), profile in prop::sample::select(&KernelProfile::ALL[..])) {
