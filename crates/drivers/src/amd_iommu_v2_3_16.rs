@@ -24,7 +24,7 @@ use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitEr
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::pasid::Pasid;
-use interleave::{Atomic, LockClass, MaySleep, PageContext, Sleep, SpinLock};
+use interleave::{Atomic, Context, LockClass, MaySleep, PageContext, Sleep, SpinLock};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
 use softmm::Mm;
 use std::sync::Arc;
@@ -79,7 +79,7 @@ impl AmdIommuV2 {
         Ok(driver)
     }
 
-    fn flush_page(&self, cx: &mut Atomic<'_>, page: PageAddr, kind: Callback) {
+    fn flush_page(&self, cx: &mut impl Context, page: PageAddr, kind: Callback) {
         self.context.flush(cx, None, Range::page(page));
         self.context.effect(kind);
     }
@@ -113,13 +113,8 @@ impl MmuNotifier for AmdIommuV2 {
         }
     }
 
-    fn invalidate_page(&self, cx: PageContext<'_, '_>, page: PageAddr) {
-        match cx {
-            PageContext::May(cx) => {
-                interleave::preempt_disable(cx, |cx| self.flush_page(cx, page, Callback::Page))
-            }
-            PageContext::Atomic(cx) => self.flush_page(cx, page, Callback::Page),
-        }
+    fn invalidate_page(&self, mut cx: PageContext<'_, '_>, page: PageAddr) {
+        self.flush_page(&mut cx, page, Callback::Page);
     }
 
     fn change_pte(&self, cx: &mut Atomic<'_>, page: PageAddr, _: Pte) {

@@ -6,14 +6,14 @@
 //! mutex. As i915 has it, getting pages is cancelled by an invalidation that comes meanwhile; what a design adds to that is in
 //! its own file.
 //!
-//! Submit: mutex; no pages? Note that they are being got; unlock; get_user_pages; mutex; still being got, and the design agrees?
+//! Submit: mutex; no pages? Note that they are being got; unlock; get_user_pages_fast; mutex; still being got, and the design agrees?
 //! Then they are the object's pages. Write the GPU's page table; queue the request; unlock.
 //!
 //! Lock order: mmap_lock > mmu_notifier_invalidate_range_start > design mutex > design flags (spin) > device TLB.
 
 use crate::callbacks::Callback;
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Kind, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Kind, Options, SubmitError, check_ops};
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use interleave::{LockClass, MaySleep, Mutex, MutexGuard};
@@ -27,6 +27,7 @@ static MUTEX: LockClass = LockClass::new("design mutex");
 /// The GPU of a design, and its objects.
 pub(crate) struct Gpu {
     pub(crate) kind: &'static Kind,
+    cpu: usize,
     pub(crate) context: DeviceContext,
     pub(crate) objects: Mutex<Objects>,
     pub(crate) registered: Registered,
@@ -52,9 +53,16 @@ struct Object {
 }
 
 impl Gpu {
-    pub(crate) fn new(cx: &mut MaySleep<'_>, mm: &Arc<Mm>, device: &Arc<Device>, kind: &'static Kind) -> Gpu {
+    pub(crate) fn new(
+        cx: &mut MaySleep<'_>,
+        mm: &Arc<Mm>,
+        device: &Arc<Device>,
+        kind: &'static Kind,
+        options: Options,
+    ) -> Gpu {
         Gpu {
             kind,
+            cpu: options.cpu,
             context: DeviceContext::open(cx, device, mm, kind.name, Root::Own).flushing_at_start(),
             objects: Mutex::new(&MUTEX, Objects::default()),
             registered: Registered::not_yet(),
@@ -110,7 +118,9 @@ impl Gpu {
             drop(objects);
             let seen = begin(cx);
             let foll = if access == Access::Write { Foll::GET.write() } else { Foll::GET };
-            let got = self.context.mm().get_user_pages(cx, range, foll);
+            let mm = self.context.mm();
+            let cpu = &mm.machine().cpus()[self.cpu % mm.machine().cpus().len()];
+            let got = mm.get_user_pages_fast(cx, cpu, range, foll);
             objects = self.install(cx, binding, id, range, got?, |cx| agrees(cx, seen, range))?;
         }
         if !ready(cx, binding) {

@@ -44,7 +44,7 @@ impl DropEverything {
         device: &Arc<Device>,
         options: Options,
     ) -> Result<Arc<DropEverything>, OpenError> {
-        let driver = Arc::new(DropEverything(Gpu::new(cx, mm, device, &KIND)));
+        let driver = Arc::new(DropEverything(Gpu::new(cx, mm, device, &KIND, options)));
         driver.0.registered.register(cx, &driver, options)?;
         Ok(driver)
     }

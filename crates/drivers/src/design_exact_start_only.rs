@@ -44,7 +44,7 @@ impl ExactStartOnly {
         device: &Arc<Device>,
         options: Options,
     ) -> Result<Arc<ExactStartOnly>, OpenError> {
-        let driver = Arc::new(ExactStartOnly(Gpu::new(cx, mm, device, &KIND)));
+        let driver = Arc::new(ExactStartOnly(Gpu::new(cx, mm, device, &KIND, options)));
         driver.0.registered.register(cx, &driver, options)?;
         Ok(driver)
     }

@@ -67,7 +67,7 @@ impl FlagChangePte {
         device: &Arc<Device>,
         options: Options,
     ) -> Result<Arc<FlagChangePte>, OpenError> {
-        let gpu = Gpu::new(cx, mm, device, &KIND);
+        let gpu = Gpu::new(cx, mm, device, &KIND, options);
         let driver = Arc::new_cyclic(|me| FlagChangePte {
             me: me.clone(),
             gpu,

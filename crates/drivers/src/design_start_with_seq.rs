@@ -51,7 +51,7 @@ impl StartWithSeq {
         device: &Arc<Device>,
         options: Options,
     ) -> Result<Arc<StartWithSeq>, OpenError> {
-        let gpu = Gpu::new(cx, mm, device, &KIND);
+        let gpu = Gpu::new(cx, mm, device, &KIND, options);
         let driver = Arc::new(StartWithSeq { gpu, sequence: Sequence::new() });
         driver.gpu.registered.register(cx, &driver, options)?;
         Ok(driver)

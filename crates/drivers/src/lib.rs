@@ -57,6 +57,7 @@ pub static DRIVERS: &[&Kind] = &[
     &kvm_v3_16::NO_BUMP,
     &kvm_v6_18::KIND,
     &amd_iommu_v2_3_16::KIND,
+    &amd_iommu_invalidate_range::KIND_3_19,
     &amd_iommu_invalidate_range::KIND,
     &rdma_odp::KIND,
     &i915_sleeping::CHANGE_PTE,

@@ -9,7 +9,7 @@ use drivers::{
 };
 use interleave::{Atomic, LockClass, MaySleep, Sleep, SpinLock};
 use mmu_notifier::{Invalidation, MmuNotifier, Ops, Range, Registration, WouldBlock};
-use softmm::{Config, FrameFreed, Machine, Mm, MmUser, Placement, Prot};
+use softmm::{Config, FrameFreed, FrameId, KernelProfile, Machine, Mm, MmUser, Placement, Prot};
 use std::sync::Arc;
 
 static TEST: LockClass = LockClass::new("test observer");
@@ -105,6 +105,11 @@ impl World {
         World::on(cx, Config::default(), kind, options)
     }
 
+    /// Under another kernel.
+    pub(crate) fn under(cx: &mut MaySleep<'_>, profile: KernelProfile, kind: &'static Kind) -> World {
+        World::on(cx, Config { profile, ..Config::default() }, kind, by_hand())
+    }
+
     pub(crate) fn on(cx: &mut MaySleep<'_>, config: Config, kind: &'static Kind, options: Options) -> World {
         let machine = Machine::new(config);
         let mm = machine.new_mm().expect("an empty machine");
@@ -122,13 +127,18 @@ impl World {
     pub(crate) fn in_next_gap(
         &self,
         cx: &mut MaySleep<'_>,
-        script: impl FnOnce(&mut MaySleep<'_>, &dyn Driver) + Send + 'static,
+        script: impl FnOnce(&mut MaySleep<'_>, &Arc<dyn Driver>) + Send + 'static,
     ) {
         let driver = Arc::downgrade(&self.driver);
         *self.gap.0.lock(cx) = Some(Box::new(move |cx| {
             let driver = driver.upgrade().expect("the driver lives");
-            script(cx, &*driver);
+            script(cx, &driver);
         }));
+    }
+
+    /// The frame that the CPU finds at `page`.
+    pub(crate) fn frame(&self, page: u64) -> FrameId {
+        self.machine.frames().id(self.mm.peek_pte(range(page, 1).first_page()).pfn())
     }
 
     pub(crate) fn store(&self, cx: &mut MaySleep<'_>, mm: &Mm, addr: u64, value: u64) {
@@ -170,7 +180,9 @@ impl World {
         self.driver.close(cx);
         self.gap_registration.unregister(cx).expect("in no callback");
         self.mm.mmput(cx);
-        assert_eq!(self.machine.frames().free_frames(), self.machine.frames().total_frames(), "frames leak");
+        // Pages that only the swap cache still has are reclaim's to free.
+        let free = self.machine.frames().free_frames() + self.machine.swap_cache(cx).len();
+        assert_eq!(free, self.machine.frames().total_frames(), "frames leak");
         let seen = self.witness.take(cx);
         let reports = interleave::lockdep::take_reports();
         assert!(reports.is_empty(), "{reports:#?}");
