@@ -2,6 +2,7 @@
 //! A machine: frames, page-table pages, CPUs and the kernel version that runs on it. Its mms share these and nothing
 //! else. There is no global state: two machines do not know of each other, so that tests and explorations do not.
 
+use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use crate::frame::Frames;
 use crate::mm::{Mm, MmUser};
@@ -106,6 +107,23 @@ impl Machine {
     /// Page-table pages in use. Exact only while nothing runs.
     pub fn tables_in_use(&self) -> usize {
         self.tables.in_use()
+    }
+
+    /// Makes the `n`th allocation from now (1 is the next) fail once, though there is enough (the kernel's fail-nth). 0: none.
+    pub fn fail_nth(&self, what: OutOfMemory, n: u64) {
+        self.free_list(what).fail_nth(n);
+    }
+
+    /// Is the failure that was asked for still to come?
+    pub fn failure_is_due(&self, what: OutOfMemory) -> bool {
+        self.free_list(what).failure_is_due()
+    }
+
+    fn free_list(&self, what: OutOfMemory) -> &Bitmap {
+        match what {
+            OutOfMemory::Frames => self.frames.bitmap(),
+            OutOfMemory::Tables => self.tables.bitmap(),
+        }
     }
 
     /// The swap area and the swap cache.
