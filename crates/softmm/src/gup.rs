@@ -271,7 +271,7 @@ impl Mm {
         })
     }
 
-    fn gup_page(
+    pub(crate) fn gup_page(
         &self,
         cx: &mut MaySleep<'_>,
         vmas: &VmaTree,
@@ -291,7 +291,8 @@ impl Mm {
         let (mut now, mut cow) = (foll, false);
         loop {
             let flag = match self.follow_page(cx, vma, page, now, cow) {
-                Ok(pfn) => return Ok(pfn),
+                Ok(Some(pfn)) => return Ok(pfn),
+                Ok(None) => return Err(FaultError::NotPinnable(page)),
                 Err(flag) => flag,
             };
             let faulted = self.handle_mm_fault(cx, vmas, page, flag)?;
@@ -305,7 +306,7 @@ impl Mm {
         }
     }
 
-    /// follow_page_pte: the page with its reference, or the fault that is needed first.
+    /// follow_page_pte: the page with its reference; `None`: memory that has no page (-EFAULT); or the fault that is needed first.
     fn follow_page(
         &self,
         cx: &mut MaySleep<'_>,
@@ -313,7 +314,7 @@ impl Mm {
         page: PageAddr,
         foll: Foll,
         cow: bool,
-    ) -> Result<Pfn, FaultFlag> {
+    ) -> Result<Option<Pfn>, FaultFlag> {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
         let fault = if foll.write { FaultFlag::Write } else { FaultFlag::Read };
         let leaf = self.page_table.leaf(tables, page).ok_or(fault)?;
@@ -325,6 +326,9 @@ impl Mm {
         if foll.must_unshare(self, pte, vma.shared()) {
             return Err(FaultFlag::Unshare);
         }
+        if pte.is_special() && pte.pfn() != ZERO_PAGE {
+            return Ok(None);
+        }
         let references = foll.references(self.machine(), pte.pfn());
         if references > 0 {
             frames.get(pte.pfn(), references);
@@ -333,6 +337,6 @@ impl Mm {
             frames.set_dirty(pte.pfn());
         }
         guard.set_bits(page, Pte::ACCESSED);
-        Ok(pte.pfn())
+        Ok(Some(pte.pfn()))
     }
 }

@@ -11,10 +11,11 @@ use crate::profile::KernelProfile;
 use crate::rmap::AnonVmas;
 use crate::swap::Swap;
 use crate::tlb::Cpu;
-use interleave::{AtomicU64, LockClass, Mutex, Ordering};
+use interleave::{AtomicU64, LockClass, Mutex, Ordering, RwLock};
 use mmu_notifier::PAGE_SIZE;
 use std::sync::Arc;
 
+static DUP_MMAP_SEM: LockClass = LockClass::new("dup_mmap_sem");
 static KSM_THREAD_MUTEX: LockClass = LockClass::new("ksm_thread_mutex");
 
 /// How big a machine is. Small by default, so that rare paths (a full batch, no frame left) are common.
@@ -59,6 +60,7 @@ pub struct Machine {
     swap: Swap,
     anon_vmas: AnonVmas,
     ksm: Mutex<()>,
+    dup_mmap_sem: RwLock<()>,
     cpus: Box<[Cpu]>,
     next_id: AtomicU64,
 }
@@ -75,6 +77,7 @@ impl Machine {
             swap: Swap::new(config.swap_slots),
             anon_vmas: AnonVmas::new(),
             ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
+            dup_mmap_sem: RwLock::new(&DUP_MMAP_SEM, ()),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
             config,
@@ -138,6 +141,11 @@ impl Machine {
     /// One ksmd at a time.
     pub(crate) fn ksm_thread_mutex(&self) -> &Mutex<()> {
         &self.ksm
+    }
+
+    /// Fork reads it, uprobes write it.
+    pub(crate) fn dup_mmap_sem(&self) -> &RwLock<()> {
+        &self.dup_mmap_sem
     }
 
     pub(crate) fn tables(&self) -> &Tables {
