@@ -5,6 +5,7 @@
 use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use crate::frame::Frames;
+use crate::ksm::StableNodes;
 use crate::mm::{Mm, MmUser};
 use crate::page_table::Tables;
 use crate::profile::KernelProfile;
@@ -60,6 +61,7 @@ pub struct Machine {
     swap: Swap,
     anon_vmas: AnonVmas,
     ksm: Mutex<()>,
+    stable_nodes: StableNodes,
     dup_mmap_sem: RwLock<()>,
     cpus: Box<[Cpu]>,
     next_id: AtomicU64,
@@ -77,6 +79,7 @@ impl Machine {
             swap: Swap::new(config.swap_slots),
             anon_vmas: AnonVmas::new(),
             ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
+            stable_nodes: StableNodes::new(),
             dup_mmap_sem: RwLock::new(&DUP_MMAP_SEM, ()),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
@@ -136,6 +139,10 @@ impl Machine {
 
     pub(crate) fn anon_vmas(&self) -> &AnonVmas {
         &self.anon_vmas
+    }
+
+    pub(crate) fn stable_nodes(&self) -> &StableNodes {
+        &self.stable_nodes
     }
 
     /// One ksmd at a time.
