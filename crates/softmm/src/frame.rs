@@ -130,6 +130,11 @@ impl Frames {
         this
     }
 
+    /// The free list, to make it fail.
+    pub(crate) fn bitmap(&self) -> &Bitmap {
+        &self.allocated
+    }
+
     /// 64-bit words that a frame stores.
     pub fn words_per_page(&self) -> usize {
         self.words_per_page

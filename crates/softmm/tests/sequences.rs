@@ -295,6 +295,28 @@ const PATHS: &[Path] = &[
         heard: COPY,
     },
     Path {
+        name: "reclaim of a merged page",
+        prepare: |cx, s| {
+            s.twin(cx);
+            s.merge(cx);
+            s.fork(cx);
+        },
+        run: |cx, s| {
+            assert_eq!(s.reclaim(cx), Reclaim::Reclaimed);
+            // Read back for one family and copied for the other.
+            assert_eq!(s.machine.cpus()[1].load(cx, &s.others[0], 16 << 12), Ok(1));
+            assert_eq!(s.load(cx), 1);
+            assert_eq!(s.machine.cpus()[1].load(cx, &s.others[1], 16 << 12), Ok(1));
+        },
+        heard: &[
+            ("v3_16..v3_19", "P* P~*"),
+            ("v4_12", "p* p~*"),
+            ("v4_14", "S= R* R* E*"),
+            ("v5_10", "S= R* E*"),
+            ("v6_18", "S= R-all E*"),
+        ],
+    },
+    Path {
         name: "ageing",
         prepare: |_, _| {},
         run: |cx, s| {
