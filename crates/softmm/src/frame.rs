@@ -130,6 +130,11 @@ impl Frames {
         this
     }
 
+    /// The free list, to make it fail.
+    pub(crate) fn bitmap(&self) -> &Bitmap {
+        &self.allocated
+    }
+
     /// 64-bit words that a frame stores.
     pub fn words_per_page(&self) -> usize {
         self.words_per_page
@@ -165,6 +170,13 @@ impl Frames {
         for word in self.words_of(pfn) {
             word.store(0, Ordering::SeqCst);
         }
+        Ok(pfn)
+    }
+
+    /// The same, not anonymous and of no file in particular.
+    pub(crate) fn alloc_file_zeroed(&self) -> Result<Pfn, OutOfMemory> {
+        let pfn = self.alloc_zeroed()?;
+        self.set_mapping(pfn, 0, 0);
         Ok(pfn)
     }
 

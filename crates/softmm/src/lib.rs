@@ -29,7 +29,7 @@
 //!               swap_lock         leaf; also taken with no ptl
 //!               cpu_irq           interrupts off; one CPU at a time; leaf; also taken with no ptl (loads, gup_fast)
 //!               locks of drivers  arch_invalidate_secondary_tlbs, change_pte, clear_flush_young: with the ptl held
-//!           anon_vma_rcu          leaf
+//!           anon_vma_rcu, ksm_stable_node   leaves
 //! ```
 //! Frames, page-table entries and reference counts are atomics and have no lock. No callback runs under `cpu_irq`,
 //! `page_table_lock` or `swap_lock`.
@@ -66,11 +66,15 @@ pub mod swap;
 pub mod swap_fault;
 pub mod tlb;
 pub mod truncate;
+pub mod uprobes;
 pub mod vma;
 pub mod writeback;
+pub mod xip;
 pub mod zap;
 
-pub use error::{AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, OutOfMemory};
+pub use error::{
+    AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, OutOfMemory, UprobeError,
+};
 pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};
 pub use gup::{Foll, FollRef, UserPages};
 pub use ksm::Merge;

@@ -22,9 +22,9 @@
 //! Pinned pages: until v5_10 they are unmapped and written like all others, and kept by the reference; v6_18 leaves them alone
 //! before it unmaps, and finds out at each pte if a pin came meanwhile.
 //!
-//! What is not here: KSM's pages while they are mapped (rmap_walk_ksm), lists of pages and the choice among them; the caller names the page.
+//! What is not here: lists of pages and the choice among them; the caller names the page.
 //!
-//! Locks: page lock; anon_vma for reading around each walk; S..E; ptl. No mmap_lock, so none that a process holds keeps this
+//! Locks: page lock (tried for); anon_vma for reading around each walk; S..E; ptl. No mmap_lock, so none that a process holds keeps this
 //! away from its mm.
 
 use crate::frame::{FrameId, Held};
@@ -52,7 +52,7 @@ pub enum Reclaim {
     Busy,
     /// No free slot in the swap area.
     NoSwap,
-    /// Not a page that this can reclaim: free, the zero page, the page cache's, KSM's while it is mapped.
+    /// Not a page that this can reclaim: free, the zero page, the page cache's.
     NotAnonymous,
 }
 
@@ -80,9 +80,8 @@ impl Machine {
             return Reclaim::NotAnonymous;
         }
         let held = Held::adopt(frames, pfn);
-        let anon = frames.anon_vma(pfn).is_some() || frames.swap_slot(pfn).is_some();
-        let ksm = frames.is_ksm(pfn) && frames.mapcount(pfn) > 0;
-        if frames.id(pfn) != frame || !anon || ksm {
+        let anon = frames.is_anon(pfn) || frames.swap_slot(pfn).is_some();
+        if frames.id(pfn) != frame || !anon {
             return Reclaim::NotAnonymous;
         }
         let Some(lock) = frames.trylock_page(cx, pfn) else { return Reclaim::Busy };
@@ -135,7 +134,7 @@ impl Machine {
         }
         self.age(cx, frame, |machine, cx, pfn| {
             let mut young = false;
-            machine.rmap_walk_anon(cx, pfn, |cx, mm, page| {
+            machine.rmap_walk(cx, pfn, |cx, mm, page| {
                 if let Some(mut guard) = mm.mapped_pte(cx, page, pfn) {
                     let (ptes, cx) = guard.split();
                     young |= ptes.test_and_clear_young(page);
@@ -162,7 +161,7 @@ impl Machine {
 
     fn referenced(&self, cx: &mut MaySleep<'_>, pfn: Pfn) -> bool {
         let mut young = false;
-        self.rmap_walk_anon(cx, pfn, |cx, mm, page| {
+        self.rmap_walk(cx, pfn, |cx, mm, page| {
             if let Some(mut guard) = mm.mapped_pte(cx, page, pfn) {
                 let (ptes, cx) = guard.split();
                 young |= mm.clear_flush_young_notify(ptes, cx, page);
@@ -175,7 +174,7 @@ impl Machine {
     fn try_to_unmap(&self, cx: &mut MaySleep<'_>, mut unmapping: Unmapping<'_>) {
         let frames = self.frames();
         let pfn = unmapping.pfn;
-        self.rmap_walk_anon(cx, pfn, |cx, mm, page| {
+        self.rmap_walk(cx, pfn, |cx, mm, page| {
             let done = mm.try_to_unmap_one(cx, page, &mut unmapping);
             if done == Unmapped::Failed || frames.mapcount(pfn) == 0 {
                 ControlFlow::Break(())
