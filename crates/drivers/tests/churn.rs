@@ -3,14 +3,14 @@
 
 mod common;
 
-use common::{World, addr, range, window};
+use common::{World, addr, range};
 use drivers::{DRIVERS, DeviceOp, Driver, Holds, Kind, Options};
 use interleave::{MaySleep, scope};
 use mmu_notifier::Access;
-use softmm::{Config, Mm, Placement, Prot};
+use softmm::{Config, KernelProfile, Mm, Placement, Prot};
 
 const PAGES: u64 = 8;
-const ROUNDS: u64 = 600;
+const ROUNDS: u64 = 200;
 
 /// A generator of its own per thread: xorshift.
 fn random(state: &mut u64, below: u64) -> u64 {
@@ -20,9 +20,9 @@ fn random(state: &mut u64, below: u64) -> u64 {
     *state % below
 }
 
-fn churn(kind: &'static Kind) {
+fn churn(profile: KernelProfile, kind: &'static Kind) {
     MaySleep::enter(|cx| {
-        let config = Config { frames: 512, gather_batch: 3, cpus: 3, ..Config::default() };
+        let config = Config { frames: 512, gather_batch: 3, cpus: 3, profile, ..Config::default() };
         let world = World::on(cx, config, kind, Options { cpu: 2, ..Options::default() });
         let (mm, driver): (&Mm, &dyn Driver) = (&world.mm, &*world.driver);
         let bind = |cx: &mut MaySleep<'_>| {
@@ -94,11 +94,33 @@ fn churn(kind: &'static Kind) {
     });
 }
 
+/// The kernels that a driver is right on: its own, and those that tell it at least as much.
+fn profiles(kind: &Kind) -> Vec<KernelProfile> {
+    let all = KernelProfile::ALL.to_vec();
+    let of = |names: &[&str]| all.iter().copied().filter(|p| names.contains(&p.name)).collect();
+    match kind.name {
+        // Leaks pages on purpose.
+        "i915-3.16" => Vec::new(),
+        // They sleep where they must not; on these kernels nobody calls them there.
+        "i915-sleeping-change-pte" | "i915-sleeping-invalidate-page" => of(&["v6_18"]),
+        "kvm-3.16" => of(&["v3_16", "unwrapped_a", "unwrapped_b", "unwrapped_c", "v3_19", "v4_14", "v6_18"]),
+        "kvm-5.13" | "kvm-no-bump" => of(&["v3_16", "v4_14", "v5_10", "v6_18"]),
+        "kvm-6.18" => of(&["v4_14", "v5_10", "v6_18"]),
+        "amd-iommu-v2-3.16" => of(&["v3_16", "unwrapped_a", "v3_19"]),
+        "amd-iommu-v2-3.19" => of(&["v3_19", "v4_12"]),
+        "iommu-sva-6.13" => of(&["v4_14", "v5_10", "v6_18"]),
+        "rdma-odp-6.13" => of(&["v5_10", "v6_18"]),
+        // Pinned pages may be out of date, and are never freed, whatever the kernel.
+        _ => all,
+    }
+}
+
 /// One test for all, so that each driver runs alone and a new one is in it by being listed.
 #[test]
 fn every_driver_survives_churn() {
-    for kind in DRIVERS.iter().copied().filter(|kind| kind.name != "i915-3.16") {
-        churn(kind);
+    for kind in DRIVERS.iter().copied() {
+        for profile in profiles(kind) {
+            churn(profile, kind);
+        }
     }
-    assert!(window().pages() == PAGES);
 }

@@ -12,7 +12,7 @@ use drivers::{
 };
 use interleave::MaySleep;
 use mmu_notifier::Access;
-use softmm::{KernelProfile, Merge, MmUser, Reap, Reclaim};
+use softmm::{FileKind, KernelProfile, MapKind, Merge, MmUser, Placement, Prot, Reap, Reclaim};
 
 const V3_16: KernelProfile = KernelProfile::V3_16;
 const UNWRAPPED: KernelProfile = KernelProfile::UNWRAPPED_A;
@@ -139,6 +139,55 @@ fn write_pin_then_ksm(profile: KernelProfile) -> bool {
 fn without_the_pair_a_write_pin_is_lost_to_ksm() {
     assert!(write_pin_then_ksm(V3_16));
     assert!(!write_pin_then_ksm(UNWRAPPED));
+}
+
+/// The page that a probe put into a text mapping, made writable and pinned; then the probe is removed. Does the device's write reach the
+/// CPU?
+fn write_pin_then_uprobe_removal(profile: KernelProfile) -> bool {
+    let mut seen = false;
+    under(profile, &i915_v3_16::MENDED, |cx, world| {
+        let text = range(40, 1);
+        let file = world.machine.new_file(FileKind::Regular, 1);
+        let (at, kind) = (Placement::Fixed(text), MapKind::Private);
+        world.mm.mmap_file(cx, at, Prot::Read, &file, 0, kind).unwrap();
+        world.load(cx, &world.mm, addr(40, 0));
+        file.uprobe_register(cx, 0, 0).unwrap();
+        world.mm.mprotect(cx, text, Prot::ReadWrite).unwrap();
+        let object = world.driver.bind(cx, text, Access::Write).unwrap();
+        world.write(cx, object, addr(40, 1), 1).unwrap();
+        file.uprobe_unregister(cx, 0, 0).unwrap();
+        world.write(cx, object, addr(40, 1), 9).unwrap();
+        seen = world.load(cx, &world.mm, addr(40, 1)) == 9;
+        world.driver.close(cx);
+        world.mm.munmap(cx, text);
+        file.truncate(cx, 0).unwrap();
+        world.end(cx);
+    });
+    seen
+}
+
+#[test]
+fn without_the_pair_a_write_pin_is_lost_to_the_removal_of_a_uprobe() {
+    assert!(write_pin_then_uprobe_removal(V3_16));
+    assert!(!write_pin_then_uprobe_removal(UNWRAPPED));
+}
+
+/// A read pin of a page that was never written; then the CPU writes. What the device reads.
+fn read_pin_of_the_zero_page(profile: KernelProfile) -> u64 {
+    let mut read = 0;
+    under(profile, &i915_v3_16_ro::KIND, |cx, world| {
+        let object = world.driver.bind(cx, range(16, 1), Access::Read).unwrap();
+        assert_eq!(world.read(cx, object, addr(16, 0)), Ok(0));
+        world.store(cx, &world.mm, addr(16, 0), 8);
+        read = world.read(cx, object, addr(16, 0)).unwrap();
+        world.end(cx);
+    });
+    read
+}
+
+#[test]
+fn without_the_pair_a_read_pin_of_the_zero_page_reads_zeros_for_ever() {
+    assert_eq!((read_pin_of_the_zero_page(V3_16), read_pin_of_the_zero_page(UNWRAPPED)), (8, 0));
 }
 
 /// A guest maps a shared page, the CPU writes. What the guest reads; callbacks of change_pte and those with an effect.

@@ -60,6 +60,10 @@ impl Observer for Witness {
         let coherent = match self.holds {
             // Pages that are pinned may be others than those that are mapped: that is judged elsewhere.
             Holds::Pages => true,
+            // A pte is cleared before change_pte tells, and no CPU sees the new page meanwhile.
+            Holds::Nothing if !pte.is_present() => {
+                access.mm.machine().config().profile.change_pte != KernelProfile::V6_18.change_pte
+            }
             Holds::Nothing => same && (pte.is_writable() || !access.writable),
             // Its TLB may be as late as the CPUs' is: an entry that was cleared or write-protected is flushed later.
             Holds::ProcessTable => same || !pte.is_present(),
