@@ -9,7 +9,7 @@
 //! The types refuse this: a mutex wants `MaySleep`, and these callbacks get `Atomic`. So the right to sleep is forged, in the one way
 //! there is, and the run-time check reports each mutex that is taken with it.
 //!
-//! Lock order: that of [`i915_v3_16`](crate::i915_v3_16), and ptl > struct_mutex, which is the fault.
+//! Lock order: that of [`crate::i915_v3_16`], and ptl > struct_mutex, which is the fault.
 
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceOp};

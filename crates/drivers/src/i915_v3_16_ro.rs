@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! i915 userptr of Linux 3.16 with READ_ONLY honoured: what the exchange asks about when it asks what would follow.
 //!
-//! The algorithm is that of [`i915_v3_16`](crate::i915_v3_16), with one difference: pages of a READ_ONLY object are got without
+//! The algorithm is that of [`crate::i915_v3_16`], with one difference: pages of a READ_ONLY object are got without
 //! FOLL_WRITE. Such a get_user_pages breaks no copy-on-write and returns whatever is mapped: a page shared with a child, a KSM page, the zero
 //! page, a page of the page cache. When the CPU later writes, it writes to another page, and the GPU stays behind unless
 //! it was told before. It is told by invalidate_range_start alone, and what it gets again between that and the change is the

@@ -23,7 +23,7 @@
 //!
 //! Lock order: mmap_lock > mmu_notifier_invalidate_range_start > work: cancel_userptr > struct_mutex > obj->mm.lock > i915_mmu_notifier.lock.
 //!
-//! Not modelled: as in [`i915_v3_16`](crate::i915_v3_16); mm_lock and the hash of mms; what set struct_mutex against itself through a
+//! Not modelled: as in [`crate::i915_v3_16`]; mm_lock and the hash of mms; what set struct_mutex against itself through a
 //! GTT mapping over the object (bug 3), the reason for the work items: there are no GTT mappings here.
 
 use crate::callbacks::{Callback, Callbacks};

@@ -4,6 +4,34 @@
 //! These are what a checker checks; nobody uses them live. One driver, one file, headed by its algorithm, its lock
 //! order and the kernel that it is taken from. All are [`Driver`]s on a [`Device`] over a [`softmm::Mm`], and every access of
 //! the device is shown to an [`Observer`] at the moment that it happens.
+//!
+//! ```
+//! use drivers::{Callback, Device, DeviceOp, Options, kvm_v6_18};
+//! use interleave::MaySleep;
+//! use mmu_notifier::{Access, Range};
+//! use softmm::{Config, Machine, Placement, Prot};
+//! use std::sync::Arc;
+//!
+//! MaySleep::enter(|cx| {
+//!     let machine = Machine::new(Config::default());
+//!     let mm = machine.new_mm()?;
+//!     let range = mm.mmap(cx, Placement::Anywhere { len: 0x1000 }, Prot::ReadWrite)?;
+//!     let driver = (kvm_v6_18::KIND.open)(cx, &mm, &Device::new(Arc::new(())), Options::default())?;
+//!     let memslot = driver.bind(cx, range, Access::Write)?;
+//!     driver.access(cx, memslot, DeviceOp::Write(range.start(), 42))?;
+//!     assert_eq!(machine.cpus()[0].load(cx, &mm, range.start())?, 42);
+//!     mm.munmap(cx, range);
+//!     assert!(driver.access(cx, memslot, DeviceOp::Read(range.start())).is_err());
+//!     assert_eq!(driver.counts().effects(Callback::Start), 1);
+//!     driver.close(cx);
+//!     mm.mmput(cx);
+//!     Ok::<(), Box<dyn std::error::Error>>(())
+//! }).unwrap();
+//! ```
+//!
+//! A driver that is opened without a callback that it needs ([`Options::callbacks`]) does what the real one would: it may use freed
+//! pages, make no progress (an error after a bounded number of tries), or wait for ever: KVM without `invalidate_range_end` hangs
+//! where it changes a memslot. An explorer calls that a deadlock; on real threads it is one.
 #![forbid(unsafe_code)]
 
 pub mod amd_iommu_invalidate_range;
