@@ -18,7 +18,7 @@ const BATCH: Duration = Duration::from_millis(20);
 enum Listener {
     Nobody,
     Vm { _vm: Option<kvm_ioctls::VmFd> },
-    Source { _subs: Vec<Subscription>, _source: KvmSource },
+    Source { _subs: Vec<Subscription>, _source: Box<KvmSource> },
 }
 
 type Variant = (&'static str, fn(Range) -> Option<Listener>);
@@ -27,7 +27,7 @@ fn source(range: Range, options: &Options, subscribers: usize) -> Option<Listene
     let source = KvmSource::open(options).ok()?;
     let subscribe = |_| source.subscribe(range, |_| ()).ok();
     let subs = (0..subscribers).map(subscribe).collect::<Option<Vec<_>>>()?;
-    Some(Listener::Source { _subs: subs, _source: source })
+    Some(Listener::Source { _subs: subs, _source: Box::new(source) })
 }
 
 fn options(prefer: Prefer, buckets: bool, ring: bool) -> Options {

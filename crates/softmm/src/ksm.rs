@@ -12,16 +12,16 @@
 //! | v6_18 | S; [ if writable, dirty or exclusive: clr A; count?; pinned?; **set** ]; E | S; [ clr A; **set**; put ]; E |
 //!
 //! *count?*: mapcount + 1 + (in the swap cache?) must be all references; else somebody else may write the page: the old
-//! pte is put back, without a word. The count is **only** looked at if the pte is writable or dirty (or the page exclusive,
-//! v6_18): a page that is read-only and clean already is merged away under whoever pins it.
+//! pte is put back, without a word. The count is **only** looked at if the pte is writable or dirty (or the page
+//! exclusive, v6_18): a page that is read-only and clean already is merged away under whoever pins it.
 //!
 //! Afterwards the contents are compared, and no CPU can write them any more. A store un-merges by [`crate::cow`].
 //!
-//! A merged page has no anon_vma but a list of those of the places that were merged into it: reclaim looks at the mms that
-//! were merged first, then at those that fork has made of them since.
+//! A merged page has no anon_vma but a list of those of the places that were merged into it: reclaim looks at the
+//! mms that were merged first, then at those that fork has made of them since.
 //!
-//! What is not here: the trees and the scanner that find candidates. [`Machine::ksm_merge`] is what ksmd does with a pair
-//! that it has found.
+//! What is not here: the trees and the scanner that find candidates. [`Machine::ksm_merge`] is what ksmd does with
+//! a pair that it has found.
 //!
 //! Locks: `ksm_thread_mutex` -> mmap_lock for reading -> page lock (tried for) -> S..E -> ptl.
 
@@ -63,7 +63,8 @@ struct RmapItem {
     mm: MmId,
 }
 
-/// What was merged into which page, by the life of the page; that of a page which is gone is forgotten at the next merge.
+/// What was merged into which page, by the life of the page; that of a page which is gone is forgotten at the next
+/// merge.
 pub(crate) struct StableNodes {
     nodes: SpinLock<BTreeMap<FrameId, Vec<RmapItem>>>,
 }

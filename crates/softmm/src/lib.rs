@@ -6,10 +6,11 @@
 //! number, as DMA does. Whoever mirrors an mm registers with it and is told what Linux tells.
 //!
 //! One path, one file, named as in the kernel, and each file begins with the notifier sequence that it fires, the locks
-//! it holds and what kernels do differently; a [`KernelProfile`] chooses. In those lines: `S`, `E` invalidate_range_start, _end;
-//! `C` change_pte; `P` invalidate_page; `Y` clear_flush_young; `X` release; `Xi` the interval notifiers' RELEASE; `R`
-//! invalidate_range; `A` arch_invalidate_secondary_tlbs; `clr` pte cleared and TLB flushed; `clr'` cleared, flush deferred; `set` new
-//! pte stored; `[ ... ]` under the ptl, must not sleep; `put` the mm drops its reference.
+//! it holds and what kernels do differently; a [`KernelProfile`] chooses. In those lines: `S`, `E`
+//! invalidate_range_start, _end; `C` change_pte; `P` invalidate_page; `Y` clear_flush_young; `X` release; `Xi` the
+//! interval notifiers' RELEASE; `R` invalidate_range; `A` arch_invalidate_secondary_tlbs; `clr` pte cleared and TLB
+//! flushed; `clr'` cleared, flush deferred; `set` new pte stored; `[ ... ]` under the ptl, must not sleep; `put`
+//! the mm drops its reference.
 //!
 //! What there is, on base pages: private anonymous memory and files (page cache, shared, private and XIP mappings); mmap, fault,
 //! copy-on-write, munmap, mprotect, madvise, fork, get_user_pages, KSM, page ageing, reclaim and swap, truncate and hole

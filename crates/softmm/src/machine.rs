@@ -115,7 +115,8 @@ impl Machine {
         self.tables.in_use()
     }
 
-    /// Makes the `n`th allocation from now (1 is the next) fail once, though there is enough (the kernel's fail-nth). 0: none.
+    /// Makes the `n`th allocation from now (1 is the next) fail once, though there is enough (the kernel's
+    /// fail-nth). 0: none.
     pub fn fail_nth(&self, what: OutOfMemory, n: u64) {
         self.free_list(what).fail_nth(n);
     }

@@ -14,8 +14,8 @@
 //!
 //! Notifiers: a walk visits a vma, and so notifies, also where the page turns out not to be mapped.
 //!
-//! Lock order: `mmap_lock`, `page_lock` -> `anon_vma` -> S..E, `ptl`. `anon_vma_rcu` is a leaf; it stands for the RCU section in
-//! which the kernel goes from a page to its anon_vma.
+//! Lock order: `mmap_lock`, `page_lock` -> `anon_vma` -> S..E, `ptl`. `anon_vma_rcu` is a leaf; it stands for the
+//! RCU section in which the kernel goes from a page to its anon_vma.
 
 use crate::machine::Machine;
 use crate::mm::{Mm, MmId};
@@ -167,8 +167,8 @@ fn subtract(links: &mut Vec<Link>, mm: MmId, range: Range) {
 }
 
 impl Machine {
-    /// rmap_walk: calls `visit` for each place where the anonymous page may be mapped, until it breaks. The caller holds a
-    /// reference on the page. [`crate::ksm`] says what a page of KSM's has instead of an anon_vma.
+    /// rmap_walk: calls `visit` for each place where the anonymous page may be mapped, until it breaks. The caller
+    /// holds a reference on the page. [`crate::ksm`] says what a page of KSM's has instead of an anon_vma.
     pub(crate) fn rmap_walk(
         &self,
         cx: &mut MaySleep<'_>,

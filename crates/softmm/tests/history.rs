@@ -4,8 +4,8 @@
 mod common;
 
 use common::{range, register};
-use interleave::{LockClass, MaySleep, Sleep, SpinLock};
-use mmu_notifier::{Invalidation, MmuNotifier, Ops, PageAddr};
+use interleave::{Context, LockClass, MaySleep, PageContext, Sleep, SpinLock};
+use mmu_notifier::{Invalidation, MmuNotifier, Ops, PageAddr, WouldBlock};
 use softmm::{
     Config, FileKind, Foll, FrameId, KernelProfile, Machine, MapKind, Mm, MmUser, Placement, Prot, Reap,
     Reclaim, UserPages,
@@ -158,6 +158,53 @@ fn a_childs_reference_does_not_read_the_parents_secret() {
         seen == 1
     });
     assert_eq!(leaks, UNTIL_4_14);
+}
+
+/// Holds pages and tries to mark them dirty at each P and S.
+struct DirtyAtInvalidate {
+    pages: SpinLock<Option<UserPages>>,
+    lost: SpinLock<usize>,
+}
+
+impl MmuNotifier for DirtyAtInvalidate {
+    fn ops(&self) -> Ops {
+        Ops::START | Ops::PAGE
+    }
+
+    fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, _: &Invalidation) -> Result<(), WouldBlock> {
+        self.mark(&mut cx);
+        Ok(())
+    }
+
+    fn invalidate_page(&self, mut cx: PageContext<'_, '_>, _: PageAddr) {
+        self.mark(&mut cx);
+    }
+}
+
+impl DirtyAtInvalidate {
+    fn mark<C: Context>(&self, cx: &mut C) {
+        let pages = self.pages.lock(cx).take();
+        let lost = pages.map_or(0, |pages| pages.try_set_dirty(cx));
+        *self.lost.lock(cx) += lost;
+    }
+}
+
+#[test]
+fn a_driver_that_tries_for_the_page_lock_in_reclaim_loses_the_dirty_bit() {
+    for profile in KernelProfile::ALL {
+        MaySleep::enter(|cx| {
+            let s = Scene::new(cx, profile);
+            let pages = s.pin(cx, &s.user, Foll::GET.write());
+            pages.set_dirty_lock(cx);
+            let (pages, lost) = (SpinLock::new(&TEST, Some(pages)), SpinLock::new(&TEST, 0));
+            let driver = Arc::new(DirtyAtInvalidate { pages, lost });
+            register(cx, &s.user, driver.clone());
+            s.machine.reclaim_page(cx, s.mapped(), true);
+            assert_eq!(*driver.lost.lock(cx), 1, "{}: reclaim holds the page lock", profile.name);
+            drop(driver);
+            s.finish(cx);
+        });
+    }
 }
 
 /// At the E of the first copy-on-write, another thread throws the copy away.

@@ -187,25 +187,11 @@ fn a_full_ring_tells_everybody_and_is_counted() {
         let range = |n: Notice| matches!(n, Notice::Range(r) if r.start == far.range().start());
         loop {
             far.advise(libc::MADV_DONTNEED);
-<<<<<<< HEAD
-            loop {
-                match next(&rx) {
-                    Notice::Range(record) if record.start == far.range().start() => break,
-                    // Another CPU's ring was full as well, and the record that is waited for was in it.
-                    Notice::Everything => far.advise(libc::MADV_DONTNEED),
-                    _ => {}
-                }
-            }
-            sub
-        };
-        drop(sub);
-=======
             if rx.recv_timeout(Duration::from_millis(20)).is_ok_and(range) {
                 break;
             }
             assert!(Instant::now() < end, "nothing but losses");
         }
->>>>>>> contract
     });
 }
 
