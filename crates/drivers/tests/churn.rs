@@ -10,7 +10,7 @@ use mmu_notifier::Access;
 use softmm::{Config, KernelProfile, Mm, Placement, Prot};
 
 const PAGES: u64 = 8;
-const ROUNDS: u64 = 200;
+const ROUNDS: u64 = 120;
 
 /// A generator of its own per thread: xorshift.
 fn random(state: &mut u64, below: u64) -> u64 {
