@@ -7,7 +7,10 @@
 //! * write to a shared mapping: page_mkwrite, [ set RW dirty ], set_page_dirty.
 //!
 //! A write to a page of the cache that a private mapping shows read-only is a copy-on-write: [`crate::cow`].
-//! Past the end of the file: SIGBUS. Fault-around (pages beside the faulting one, if they are cached) is not modelled.
+//! Past the end of the file: SIGBUS.
+//!
+//! A read fault also maps the pages beside it that are cached (fault-around, 3.15), so that the first write to such a page of
+//! a private mapping is a copy-on-write, and is notified.
 //!
 //! Locks: mmap_lock for reading; the page lock from before the pte is set until after set_page_dirty, so that
 //! truncate and writeback come wholly before or wholly after; ptl.
@@ -16,11 +19,11 @@ use crate::error::FaultError;
 use crate::fault::{FaultFlag, Faulted};
 use crate::mm::Mm;
 use crate::page_cache::{FileKind, LockedPage, NoPage};
-use crate::page_table::{PteGuard, TableId};
+use crate::page_table::{PteGuard, TableId, entry_span};
 use crate::pte::Pte;
 use crate::vma::{Vma, VmaFile, VmaTree};
 use interleave::MaySleep;
-use mmu_notifier::PageAddr;
+use mmu_notifier::{PAGE_SHIFT, PageAddr, Range};
 
 impl Mm {
     /// The pte was none.
@@ -50,11 +53,51 @@ impl Mm {
         leaf: TableId,
         page: PageAddr,
     ) -> Result<Faulted, FaultError> {
-        let mut found = file_page(cx, vma, file, page)?;
         let accounted = file.file.kind().dirty_accounted();
         let write = if file.shared && vma.prot.writable() && !accounted { Pte::WRITE } else { 0 };
+        if self.machine().config().fault_around > 1
+            && self.do_fault_around(cx, (vma, file), leaf, page, write)
+        {
+            return Ok(Faulted::default());
+        }
+        let mut found = file_page(cx, vma, file, page)?;
         self.finish_fault(cx, vma, &mut found, leaf, page, write);
         Ok(Faulted::default())
+    }
+
+    /// filemap_map_pages: whatever is cached, unlocked and not mapped around `page`. Was `page` itself?
+    fn do_fault_around(
+        &self,
+        cx: &mut MaySleep<'_>,
+        (vma, file): (&Vma, &VmaFile),
+        leaf: TableId,
+        page: PageAddr,
+        bits: u64,
+    ) -> bool {
+        let (tables, frames) = (self.machine().tables(), self.machine().frames());
+        let Some(window) = fault_around_window(vma.range, page, self.machine().config().fault_around) else {
+            return false;
+        };
+        let first = file.index(vma, window.first_page());
+        let cached = file.file.find_get_range(cx, first..first + window.pages());
+        let mut unused = Vec::new();
+        let mut guard = PteGuard::lock(tables, leaf, cx);
+        let (ptes, atomic) = guard.split();
+        for (at, index) in window.iter_pages().zip(first..) {
+            let Some(&pfn) = cached.get(&index) else { continue };
+            let lock = frames.trylock_page(atomic, pfn);
+            let valid = frames.is_page_of(pfn, file.file.id(), index) && index < file.file.pages();
+            if lock.is_some() && valid && ptes.get(at).is_none() {
+                frames.add_rmap(pfn);
+                ptes.set(at, Pte::new(pfn, 0).modify(vma.prot).with(Pte::ACCESSED | bits));
+            } else {
+                unused.push(pfn);
+            }
+        }
+        let mapped = !ptes.get(page).is_none();
+        drop(guard);
+        unused.into_iter().for_each(|pfn| frames.put(pfn, 1));
+        mapped
     }
 
     fn do_cow_fault(
@@ -189,4 +232,13 @@ fn file_page<'f>(
         NoPage::PastEnd => FaultError::PastEnd(page),
         NoPage::OutOfMemory(error) => FaultError::OutOfMemory(error),
     })
+}
+
+/// The pages around `page`: aligned, but inside the vma and the page table; the window begins with the vma if that begins in it.
+fn fault_around_window(vma: Range, page: PageAddr, pages: u64) -> Option<Range> {
+    let (size, table) = (pages << PAGE_SHIFT, entry_span(1));
+    let table_start = page.get() & !(table - 1);
+    let start = (page.get() & !(size - 1)).max(vma.start()).max(table_start);
+    let end = (start + size).min(vma.end()).min(table_start + table);
+    Range::new(start, end.checked_sub(start)?).ok()
 }

@@ -35,6 +35,9 @@ pub struct Config {
     /// Pages that an mmu_gather holds before it flushes early. The kernel's is about 500 for each of up to 20
     /// batches.
     pub gather_batch: usize,
+    /// Pages that a read fault on a file maps at most, if they are cached: a power of two, 1 for none but the one asked for
+    /// (fault_around_bytes; 16 pages since 3.15).
+    pub fault_around: u64,
     /// Which kernel this is.
     pub profile: KernelProfile,
 }
@@ -48,6 +51,7 @@ impl Default for Config {
             cpus: 2,
             words_per_page: 8,
             gather_batch: 64,
+            fault_around: 16,
             profile: KernelProfile::V6_18,
         }
     }

@@ -270,6 +270,18 @@ impl File {
         Some(pfn)
     }
 
+    /// Each page of `indices` that is in the cache, with a reference.
+    pub(crate) fn find_get_range(
+        &self,
+        cx: &mut MaySleep<'_>,
+        indices: std::ops::Range<u64>,
+    ) -> BTreeMap<u64, Pfn> {
+        let pages = self.pages.lock(cx);
+        let found: BTreeMap<u64, Pfn> = pages.range(indices).map(|(&index, &pfn)| (index, pfn)).collect();
+        found.values().for_each(|&pfn| self.frames().get(pfn, 1));
+        found
+    }
+
     /// filemap_fault, read and write: the page, locked, read in if it has to be.
     pub(crate) fn find_or_fill(&self, cx: &mut MaySleep<'_>, index: u64) -> Result<LockedPage<'_>, NoPage> {
         loop {

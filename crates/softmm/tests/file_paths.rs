@@ -471,6 +471,22 @@ fn a_dirty_page_is_flushed_before_it_loses_its_mapper() {
     });
 }
 
+#[test]
+fn a_read_fault_maps_what_is_cached_around_and_its_first_write_is_heard() {
+    MaySleep::enter(|cx| {
+        let t = setup(cx, FileKind::Regular);
+        (0..3).for_each(|index| t.file.write(cx, index, 0, index).unwrap());
+        t.map(cx, &t.user, (16, 4), 0, Prot::ReadWrite, MapKind::Private);
+        assert_eq!(t.load(cx, 17), 1);
+        let mapped = [16, 17, 18, 19].map(|page| t.pte(page).is_present());
+        assert_eq!(mapped, [true, true, true, false], "page 3 of the file was not cached");
+        t.store(cx, 18, 7);
+        t.store(cx, 19, 8);
+        assert_eq!(t.heard(cx), pair(Event::Clear, range(18, 1)));
+        t.finish(cx);
+    });
+}
+
 /// The oom reaper gains nothing from a shared mapping, and leaves it.
 #[test]
 fn the_oom_reaper_leaves_shared_mappings() {
