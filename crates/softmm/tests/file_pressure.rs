@@ -159,7 +159,11 @@ fn store_and_check(
         if round > ROUNDS && worked {
             return;
         }
-        assert!(start.elapsed().as_secs() < 60, "reclaim gets nothing: the test shows nothing");
+        if round > ROUNDS {
+            // Reclaim is behind: make room for it.
+            interleave::yield_now();
+        }
+        assert!(start.elapsed().as_secs() < 300, "reclaim gets nothing: the test shows nothing");
         let n = (round * 7 + who) % KEPT;
         let kept = &mut last[n as usize];
         assert_eq!(cpu.load(cx, mm, addr(FIRST + n, who)), Ok(*kept), "round {round}: a store was lost");
@@ -241,7 +245,7 @@ fn check(kind: FileKind, profile: KernelProfile) {
             // The machine may have given reclaim no time so far.
             let start = interleave::time::now();
             while kind == FileKind::Regular && worked.load(Ordering::SeqCst) == 0 {
-                assert!(start.elapsed().as_secs() < 60, "reclaim gets nothing: the test shows nothing");
+                assert!(start.elapsed().as_secs() < 300, "reclaim gets nothing: the test shows nothing");
                 interleave::yield_now();
             }
             done.store(true, Ordering::SeqCst);

@@ -28,7 +28,11 @@ fn store_and_check(cx: &mut MaySleep<'_>, machine: &Machine, mm: &Mm, who: u64, 
         if round > ROUNDS && reclaimed.load(Ordering::SeqCst) >= RECLAIMS {
             return;
         }
-        assert!(start.elapsed().as_secs() < 60, "reclaim gets nothing: the test shows nothing");
+        if round > ROUNDS {
+            // Reclaim is behind: make room for it.
+            interleave::yield_now();
+        }
+        assert!(start.elapsed().as_secs() < 300, "reclaim gets nothing: the test shows nothing");
         let n = round * 7 + who;
         let addr = page(n).get() + who * 8;
         let seen = cpu.load(cx, mm, addr).unwrap();
