@@ -44,6 +44,7 @@ mod birth;
 mod class;
 mod context;
 mod digest;
+pub mod explore;
 mod lock_map;
 pub mod lockdep;
 mod mutex;

@@ -14,6 +14,7 @@
 //! Once a pair of classes has been looked at, it costs one test of a bit. Lock order: the graph, then nothing; the
 //! reports, then nothing; neither is held while a report is logged.
 
+mod cycles;
 mod graph;
 mod report;
 
@@ -22,7 +23,9 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 
 use crate::class::{LockClass, Node};
 use crate::task::{self, Held, Section};
+use crate::world::{self, World};
 
+pub(crate) use cycles::Cycles;
 pub use report::{Link, Policy, Report, ReportKind, reports_about, set_policy, take_reports, with_policy};
 
 /// A place in the source.
@@ -91,6 +94,9 @@ pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: 
 
 #[inline(never)]
 fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
+    if let Some(world) = world::active() {
+        return check_explored(world, t, node, lock, site);
+    }
     // Orders from locks below the last one that was waited for follow from those already recorded.
     let mut implied = false;
     for slot in t.slots() {
@@ -100,6 +106,23 @@ fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
             suspect(slot.get(), node, lock, site);
         }
         implied |= !slot.tried.get();
+    }
+}
+
+/// Under exploration the orders belong to the exploration: the same schedule gives the same reports each time.
+#[cold]
+#[inline(never)]
+fn check_explored(world: &dyn World, t: &task::Task, node: Node, lock: usize, site: Site) {
+    if world.aborting() || node == Node::UNCHECKED {
+        return;
+    }
+    for held in t.held() {
+        if held.node != Node::UNCHECKED {
+            world.ordered(held, node, held.lock == lock && held.node == node, site);
+        }
+        if !held.tried {
+            break;
+        }
     }
 }
 
@@ -189,5 +212,11 @@ pub(crate) fn register(name: &'static str, subclass: usize, slot: &AtomicU16) ->
 #[cold]
 #[inline(never)]
 pub(crate) fn sleep_in_atomic(section: Section, outer: Site, site: Site) {
+    if let Some(world) = world::active() {
+        if !world.aborting() {
+            world.reported(&report::sleep(section, outer, site, &held()));
+        }
+        return;
+    }
     report::emit_once((outer, site), || report::sleep(section, outer, site, &held()));
 }
