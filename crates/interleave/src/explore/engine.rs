@@ -18,7 +18,7 @@ use super::ops::Applied;
 use super::report::FailureKind;
 use super::search::{Choice, Pick, Search};
 use crate::birth::{Born, ObjectKind};
-use crate::class::Node;
+use crate::class::{LockClass, Node};
 use crate::lockdep::{Cycles, Report, ReportKind, Site};
 use crate::per_thread::{self, Slots};
 use crate::task::{self, Held, Task};
@@ -289,25 +289,30 @@ impl Inner {
         }
     }
 
-    /// Unlocks of objects of this kind are steps from now on.
+    /// Unlocks of objects of this kind are steps, from the next execution on.
     fn watch(&mut self, op: &Op) {
-        if let Some(kind) = kind_of(&self.exec, op)
-            && self.watched.insert(kind)
+        if let Some(object) = self.exec.object_of(op)
+            && !object.watched
         {
-            self.stale = true;
+            let kind = kind_of(object.class, object.born);
+            self.stale |= self.watched.insert(kind);
         }
+    }
+
+    fn birth(&mut self, born: &Born) -> Id {
+        let watched = born.kind == ObjectKind::Once
+            || !self.watched.is_empty() && self.watched.contains(&kind_of(born.class, born.site));
+        self.exec.birth(born, watched)
     }
 }
 
-fn kind_of(exec: &Exec, op: &Op) -> Option<(usize, usize)> {
-    let object = exec.object_of(op)?;
-    let class = object.class.map_or(0, |class| std::ptr::from_ref(class).addr());
-    Some((class, std::ptr::from_ref(object.born).addr()))
+fn kind_of(class: Option<&'static LockClass>, born: Site) -> (usize, usize) {
+    (class.map_or(0, |class| std::ptr::from_ref(class).addr()), std::ptr::from_ref(born).addr())
 }
 
 impl World for Engine {
     fn birth(&self, born: &Born) -> Id {
-        self.inner.borrow_mut().exec.birth(born)
+        self.inner.borrow_mut().birth(born)
     }
 
     fn point(&self, op: &Op) -> bool {
@@ -324,12 +329,7 @@ impl World for Engine {
                 inner.watch(op);
             }
             let me = inner.exec.current;
-            let watched = &inner.watched;
-            let at_once = inner.exec.at_once(op, |exec, op| {
-                exec.object_of(op).is_some_and(|object| object.kind == ObjectKind::Once)
-                    || kind_of(exec, op).is_some_and(|kind| watched.contains(&kind))
-            });
-            if at_once {
+            if inner.exec.at_once(op) {
                 inner.exec.apply(me, op, false);
                 return inner.exec.threads[me].answer;
             }

@@ -92,6 +92,8 @@ pub(super) struct Object {
     pub(super) key: u64,
     /// `value` is a digest of the data; else it is a hash of the history of the data.
     pub(super) hashed: bool,
+    /// Somebody tries it, so that letting it go is a step of its own.
+    pub(super) watched: bool,
     pub(super) value: u64,
     /// Who excludes all others, or waits to, in phase [`Phase::Drain`].
     pub(super) writer: Option<Holder>,
@@ -215,7 +217,7 @@ impl Exec {
         tid
     }
 
-    pub(super) fn birth(&mut self, born: &Born) -> u32 {
+    pub(super) fn birth(&mut self, born: &Born, watched: bool) -> u32 {
         let thread = &mut self.threads[self.current];
         thread.births += 1;
         let key = mix(thread.key, u64::from(thread.births));
@@ -228,6 +230,7 @@ impl Exec {
                 born: born.site,
                 key,
                 hashed: false,
+                watched: false,
                 value: 0,
                 writer: None,
                 readers: Vec::new(),
@@ -244,6 +247,7 @@ impl Exec {
             None => (false, thread.seen),
         };
         (object.writer, object.permits, object.woken, object.part) = (None, permits, 0, 0);
+        object.watched = watched;
         object.readers.clear();
         object.waiting.clear();
         self.live += 1;

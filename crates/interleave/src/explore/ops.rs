@@ -69,9 +69,11 @@ impl Exec {
     }
 
     /// Whether an operation happens at once, as part of the step that is being made.
-    pub(super) fn at_once(&self, op: &Op, watched: impl Fn(&Exec, &Op) -> bool) -> bool {
+    pub(super) fn at_once(&self, op: &Op) -> bool {
         match op.kind {
-            OpKind::Unlock | OpKind::UnlockShared | OpKind::Downgrade | OpKind::Up => !watched(self, op),
+            OpKind::Unlock | OpKind::UnlockShared | OpKind::Downgrade | OpKind::Up => {
+                !self.object_of(op).is_some_and(|object| object.watched)
+            }
             OpKind::Join(other) => self.threads[other as usize].status == Status::Finished,
             OpKind::Fence
             | OpKind::Spawn

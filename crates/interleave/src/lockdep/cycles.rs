@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Orders among lock classes that belong to one exploration, and not to the process.
 
-use std::collections::HashSet;
-
 use super::graph::{Edges, GRAPH};
 use super::{Report, Site, report};
 use crate::class::Node;
@@ -11,13 +9,20 @@ use crate::task::Held;
 #[derive(Debug, Default)]
 pub(crate) struct Cycles {
     edges: Edges,
-    seen: HashSet<(usize, usize)>,
+    /// One bit for each ordered pair of nodes; made when it is first needed.
+    seen: Vec<u64>,
 }
 
 impl Cycles {
     /// `node` is about to be taken at `site` while `outer` is held. A report, if that contradicts what is known.
     pub(crate) fn add(&mut self, outer: Held, node: Node, same_lock: bool, site: Site) -> Option<Report> {
-        let first = self.seen.insert((outer.node.index(), node.index()));
+        if self.seen.is_empty() {
+            self.seen.resize(Node::MAX * Node::MAX / 64, 0);
+        }
+        let pair = outer.node.index() * Node::MAX + node.index();
+        let (word, bit) = (&mut self.seen[pair / 64], 1 << (pair % 64));
+        let first = *word & bit == 0;
+        *word |= bit;
         if !first && !same_lock {
             return None;
         }
