@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the kvm source costs: `cargo bench -p hostmm --bench kvm`; `-- check` for the synchronous check alone.
 //!
-//! Ratios, not times, because machines are noisy: in each round every variant runs once, right after one another, and is
-//! compared with the unwatched one of the same round. What other programs do to a run only ever adds to it, so a run
-//! counts as its fastest tenth. Printed are the medians over the rounds.
+//! The call alone is timed, on memory that is present, many calls between two looks at the clock. Ratios matter, not
+//! times, because machines are noisy: in each round every variant runs once, right after one another, and is compared
+//! with the unwatched one of the same round. What other programs do to a run only ever adds to it, so a run counts as
+//! its fastest tenth. Printed are the medians over the rounds.
 
 use hostmm::kvm::{Buckets, KvmSource, Options, Prefer, Subscription};
 use mmu_notifier::Range;
@@ -17,7 +18,7 @@ const BATCH: Duration = Duration::from_millis(20);
 enum Listener {
     Nobody,
     Vm { _vm: Option<kvm_ioctls::VmFd> },
-    Source { _subs: Vec<Subscription>, _source: KvmSource },
+    Source { _subs: Vec<Subscription>, _source: Box<KvmSource> },
 }
 
 type Variant = (&'static str, fn(Range) -> Option<Listener>);
@@ -26,7 +27,7 @@ fn source(range: Range, options: &Options, subscribers: usize) -> Option<Listene
     let source = KvmSource::open(options).ok()?;
     let subscribe = |_| source.subscribe(range, |_| ()).ok();
     let subs = (0..subscribers).map(subscribe).collect::<Option<Vec<_>>>()?;
-    Some(Listener::Source { _subs: subs, _source: source })
+    Some(Listener::Source { _subs: subs, _source: Box::new(source) })
 }
 
 fn options(prefer: Prefer, buckets: bool, ring: bool) -> Options {
@@ -50,58 +51,105 @@ const VARIANTS: &[Variant] = &[
     ("perf rings, monitor, 1 subscriber", |r| source(r, &options(Prefer::PerfRing, false, true), 1)),
 ];
 
-struct Memory(*mut u8, usize);
+const PAGE: usize = 4096;
+
+/// Pieces of `len` bytes with a page between them that keeps the mappings apart.
+struct Memory {
+    base: *mut u8,
+    len: usize,
+    pieces: usize,
+}
 
 impl Memory {
-    fn new(len: usize) -> Memory {
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-        // SAFETY: a fresh mapping.
-        let p = unsafe { libc::mmap(std::ptr::null_mut(), len, 3, flags, -1, 0) };
-        assert_ne!(p, libc::MAP_FAILED);
-        Memory(p.cast(), len)
+    fn new(len: usize, pieces: usize) -> Memory {
+        let memory = Memory { base: map(None, (len + PAGE) * pieces, libc::PROT_NONE), len, pieces };
+        (0..pieces).for_each(|n| memory.map_again(n));
+        memory
     }
 
-    fn touch(&self) {
-        for at in (0..self.1).step_by(4096) {
-            // SAFETY: inside the mapping.
-            unsafe { self.0.add(at).write_volatile(1) };
+    fn piece(&self, n: usize) -> *mut u8 {
+        self.base.wrapping_add(n * (self.len + PAGE))
+    }
+
+    fn range(&self) -> Range {
+        Range::new(self.base as u64, ((self.len + PAGE) * self.pieces) as u64).expect("mapped")
+    }
+
+    fn map_again(&self, n: usize) {
+        map(Some(self.piece(n)), self.len, libc::PROT_READ | libc::PROT_WRITE);
+    }
+
+    fn touch(&self, n: usize) {
+        for at in (0..self.len).step_by(PAGE) {
+            // SAFETY: inside the piece.
+            unsafe { self.piece(n).add(at).write_volatile(1) };
         }
     }
 
-    fn dontneed(&self) {
+    fn dontneed(&self, n: usize) {
         // SAFETY: our mapping, which holds nothing that matters.
-        unsafe { libc::madvise(self.0.cast(), self.1, libc::MADV_DONTNEED) };
+        unsafe { libc::madvise(self.piece(n).cast(), self.len, libc::MADV_DONTNEED) };
+    }
+
+    fn unmap(&self, n: usize) {
+        // SAFETY: our mapping, to which nothing refers; nobody but `map_again` maps here.
+        unsafe { libc::munmap(self.piece(n).cast(), self.len) };
     }
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: our mapping.
-        unsafe { libc::munmap(self.0.cast(), self.1) };
+        // SAFETY: our mappings.
+        unsafe { libc::munmap(self.base.cast(), (self.len + PAGE) * self.pieces) };
     }
 }
 
-/// Seconds per call of `op`: the first decile of slices of a few calls.
-fn batch(mut op: impl FnMut()) -> f64 {
+fn map(at: Option<*mut u8>, len: usize, prot: i32) -> *mut u8 {
+    let fixed = if at.is_some() { libc::MAP_FIXED } else { 0 };
+    let at = at.unwrap_or(std::ptr::null_mut()).cast();
+    // SAFETY: a fresh mapping, or one over a piece of our own.
+    let p = unsafe { libc::mmap(at, len, prot, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | fixed, -1, 0) };
+    assert_ne!(p, libc::MAP_FAILED);
+    p.cast()
+}
+
+/// What is timed, on one piece of memory that is mapped and present; and what makes it so again, untimed.
+#[derive(Clone, Copy)]
+struct Op {
+    name: &'static str,
+    run: fn(&Memory, usize),
+    again: fn(&Memory, usize),
+}
+
+const OPS: [Op; 2] = [
+    Op { name: "munmap", run: Memory::unmap, again: Memory::map_again },
+    Op { name: "MADV_DONTNEED", run: Memory::dontneed, again: |_, _| () },
+];
+
+/// Seconds per call: the first decile of rounds over all pieces.
+fn batch(memory: &Memory, op: Op) -> f64 {
+    let round = || {
+        (0..memory.pieces).for_each(|n| {
+            (op.again)(memory, n);
+            memory.touch(n);
+        });
+        let start = Instant::now();
+        (0..memory.pieces).for_each(|n| (op.run)(memory, n));
+        start.elapsed().as_secs_f64() / memory.pieces as f64
+    };
     // Opening and closing a VM leaves the kernel work to do in the background.
     let warm = Instant::now();
     while warm.elapsed() < Duration::from_millis(3) {
-        op();
+        round();
     }
-    let (start, mut slices, mut calls) = (Instant::now(), Vec::new(), 1u32);
-    while start.elapsed() < BATCH || slices.len() < 2 {
-        let slice = Instant::now();
-        for _ in 0..calls {
-            op();
-        }
-        slices.push(slice.elapsed().as_secs_f64() / f64::from(calls));
-        // Slices of some 50 us: long beside the clock, short beside a time slice.
-        if slices.len() == 1 {
-            calls = (50e-6 / slices[0]).clamp(1.0, 64.0) as u32;
-        }
+    let (start, mut rounds) = (Instant::now(), Vec::new());
+    while start.elapsed() < BATCH || rounds.len() < 3 {
+        rounds.push(round());
     }
-    slices.sort_by(f64::total_cmp);
-    slices[slices.len() / 10]
+    rounds.sort_by(f64::total_cmp);
+    // Ready for whoever comes next.
+    (0..memory.pieces).for_each(|n| (op.again)(memory, n));
+    rounds[rounds.len() / 10]
 }
 
 fn median(mut v: Vec<f64>) -> f64 {
@@ -113,50 +161,66 @@ fn time(seconds: f64) -> String {
     if seconds < 1e-3 { format!("{:.2} us", seconds * 1e6) } else { format!("{:.2} ms", seconds * 1e3) }
 }
 
-fn watched(name: &str, len: usize, op: impl Fn(&Memory)) {
-    let memory = Memory::new(len);
-    let range = Range::new(memory.0 as u64, len as u64).unwrap();
+/// The median time and the median ratio to the unwatched one, for each variant.
+fn watched(len: usize, pieces: usize, op: Op) -> Vec<Option<(f64, f64)>> {
+    let memory = Memory::new(len, pieces);
     let mut times: Vec<Vec<f64>> = vec![Vec::new(); VARIANTS.len()];
     for _ in 0..ROUNDS {
         for ((_, listen), times) in VARIANTS.iter().zip(&mut times) {
-            if let Some(listener) = listen(range) {
-                times.push(batch(|| op(&memory)));
+            if let Some(listener) = listen(memory.range()) {
+                times.push(batch(&memory, op));
                 drop(listener);
             }
         }
     }
-    println!("\n{name}, {} KiB", len / 1024);
-    for ((variant, _), mine) in VARIANTS.iter().zip(&times) {
-        if mine.len() < ROUNDS {
-            println!("  {variant:<36} not available here");
-            continue;
-        }
+    let of = |mine: &Vec<f64>| {
         let ratios = mine.iter().zip(&times[0]).map(|(a, b)| a / b).collect();
-        println!("  {variant:<36} {:>10}  {:.2}x", time(median(mine.clone())), median(ratios));
+        (mine.len() == ROUNDS).then(|| (median(mine.clone()), median(ratios)))
+    };
+    times.iter().map(of).collect()
+}
+
+fn table(op: Op) {
+    const SIZES: [(&str, usize, usize); 3] =
+        [("4 KiB", PAGE, 64), ("2 MiB", 2 << 20, 2), ("64 MiB", 64 << 20, 1)];
+    let columns = SIZES.map(|(_, len, pieces)| watched(len, pieces, op));
+    print!("\n{:<36}", op.name);
+    SIZES.iter().for_each(|(size, ..)| print!("{size:>12}{:>7}", ""));
+    println!();
+    for (n, (variant, _)) in VARIANTS.iter().enumerate() {
+        print!("  {variant:<34}");
+        for column in &columns {
+            match column[n] {
+                Some((seconds, ratio)) => print!("{:>12}{:>7}", time(seconds), format!("{ratio:.2}x")),
+                None => print!("{:>19}", "not here"),
+            }
+        }
+        println!();
     }
 }
 
 fn per_call(name: &str, mut f: impl FnMut() -> bool) {
-    const N: u32 = 20_000_000;
+    // Batches far shorter than a time slice, so that most of them are not interrupted.
+    const N: u32 = 200_000;
     let once = |f: &mut dyn FnMut()| {
         let start = Instant::now();
         f();
         start.elapsed().as_secs_f64() * 1e9 / f64::from(N)
     };
-    let ns = (0..9).map(|_| {
+    let ns = (0..201).map(|_| {
         once(&mut || {
             for _ in 0..N {
                 black_box(f());
             }
         })
     });
-    println!("  {name:<36} {:.2} ns", ns.fold(f64::MAX, f64::min));
+    println!("  {name:<34}{:>9.2} ns", median(ns.collect()));
 }
 
 fn check() {
     println!("the check, nothing happening");
-    let memory = Memory::new(1 << 20);
-    let range = Range::new(memory.0 as u64, 1 << 20).unwrap();
+    let memory = Memory::new(1 << 20, 1);
+    let range = memory.range();
     let word = Box::new(0u64);
     // SAFETY: a volatile read of a live box: the floor of any check.
     per_call("one load of an ordinary word", || unsafe { (&raw const *word).read_volatile() } == 1);
@@ -169,8 +233,8 @@ fn check() {
         seq = black_box(seq);
         per_call(name, || watch.changed_since(seq));
         // Something elsewhere happened, and the global counter stays moved.
-        let other = Memory::new(1 << 21);
-        other.touch();
+        let other = Memory::new(1 << 21, 1);
+        other.touch(0);
         seq = watch.snapshot().unwrap();
         drop(other);
         if !watch.changed_since(seq) {
@@ -185,14 +249,5 @@ fn main() {
     if std::env::args().any(|arg| arg == "check") {
         return;
     }
-    for len in [4096, 2 << 20, 64 << 20] {
-        watched("touch + MADV_DONTNEED", len, |m| {
-            m.touch();
-            m.dontneed();
-        });
-        watched("mmap + touch + munmap", len, |m| {
-            let fresh = Memory::new(m.1);
-            fresh.touch();
-        });
-    }
+    OPS.into_iter().for_each(table);
 }

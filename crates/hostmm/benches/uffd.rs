@@ -2,7 +2,9 @@
 //! What the `uffd` source costs: munmap and MADV_DONTNEED of watched memory beside unwatched memory and beside a bare
 //! userfaultfd with the least reader that works, and the checks. `cargo bench -p hostmm --bench uffd`
 //!
-//! The three take turns, so that whatever else the machine does falls on all of them; medians are compared.
+//! The three take turns, so that whatever else the machine does falls on all of them; medians are compared. A call
+//! waits until the reader has read, so most of its cost is a wake-up, and that depends on where the reader runs more
+//! than on anything else: everything is measured once with the readers on the caller's CPU, once with them on another.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -16,22 +18,32 @@ fn main() {
         Err(why) => return println!("skipped: {why}"),
     };
     let floor = Floor::open();
-    println!(
-        "{:<14}{:>8}{:>14}{:>14}{:>14}{:>14}",
-        "", "", "unwatched", "bare uffd", "watched", "watched/bare"
-    );
-    for (name, op) in [("munmap", Op::Munmap), ("MADV_DONTNEED", Op::DontNeed)] {
-        for (size, len, rounds) in
-            [("4 KiB", 4 << 10, 4000), ("2 MiB", 2 << 20, 400), ("64 MiB", 64 << 20, 40)]
-        {
-            let [plain, bare, watched] = compare(&source, &floor, op, len, rounds);
-            let ratio = watched.as_secs_f64() / bare.as_secs_f64();
-            println!(
-                "{name:<14}{size:>8}{:>14}{:>14}{:>14}{ratio:>14.2}",
-                format!("{plain:.1?}"),
-                format!("{bare:.1?}"),
-                format!("{watched:.1?}")
-            );
+    for (place, readers) in [("on the caller's CPU", 0), ("on another CPU", 1)] {
+        if !pin_threads(0, readers) {
+            println!("\nreaders {place}: not available here");
+            continue;
+        }
+        println!(
+            "\n{:<30}{:>14}{:>14}{:>14}{:>14}",
+            format!("readers {place}"),
+            "unwatched",
+            "bare uffd",
+            "watched",
+            "watched/bare"
+        );
+        for (name, op) in [("munmap", Op::Munmap), ("MADV_DONTNEED", Op::DontNeed)] {
+            for (size, len, rounds) in
+                [("4 KiB", 4 << 10, 4000), ("2 MiB", 2 << 20, 400), ("64 MiB", 64 << 20, 40)]
+            {
+                let [plain, bare, watched] = compare(&source, &floor, op, len, rounds);
+                let ratio = watched.as_secs_f64() / bare.as_secs_f64();
+                println!(
+                    "  {name:<14}{size:>14}{:>14}{:>14}{:>14}{ratio:>14.2}",
+                    format!("{plain:.1?}"),
+                    format!("{bare:.1?}"),
+                    format!("{watched:.1?}")
+                );
+            }
         }
     }
     checks(&source);
@@ -75,6 +87,18 @@ fn checks(source: &UffdSource) {
     println!("watch and drop of one page {:.2} us", watch / 1000.0);
 }
 
+/// This thread on one CPU, every other thread of the process on another (or the same). False if there is no such CPU.
+fn pin_threads(mine: usize, others: usize) -> bool {
+    let me = rustix::thread::gettid();
+    let tasks = std::fs::read_dir("/proc/self/task").expect("proc is mounted");
+    let ids = tasks.filter_map(|task| task.ok()?.file_name().to_str()?.parse().ok());
+    ids.filter_map(rustix::thread::Pid::from_raw).all(|id| {
+        let mut cpus = rustix::thread::CpuSet::new();
+        cpus.set(if id == me { mine } else { others });
+        rustix::thread::sched_setaffinity(Some(id), &cpus).is_ok()
+    })
+}
+
 fn other_page(range: Range) -> Range {
     Range::page(range.iter_pages().nth(3).expect("64 pages"))
 }
@@ -112,7 +136,7 @@ fn compare(source: &UffdSource, floor: &Floor, op: Op, len: u64, rounds: usize) 
             unmap(range);
         }
         // The monitors are asleep again before the next.
-        std::thread::yield_now();
+        interleave::yield_now();
     }
     times.map(|mut t| {
         t.sort();
@@ -161,8 +185,7 @@ impl Floor {
         // SAFETY: `struct uffdio_api` is three u64.
         assert_eq!(unsafe { libc::ioctl(fd.as_raw_fd(), 0xC018_AA3F, &mut api) }, 0);
         let raw = fd.as_raw_fd();
-        #[expect(clippy::disallowed_methods, reason = "the floor has a real thread")]
-        std::thread::spawn(move || {
+        interleave::spawn("floor", move |_| {
             let mut poll = libc::pollfd { fd: raw, events: libc::POLLIN, revents: 0 };
             let mut msg = [0u64; 4];
             loop {

@@ -11,19 +11,16 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use hostmm::disturb::{
-    After, Arena, Change, DisturbError, Event, Need, Observer, Outcome, Scene, Sighting, Via, catalogue,
+    After, Arena, Change, DisturbError, Event, Observer, Outcome, Scene, Sighting, Via, catalogue,
 };
 use hostmm::pin::{Pin, PinError, Pinner};
-use hostmm::testing::in_child;
+use hostmm::testing::{in_child, scratch, skip, skip_rest};
 use mmu_notifier::PAGE_SIZE;
 
 const DEADLINE: Duration = Duration::from_secs(90);
-/// What `in_child` takes for success.
-const BODY_RETURNED: i32 = 64;
 
 fn arena() -> Arena {
-    // /tmp may be a tmpfs; the build directory is on a disk.
-    Arena::new(env!("CARGO_TARGET_TMPDIR"))
+    Arena::new(scratch(env!("CARGO_TARGET_TMPDIR")))
 }
 
 fn pfn(addr: u64) -> Option<u64> {
@@ -91,10 +88,18 @@ fn disturb(event: &Event, scene: &mut Scene) -> Change {
 /// A kernel thread that has better things to do is no failure of ours; anything else is.
 fn not_today(event: &Event, error: &DisturbError) -> ! {
     if event.via == Via::KernelThread && matches!(error, DisturbError::Timeout { .. }) {
-        eprintln!("skipped: {}: {error}", event.name);
-        std::process::exit(BODY_RETURNED);
+        skip_rest("kernel_thread", &error.to_string());
     }
     panic!("{}: {error}", event.name)
+}
+
+/// Does the machine offer what the event needs? Says `skipped:` where not.
+fn has_all(event: &Event, arena: &Arena) -> bool {
+    let missing = event.needs.iter().find_map(|need| Some((need.capability(), need.missing(arena)?)));
+    if let Some((capability, why)) = &missing {
+        skip(*capability, why);
+    }
+    missing.is_none()
 }
 
 fn fresh(event: &Event, arena: &mut Arena) -> Scene {
@@ -185,8 +190,7 @@ fn every_event_does_what_is_declared() {
     for event in catalogue() {
         let body = || {
             let mut arena = arena();
-            if let Some(why) = event.needs.iter().find_map(|n: &Need| n.missing(&arena)) {
-                eprintln!("skipped: {}: {why}", event.name);
+            if !has_all(event, &arena) {
                 return;
             }
             if event.via == Via::OtherProcess && event.expect.unpinned == Outcome::NotMappable {

@@ -8,23 +8,21 @@ use std::time::Duration;
 use hostmm::capability::Capability;
 use hostmm::disturb::{Arena, Change, DisturbError, Event, Observer, Via, catalogue};
 use hostmm::kvm::{KvmSource, Options};
-use hostmm::testing::{in_child, require};
+use hostmm::testing::{in_child, require, scratch, skip, skip_rest};
 use hostmm::uffd::{self, UffdSource};
 use interleave::{AtomicBool, Ordering};
 use mmu_notifier::PageAddr;
 
 const DEADLINE: Duration = Duration::from_secs(90);
-/// What `in_child` takes for success.
-const BODY_RETURNED: i32 = 64;
 
 /// Run `body` for every event that this machine can make, each in a child; fail with all that failed.
 fn for_every_event(test: &str, body: impl Fn(&Event, &mut Arena)) {
     let mut failed = Vec::new();
     for event in catalogue() {
         let run = || {
-            let mut arena = Arena::new(env!("CARGO_TARGET_TMPDIR"));
-            match event.needs.iter().find_map(|need| need.missing(&arena)) {
-                Some(why) => eprintln!("skipped: {}: {why}", event.name),
+            let mut arena = Arena::new(scratch(env!("CARGO_TARGET_TMPDIR")));
+            match event.needs.iter().find_map(|need| Some((need.capability(), need.missing(&arena)?))) {
+                Some((capability, why)) => skip(capability, &why),
                 None => body(event, &mut arena),
             }
         };
@@ -40,8 +38,7 @@ fn for_every_event(test: &str, body: impl Fn(&Event, &mut Arena)) {
 /// A kernel thread that has better things to do is no failure of ours; anything else is.
 fn not_today(event: &Event, error: &DisturbError) -> ! {
     if event.via == Via::KernelThread && matches!(error, DisturbError::Timeout { .. }) {
-        eprintln!("skipped: {}: {error}", event.name);
-        std::process::exit(BODY_RETURNED);
+        skip_rest("kernel_thread", &error.to_string());
     }
     panic!("{}: {error}", event.name)
 }

@@ -253,7 +253,7 @@ live!(huge_pages_are_heard, || {
     touch(thp);
     assert_eq!(hears(s, part(thp, 3, 1), || madvise(part(thp, 3, 1), libc::MADV_DONTNEED).unwrap()), Changed);
     assert_eq!(hears(s, thp, || unmap(thp)), Dead);
-    match hostmm::testing::Setting::set("/proc/sys/vm/nr_hugepages", "2") {
+    match hostmm::setting::Setting::set("/proc/sys/vm/nr_hugepages", "2") {
         Ok(_pages) => {
             let range = map_at(0, HUGE, RW, ANON | libc::MAP_HUGETLB, -1).unwrap();
             touch(range);
@@ -261,9 +261,7 @@ live!(huge_pages_are_heard, || {
             assert!(s.watch(part(range, 1, 1)).is_err(), "part of a huge page");
             assert_eq!(hears(s, range, || unmap(range)), Dead);
         }
-        Err(why) => {
-            hostmm::testing::skip(hostmm::capability::Capability::Userfaultfd, &format!("hugetlb: {why}"))
-        }
+        Err(why) => hostmm::testing::skip(hostmm::capability::Capability::Hugetlb, &why.to_string()),
     }
 });
 

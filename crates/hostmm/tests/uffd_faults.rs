@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the `uffd` source does when something is missing, breaks or is in the way: an error or a closed door, never a
 //! hang and never a stale answer.
-#![expect(clippy::disallowed_types, reason = "real threads and the real kernel are what is tested")]
 
 #[macro_use]
 mod uffd_support;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use hostmm::uffd::{Fault, Gone, OpenError, Options, UffdSource, WatchError};
+use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering};
 use mmu_notifier::Range;
 use uffd_support::*;
+
+static APPLICATION: LockClass = LockClass::new("application");
 
 /// Forks; the child runs `body` and must return true within the deadline of the test.
 fn in_forked_child(body: impl FnOnce() -> bool, raw: bool) {
@@ -155,25 +156,21 @@ live!(lost_events_kill_everything_and_are_counted, || {
 
 live!(a_full_batch_is_counted_and_loses_nothing, || {
     let source = UffdSource::open(&Options { batch: 1, ..Options::default() }).unwrap();
-    std::thread::scope(|scope| {
-        for _ in 0..8 {
-            scope.spawn(|| {
-                for _ in 0..200 {
-                    let r = anon(2);
-                    let watch = source.watch(r).unwrap();
-                    let seq = watch.snapshot().unwrap();
-                    assert!(!watch.changed_since_strict(seq));
-                    unmap(r);
-                    assert!(watch.changed_since_ordered(seq));
-                }
-            });
+    with_threads(8, || {
+        for _ in 0..200 {
+            let r = anon(2);
+            let watch = source.watch(r).unwrap();
+            let seq = watch.snapshot().unwrap();
+            assert!(!watch.changed_since_strict(seq));
+            unmap(r);
+            assert!(watch.changed_since_ordered(seq));
         }
     });
     let stats = source.stats();
     assert!(stats.full_batches > 0 && stats.lost == 0 && stats.unmaps >= 1600, "{stats:?}");
 });
 
-static TICKS: AtomicU64 = AtomicU64::new(0);
+static TICKS: AtomicU64 = AtomicU64::const_new(0);
 
 extern "C" fn on_alarm(_signal: libc::c_int) {
     TICKS.fetch_add(1, Ordering::Relaxed);
@@ -308,13 +305,13 @@ fn refuse_userfaultfd(errno: i32) {
 
 live!(callbacks_may_want_a_lock_that_an_unmapper_holds, || {
     let source = open();
-    let lock = Arc::new(Mutex::new(0u32));
+    let lock = Arc::new(Mutex::new(&APPLICATION, 0u32));
     let (r, other) = (anon(8), anon(1));
     let (inner, called) = (Arc::clone(&lock), Arc::new(AtomicU64::new(0)));
     let count = Arc::clone(&called);
     let watch = source
         .watch_with(r, move |_| {
-            *inner.lock().unwrap() += 1;
+            MaySleep::enter(|cx| *inner.lock(cx) += 1);
             drop(vec![0u8; 4 << 20]);
             if count.fetch_add(1, Ordering::SeqCst) == 0 {
                 unmap(other);
@@ -324,25 +321,44 @@ live!(callbacks_may_want_a_lock_that_an_unmapper_holds, || {
     let also = source.watch(other).unwrap();
     let seq = also.snapshot().unwrap();
     for i in 0..8 {
-        let _held = lock.lock().unwrap();
-        unmap(part(r, i, 1));
+        MaySleep::enter(|cx| {
+            let _held = lock.lock(cx);
+            unmap(part(r, i, 1));
+        });
     }
     assert!(eventually(|| called.load(Ordering::SeqCst) > 0 && also.changed_since_strict(seq)));
     drop(watch);
 });
 
+// A program that would hang one day is told on the first day.
+live!(dropping_a_watch_under_a_lock_of_its_callback_is_reported, || {
+    let source = open();
+    let lock = Arc::new(Mutex::new(&APPLICATION, 0u32));
+    let (inner, r) = (Arc::clone(&lock), anon(1));
+    let watch = source.watch_with(r, move |_| MaySleep::enter(|cx| *inner.lock(cx) += 1)).unwrap();
+    unmap(r);
+    assert!(eventually(|| MaySleep::enter(|cx| *lock.lock(cx)) == 1));
+    assert!(interleave::lockdep::take_reports().is_empty());
+    MaySleep::enter(|cx| {
+        let _held = lock.lock(cx);
+        drop(watch);
+    });
+    let reports = interleave::lockdep::take_reports();
+    assert!(reports.iter().any(|r| r.to_string().contains("uffd_callback")), "{reports:?}");
+});
+
 live!(a_callback_may_drop_its_own_watch_and_panic, || {
     let source = open();
     let r = anon(1);
-    let slot = Arc::new(Mutex::new(None));
+    let slot = Arc::new(Mutex::new(&APPLICATION, None));
     let (inner, done) = (Arc::clone(&slot), Arc::new(AtomicBool::new(false)));
     let flag = Arc::clone(&done);
     let watch = source.watch_with(r, move |_| {
-        drop(inner.lock().unwrap().take());
+        drop(MaySleep::enter(|cx| inner.lock(cx).take()));
         flag.store(true, Ordering::SeqCst);
         std::panic::resume_unwind(Box::new("on purpose"));
     });
-    *slot.lock().unwrap() = Some(watch.unwrap());
+    MaySleep::enter(|cx| *slot.lock(cx) = Some(watch.unwrap()));
     unmap(r);
     assert!(eventually(|| done.load(Ordering::SeqCst) && source.stats().callback_panics == 1));
     assert!(eventually(|| Arc::strong_count(&done) == 1), "the closure is dropped");

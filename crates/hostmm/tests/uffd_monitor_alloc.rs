@@ -5,17 +5,22 @@
 mod uffd_support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicI32, Ordering};
 
+use interleave::{AtomicU32, Ordering};
 use uffd_support::*;
 
-static FORBIDDEN: AtomicI32 = AtomicI32::new(0);
+/// The thread that must not; 0: none.
+static FORBIDDEN: AtomicU32 = AtomicU32::const_new(0);
 
 struct Guarded;
 
+fn this_thread() -> u32 {
+    rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned()
+}
+
 fn check() {
     let forbidden = FORBIDDEN.load(Ordering::Acquire);
-    if forbidden != 0 && rustix::thread::gettid().as_raw_nonzero().get() == forbidden {
+    if forbidden != 0 && this_thread() == forbidden {
         std::process::abort();
     }
 }
@@ -40,25 +45,20 @@ static ALLOCATOR: Guarded = Guarded;
 
 live!(the_monitor_neither_allocates_nor_frees, || {
     let source = open();
-    FORBIDDEN.store(source.monitor_tid(), Ordering::Release);
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                for _ in 0..500 {
-                    let r = anon(8);
-                    let watch = source.watch_with(r, |change| drop(format!("{change:?}"))).unwrap();
-                    let half = source.watch(part(r, 2, 3)).unwrap();
-                    let seq = watch.snapshot().unwrap();
-                    madvise(r, libc::MADV_DONTNEED).unwrap();
-                    assert!(half.changed_since_strict(seq));
-                    drop(half);
-                    let to =
-                        mremap(part(r, 0, 4), 4 * PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, 0);
-                    unmap(r);
-                    unmap(mmu_notifier::Range::new(to.unwrap(), 4 * PAGE).unwrap());
-                    assert!(watch.changed_since_ordered(seq));
-                }
-            });
+    FORBIDDEN.store(source.monitor_tid().cast_unsigned(), Ordering::Release);
+    with_threads(4, || {
+        for _ in 0..500 {
+            let r = anon(8);
+            let watch = source.watch_with(r, |change| drop(format!("{change:?}"))).unwrap();
+            let half = source.watch(part(r, 2, 3)).unwrap();
+            let seq = watch.snapshot().unwrap();
+            madvise(r, libc::MADV_DONTNEED).unwrap();
+            assert!(half.changed_since_strict(seq));
+            drop(half);
+            let to = mremap(part(r, 0, 4), 4 * PAGE, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP, 0);
+            unmap(r);
+            unmap(mmu_notifier::Range::new(to.unwrap(), 4 * PAGE).unwrap());
+            assert!(watch.changed_since_ordered(seq));
         }
     });
     let stats = source.stats();
@@ -71,7 +71,7 @@ live!(the_allocator_under_test_does_abort, || {
         // SAFETY: the child of this test forks to see itself abort.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
-            FORBIDDEN.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
+            FORBIDDEN.store(this_thread(), Ordering::Release);
             drop(std::hint::black_box(Box::new(1)));
             // SAFETY: ends the child at once.
             unsafe { libc::_exit(0) };

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Atomics and fences.
 //!
-//! Plainly they are std's, behind one predicted branch. Under exploration each access is a scheduling point, and
-//! memory is sequentially consistent whatever the ordering says: weak memory is not explored.
+//! Plainly they are std's, behind two predicted branches: which world the thread is in, and which one the atomic
+//! was born in. That is half a nanosecond on a load and nothing that shows on a read-modify-write
+//! (benches/locks.rs). The second branch could go, at the price that an atomic which leaks out of an exploration
+//! is used unseen. Under exploration each access is a scheduling point, and memory is sequentially consistent
+//! whatever the ordering says: weak memory is not explored.
 
 use std::fmt;
 use std::panic::Location;
@@ -176,28 +179,33 @@ macro_rules! atomic {
     };
 }
 
-atomic!(AtomicBool, bool, "An atomic flag.", [fetch_or, fetch_and, fetch_xor]);
+atomic!(
+    AtomicBool,
+    bool,
+    "An atomic flag. Any context; in statics: [`const_new`](Self::const_new), plain only.",
+    [fetch_or, fetch_and, fetch_xor]
+);
 atomic!(
     AtomicU32,
     u32,
-    "An atomic `u32`.",
+    "An atomic `u32`. Any context; in statics: [`const_new`](Self::const_new), plain only.",
     [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
 );
 atomic!(
     AtomicU64,
     u64,
-    "An atomic `u64`.",
+    "An atomic `u64`. Any context; in statics: [`const_new`](Self::const_new), plain only.",
     [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
 );
 atomic!(
     AtomicI64,
     i64,
-    "An atomic `i64`.",
+    "An atomic `i64`. Any context; in statics: [`const_new`](Self::const_new), plain only.",
     [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
 );
 atomic!(
     AtomicUsize,
     usize,
-    "An atomic `usize`.",
+    "An atomic `usize`. Any context; in statics: [`const_new`](Self::const_new), plain only.",
     [fetch_add, fetch_sub, fetch_or, fetch_and, fetch_xor, fetch_max, fetch_min]
 );

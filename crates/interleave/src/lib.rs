@@ -22,10 +22,29 @@
 //! assert!(interleave::lockdep::take_reports().is_empty());
 //! ```
 //!
+//! # What may be used where
+//!
+//! | type | contexts | in a static |
+//! |---|---|---|
+//! | [`Mutex`], [`RwLock`] | lock: [`MaySleep`]; try: any | `const_new`, plain only |
+//! | [`SpinLock`] | any; lends [`Atomic`] | `const_new`, plain only |
+//! | [`Semaphore`] | down: [`MaySleep`]; try: any; up: any, without a token | `const_new`, plain only |
+//! | [`WaitQueue`] | wait: [`MaySleep`]; wake: any, without a token | `const_new`, plain only |
+//! | [`OnceCell`] | init: [`MaySleep`]; get: any, without a token | `const_new`, plain only |
+//! | atomics, [`fence`] | any, without a token | `const_new`, plain only |
+//! | [`RefCount`] | any, without a token | no: it counts the references to an object that goes |
+//! | [`LockMap`] | any | `new`; every world |
+//! | [`PerThread`] | any, without a token | `new`; every world |
+//! | [`LockClass`] | - | `new`; nowhere else |
+//!
+//! *Plain only*: under exploration its first use panics (rule 7), since what is in a static outlives an execution.
+//!
 //! # Rules
 //! 1. A context is a token. It comes from [`MaySleep::enter`] or [`spawn`], is lent, and is never kept, sent or copied.
-//! 2. A [`Mutex`], [`RwLock`], [`Semaphore`], [`WaitQueue`] or join wants [`MaySleep`]. A [`SpinLock`] and any try take each context.
-//! 3. Every lock has a [`LockClass`], in a static, named by its role. Two locks of one class at once need `lock_nested`.
+//! 2. A [`Mutex`], [`RwLock`], [`Semaphore`], [`WaitQueue`] or join wants [`MaySleep`]. A [`SpinLock`] and any try
+//!    take each context.
+//! 3. Every lock has a [`LockClass`], in a static, named by its role. Two locks of one class at once need
+//!    `lock_nested`.
 //! 4. Classes are taken in one order. The first contradiction is reported with both places of both orders.
 //! 5. A reader queues behind a waiting writer: no thread reads a lock twice.
 //! 6. A wake comes after the change that it announces; a condition waited for does not sleep.
@@ -33,6 +52,9 @@
 //! 8. No other lock, atomic, thread or clock beside these in code that is to be explored (clippy.toml forbids them).
 //!
 //! Nothing here knows of memory management.
+//!
+//! Examples that must not compile name their error code. rustdoc compares codes on a nightly compiler only; on stable
+//! `RUSTC_BOOTSTRAP=1 cargo test -p interleave --doc` does.
 #![expect(
     clippy::disallowed_types,
     clippy::disallowed_methods,

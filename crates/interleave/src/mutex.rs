@@ -33,7 +33,8 @@ use crate::lockdep;
 use crate::raw::RawLock;
 use crate::{Context, LockClass, MaySleep, might_sleep};
 
-/// A lock whose waiters sleep. Locking wants a [`MaySleep`]; any context may try. Not poisoned by panics.
+/// A lock whose waiters sleep. Locking wants a [`MaySleep`]; any context may try. In statics:
+/// [`const_new`](Self::const_new), plain only. Not poisoned by panics.
 pub struct Mutex<T: ?Sized> {
     raw: RawLock,
     class: &'static LockClass,

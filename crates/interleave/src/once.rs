@@ -9,7 +9,8 @@ use crate::lockdep::Site;
 use crate::raw::RawLock;
 use crate::{MaySleep, might_sleep};
 
-/// A value that is set once. If the one who makes it panics, the next one tries again.
+/// A value that is set once. If the one who makes it panics, the next one tries again. Making it wants a
+/// [`MaySleep`]; any context may look. In statics: [`const_new`](Self::const_new), plain only.
 ///
 /// Only one thread at a time makes the value, under a lock that lockdep does not see: all cells of a program would be
 /// one class, and a cell that is made with the help of another is no recursion.

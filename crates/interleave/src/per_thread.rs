@@ -26,7 +26,7 @@ pub(crate) fn swap(other: &Slots) {
 
 /// One `T` for each thread, made at its first use there and dropped when the thread ends.
 ///
-/// Values outlive the `PerThread` that they belong to: meant for statics.
+/// Any context. Values outlive the `PerThread` that they belong to: meant for statics, in every world.
 #[derive(Debug)]
 pub struct PerThread<T> {
     init: fn() -> T,

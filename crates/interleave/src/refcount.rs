@@ -2,7 +2,8 @@
 //! Reference counts.
 use crate::atomic::{AtomicU32, Ordering, fence};
 
-/// A reference count, as the kernel's `kref`: begins at one, and zero is final.
+/// A reference count, as the kernel's `kref`: begins at one, and zero is final. Any context. Not for statics: it
+/// belongs to an object that ends.
 #[derive(Debug)]
 pub struct RefCount(AtomicU32);
 

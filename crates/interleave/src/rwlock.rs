@@ -20,7 +20,8 @@ use crate::raw::{attempt, grant, release};
 use crate::world::OpKind;
 use crate::{Context, LockClass, MaySleep, might_sleep};
 
-/// Many readers or one writer; waiters sleep. Not poisoned by panics.
+/// Many readers or one writer; waiters sleep. Locking wants a [`MaySleep`]; any context may try. In statics:
+/// [`const_new`](Self::const_new), plain only. Not poisoned by panics.
 pub struct RwLock<T: ?Sized> {
     raw: RawRwLock,
     birth: Birth,

@@ -15,7 +15,8 @@ use crate::wait_list::Waiter;
 use crate::world::OpKind;
 use crate::{Context, LockClass, MaySleep, might_sleep};
 
-/// A count of permits: any thread may give back what another took.
+/// A count of permits: any thread may give back what another took. Taking one wants a [`MaySleep`]; any context
+/// may try, and give back. In statics: [`const_new`](Self::const_new), plain only.
 pub struct Semaphore {
     state: Mutex<State>,
     birth: Birth,

@@ -39,7 +39,8 @@ use crate::raw::RawLock;
 use crate::task::{self, InSection, Section};
 use crate::{Context, LockClass};
 
-/// A lock that any context may take, and under which nobody may sleep.
+/// A lock that any context may take, and under which nobody may sleep. In statics: [`const_new`](Self::const_new),
+/// plain only. Not poisoned by panics.
 pub struct SpinLock<T: ?Sized> {
     raw: RawLock,
     class: &'static LockClass,

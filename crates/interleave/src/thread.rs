@@ -215,32 +215,52 @@ struct Children {
     started: RefCell<Vec<(Id, Arc<Progress>)>>,
 }
 
-impl Drop for Children {
-    fn drop(&mut self) {
-        let left = Left(self);
-        if !left.0.world.aborting() {
-            for (id, _) in left.0.started.borrow().iter() {
-                left.0.world.point(&op(OpKind::Join(*id), left.0.site));
+impl Children {
+    /// Waits for the end of one. A thread that the engine unwinds must wait on, so its unwinding is put off.
+    fn wait(&self, id: Id, progress: &Progress, unwound: &mut Option<Box<dyn Any + Send>>) {
+        let gone = || progress.gone.load(Ordering::Acquire);
+        // The join of one that is gone is a point too, unless there is nothing left to schedule.
+        if !gone() || !(self.world.aborting() || unwound.is_some()) {
+            let join = || self.world.point(&op(OpKind::Join(id), self.site));
+            for _ in 0..2 {
+                match catch_unwind(AssertUnwindSafe(join)) {
+                    Ok(_) => break,
+                    Err(payload) => *unwound = Some(payload),
+                }
+                if gone() {
+                    break;
+                }
             }
+        }
+        if !gone() {
+            tracing::error!("virtual thread {id} outlives its scope at {}", self.site);
+            std::process::abort();
         }
     }
 }
 
-/// Lets nobody past who leaves a thread behind, also when waiting for it was cut short by unwinding.
-struct Left<'a>(&'a Children);
-
-impl Drop for Left<'_> {
-    /// Dies rather than leave behind a thread that still borrows.
+impl Drop for Children {
     fn drop(&mut self) {
-        let Children { world, site, started } = self.0;
-        for (id, progress) in started.borrow().iter() {
-            while !progress.gone.load(Ordering::Acquire) && world.aborting() {
-                world.point(&op(OpKind::Join(*id), site));
-            }
-            if !progress.gone.load(Ordering::Acquire) {
-                tracing::error!("virtual thread {id} outlives its scope at {site}");
-                std::process::abort();
-            }
+        let mut unwound = None;
+        for (id, progress) in self.started.take() {
+            self.wait(id, &progress, &mut unwound);
+        }
+        if let Some(payload) = unwound
+            && !std::thread::panicking()
+        {
+            resume_unwind(payload);
+        }
+    }
+}
+
+/// Dies if a thread that borrows may have been made while nobody knows of it.
+struct Unlisted<'a>(&'a Progress);
+
+impl Drop for Unlisted<'_> {
+    fn drop(&mut self) {
+        if !self.0.gone.load(Ordering::Acquire) {
+            tracing::error!("the start of a scoped virtual thread was unwound and its closure kept");
+            std::process::abort();
         }
     }
 }
@@ -321,10 +341,14 @@ impl<'scope> Scope<'scope, '_> {
                 let closure: Box<dyn FnOnce() + Send + 'scope> = Box::new(move || body.run());
                 // SAFETY: the closure is called a `'static` one, and borrows for `'scope` only. It is dropped before
                 // `'scope` ends: its last field says when it is gone, and `Children::drop`, which runs before `scope`
-                // returns or unwinds, waits for that and aborts the process if it does not come to pass.
+                // returns or unwinds, waits for that and aborts the process if it does not come to pass. Between
+                // `start` and the entry in `started`, which `Children::drop` goes by, only `start` can unwind, and
+                // `Unlisted` aborts if the closure survives that.
                 let closure: Box<dyn FnOnce() + Send + 'static> = unsafe { std::mem::transmute(closure) };
                 let progress = Arc::clone(&unborn.progress);
+                let unlisted = Unlisted(&progress);
                 let thread = unborn.start(children.world, name, closure, Location::caller());
+                std::mem::forget(unlisted);
                 children.started.borrow_mut().push((thread.id, progress));
                 Running::Explored(thread)
             }

@@ -16,7 +16,8 @@ use crate::wait_list::{WaitList, Waiter};
 use crate::world::{OpKind, World};
 use crate::{Atomic, LockClass, MaySleep, MutexGuard, might_sleep};
 
-/// Threads sleep here until they are woken, in the order of their coming.
+/// Threads sleep here until they are woken, in the order of their coming. Waiting wants a [`MaySleep`]; any
+/// context may wake. In statics: [`const_new`](Self::const_new), plain only.
 pub struct WaitQueue {
     plain: WaitList,
     birth: Birth,

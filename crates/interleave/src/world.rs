@@ -65,6 +65,9 @@ pub(crate) enum OpKind {
     Ghost,
     /// A ghost is read.
     GhostRead,
+    /// A lock map is entered or left; only ever [`noted`](World::noted).
+    MapAcquire,
+    MapRelease,
 }
 
 /// An operation that is about to happen.
@@ -82,14 +85,22 @@ pub(crate) trait World {
     fn birth(&self, born: &Born) -> Id;
 
     /// Returns when the calling virtual thread may do `op`. Answers whether a try succeeds, or a waiter was woken;
-    /// `true` for all else. While [`aborting`](Self::aborting) it is called only for what could not go on otherwise:
-    /// a lock that another thread still holds, or the end of a thread that borrows.
+    /// `true` for all else. It may unwind instead, which is how an engine ends a thread.
+    ///
+    /// While [`aborting`](Self::aborting) it is called only for what could not go on otherwise: a lock that another
+    /// thread still holds, or the end of a thread that borrows. It then returns when that thread has been unwound so
+    /// far that the lock is free, or is gone. A wait for a wake is no such thing: nobody will come, and it
+    /// returns at once, so that a loop around it in a `Drop` would spin.
     fn point(&self, op: &Op) -> bool;
+
+    /// `op` happens now. No scheduling point, since it neither waits nor touches what threads share: for
+    /// traces, and for the lock set of the thread.
+    fn noted(&self, op: &Op);
 
     /// `op` has happened; `value` is what a load read, what an atomic now holds, or the digest of data being unlocked.
     fn done(&self, op: &Op, value: u64);
 
-    /// Makes a virtual thread that will run `body`.
+    /// Makes a virtual thread that will run `body`. If it unwinds, `body` has been dropped.
     fn spawn(&self, op: &Op, name: &str, body: Box<dyn FnOnce() + Send>) -> Id;
 
     /// Virtual time since the beginning of the execution.
@@ -148,6 +159,22 @@ fn announce(world: &'static dyn World, kind: OpKind, site: Site) -> Option<&'sta
     }
     world.point(&Op { kind, object: None, class: None, site });
     Some(world)
+}
+
+/// Tells the world of what is no scheduling point.
+#[inline]
+pub(crate) fn tell(kind: OpKind, class: &'static LockClass, site: Site) {
+    if let Some(world) = active() {
+        tell_world(world, &Op { kind, object: None, class: Some(class), site });
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn tell_world(world: &'static dyn World, op: &Op) {
+    if !world.aborting() {
+        world.noted(op);
+    }
 }
 
 #[cfg(test)]

@@ -124,6 +124,40 @@ fn a_second_read_of_one_thread_is_recursion() {
 }
 
 #[test]
+fn the_lock_that_the_thread_holds_is_recursion_under_any_subclass_and_by_any_first_hold() {
+    static C: LockClass = LockClass::new("same-nested");
+    static T: LockClass = LockClass::new("same-tried");
+    let (lock, other, tried) = (Mutex::new(&C, 0), Mutex::new(&C, 0), RwLock::new(&T, 0));
+    MaySleep::enter(|cx| {
+        let _one = lock.lock(cx);
+        let _two = other.lock_nested(cx, 1);
+    });
+    assert!(reports_about(&C).is_empty());
+    // Under Policy::Panic, since it would hang.
+    let deadlock = |f: &mut dyn FnMut()| {
+        let result = catch_unwind(AssertUnwindSafe(|| lockdep::with_policy(Policy::Panic, f)));
+        let text = result.expect_err("it must panic").downcast::<String>().expect("with a message");
+        assert!(text.contains("the same lock again"), "{text}");
+        text
+    };
+    let text = deadlock(&mut || {
+        MaySleep::enter(|cx| {
+            let _one = lock.lock(cx);
+            let _two = lock.lock_nested(cx, 1);
+        })
+    });
+    assert!(text.contains("`same-nested/1` taken at"), "{text}");
+    assert_eq!(only(&C).kind, ReportKind::Recursion);
+    deadlock(&mut || {
+        MaySleep::enter(|cx| {
+            let _one = tried.try_read(cx).expect("free");
+            let _two = tried.write_nested(cx, 1);
+        })
+    });
+    assert!(lockdep::held().is_empty());
+}
+
+#[test]
 fn a_certain_deadlock_panics_each_time_before_it_happens() {
     static C: LockClass = LockClass::new("self-deadlock");
     let lock = Mutex::new(&C, 0);

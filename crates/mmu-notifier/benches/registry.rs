@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a change of the page tables costs when many listen: `cargo bench -p mmu-notifier`.
 //!
-//! * `miss`: a random page that no subscription covers; `hits`: one that three cover on average. Beside `iset`
-//!   (a red-black tree that can be updated, like ours) and `coitrees` (static: built once, cannot be updated).
-//! * `section`: a whole start and end in the registry over n interval notifiers, without an overlap.
-//! * `dispatch`: a start and end that k of 1,000 notifiers hear.
-//! * `update`: one insertion and one removal among 100,000.
-#![expect(missing_docs, reason = "criterion_group! makes a public function")]
+//! * lookup: a random page that no subscription covers (`miss`), and one that three cover on average (`hits`), among
+//!   n. Beside `iset` (a red-black tree that can be updated, like ours) and `coitrees` (static: built once, cannot be
+//!   updated);
+//! * section: a whole start and end in the registry over n interval notifiers, without an overlap;
+//! * dispatch: a start and end that k of 1,000 notifiers hear;
+//! * update: one insertion and one removal among 100,000.
+//!
+//! The contenders of a row take turns, batch by batch, so that whatever else the machine does falls on all of them;
+//! medians over the batches are printed, in nanoseconds.
 
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::Instant;
 
 use coitrees::{BasicCOITree, IntervalTree};
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use interleave::MaySleep;
 use iset::IntervalMap;
 use mmu_notifier::*;
@@ -22,6 +24,10 @@ const SIZES: [u64; 4] = [1, 1_000, 100_000, 1_000_000];
 const PROBES: usize = 1 << 14;
 /// Pages of one subscription.
 const PAGES: u64 = 16;
+/// Batches of one contender.
+const BATCHES: usize = 31;
+/// Calls in a batch, at most.
+const CALLS: u64 = 1 << 14;
 
 struct Random(u64);
 
@@ -84,38 +90,76 @@ fn static_tree(ranges: &[Range]) -> BasicCOITree<u32, u32> {
     BasicCOITree::new(&nodes)
 }
 
-fn lookup(c: &mut Criterion) {
-    for (name, make) in [("miss", apart as fn(u64) -> _), ("hits", heaped)] {
-        let mut group = c.benchmark_group(name);
+/// Runs a batch of so many calls.
+type Contender<'a> = Box<dyn FnMut(u64) + 'a>;
+
+fn repeat<'a, T>(mut call: impl FnMut() -> T + 'a) -> Contender<'a> {
+    Box::new(move |calls| {
+        for _ in 0..calls {
+            black_box(call());
+        }
+    })
+}
+
+/// The median cost of one call of each, in nanoseconds.
+fn medians(mut contenders: Vec<Contender<'_>>, calls: u64) -> Vec<f64> {
+    let mut times = vec![Vec::with_capacity(BATCHES); contenders.len()];
+    // The first batch warms up.
+    for batch in 0..=BATCHES {
+        for (contender, times) in contenders.iter_mut().zip(&mut times) {
+            let start = Instant::now();
+            contender(calls);
+            if batch > 0 {
+                times.push(start.elapsed().as_secs_f64() * 1e9 / calls as f64);
+            }
+        }
+    }
+    let median = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        times[BATCHES / 2]
+    };
+    times.into_iter().map(median).collect()
+}
+
+fn title(what: &str, columns: &[&str]) {
+    print!("\n{what:<26}");
+    columns.iter().for_each(|column| print!("{column:>12}"));
+    println!();
+}
+
+fn row(name: &str, n: u64, nanoseconds: &[f64]) {
+    print!("{:<26}", format!("{name} {n}"));
+    nanoseconds.iter().for_each(|ns| print!("{ns:>12.1}"));
+    println!();
+}
+
+fn lookup() {
+    title("lookup, ns", &["ours", "iset", "coitrees"]);
+    for (name, make) in [("miss among", apart as fn(u64) -> _), ("3 hits among", heaped)] {
         for n in SIZES {
             let (ranges, probes) = make(n);
-            let mut next = (0..PROBES).cycle();
-            let mut probe = move || probes[next.next().expect("endless")];
-
-            let index = ours(&ranges);
-            group.bench_function(BenchmarkId::new("ours", n), |b| {
-                b.iter(|| index.overlaps(black_box(probe())).fold(0u32, |sum, (_, _, &id)| sum ^ id));
-            });
-            drop(index);
-            let map = rb_tree(&ranges);
-            group.bench_function(BenchmarkId::new("iset", n), |b| {
-                b.iter(|| {
-                    let range = black_box(probe());
+            let probes = &probes;
+            let probe = || {
+                let mut next = (0..PROBES).cycle();
+                move || black_box(probes[next.next().expect("endless")])
+            };
+            let (index, map, tree) = (ours(&ranges), rb_tree(&ranges), static_tree(&ranges));
+            let (mut a, mut b, mut c) = (probe(), probe(), probe());
+            let contenders = vec![
+                repeat(|| index.overlaps(a()).fold(0u32, |sum, (_, _, &id)| sum ^ id)),
+                repeat(|| {
+                    let range = b();
                     map.values(range.start()..range.end()).fold(0u32, |sum, &id| sum ^ id)
-                });
-            });
-            drop(map);
-            let tree = static_tree(&ranges);
-            group.bench_function(BenchmarkId::new("coitrees", n), |b| {
-                b.iter(|| {
-                    let page = (black_box(probe()).start() / PAGE_SIZE) as i32;
+                }),
+                repeat(|| {
+                    let page = (c().start() / PAGE_SIZE) as i32;
                     let mut sum = 0u32;
                     tree.query(page, page, |i| sum ^= i.metadata);
                     sum
-                });
-            });
+                }),
+            ];
+            row(name, n, &medians(contenders, CALLS));
         }
-        group.finish();
     }
 }
 
@@ -132,84 +176,70 @@ impl Invalidate for Silent {
     }
 }
 
-fn section(c: &mut Criterion) {
-    MaySleep::enter(|cx| {
-        let silent = Arc::new(Silent);
-        let mut group = c.benchmark_group("section");
-        for n in SIZES {
-            let (ranges, probes) = apart(n);
-            let mm = NotifierSubscriptions::new(Rules::default());
-            let held: Vec<_> = ranges.iter().map(|&r| mm.insert_interval(cx, r, silent.clone())).collect();
-            let mut next = probes.iter().cycle();
-            group.bench_function(BenchmarkId::new("miss", n), |b| {
-                b.iter(|| {
-                    let inv = Invalidation::new(*next.next().expect("endless"), Event::Unmap);
-                    mm.invalidate_range_start(cx, inv).invalidate_range_end(cx);
-                });
-            });
-            drop(held);
-        }
-        group.finish();
-
-        let mut group = c.benchmark_group("dispatch");
-        for k in [0, 1, 8, 64] {
-            let mm = NotifierSubscriptions::new(Rules::default());
-            let there = (0..k).map(|_| pages(10, 1));
-            let elsewhere = (k..1_000).map(|i| pages(100 + i, 1));
-            let held: Vec<_> =
-                there.chain(elsewhere).map(|r| mm.insert_interval(cx, r, silent.clone())).collect();
-            group.bench_function(BenchmarkId::new("overlaps", k), |b| {
-                b.iter(|| {
-                    let inv = Invalidation::new(black_box(pages(10, 1)), Event::Unmap);
-                    mm.invalidate_range_start(cx, inv).invalidate_range_end(cx);
-                });
-            });
-            drop(held);
-        }
-        group.finish();
-    });
+/// A start and an end over each range in turn.
+fn sections<'a>(
+    cx: &'a mut MaySleep<'_>,
+    mm: &'a NotifierSubscriptions,
+    ranges: &'a [Range],
+) -> Contender<'a> {
+    let mut next = ranges.iter().cycle();
+    repeat(move || {
+        let inv = Invalidation::new(black_box(*next.next().expect("endless")), Event::Unmap);
+        mm.invalidate_range_start(cx, inv).invalidate_range_end(cx);
+    })
 }
 
-fn update(c: &mut Criterion) {
-    let (ranges, probes) = apart(100_000);
-    let mut group = c.benchmark_group("update");
-    let mut next = probes.iter().cycle();
-    let mut index = ours(&ranges);
-    group.bench_function("ours", |b| {
-        b.iter(|| {
-            let key = index.insert(*next.next().expect("endless"), 0);
-            index.remove(key)
-        });
-    });
-    let mut map = rb_tree(&ranges);
-    group.bench_function("iset", |b| {
-        b.iter(|| {
-            let range = *next.next().expect("endless");
-            map.force_insert(range.start()..range.end(), 0);
-            map.remove(range.start()..range.end())
-        });
-    });
-    MaySleep::enter(|cx| {
-        let silent = Arc::new(Silent);
+fn section(cx: &mut MaySleep<'_>) {
+    let silent = Arc::new(Silent);
+    title("section, ns", &["registry"]);
+    for n in SIZES {
+        let (ranges, probes) = apart(n);
         let mm = NotifierSubscriptions::new(Rules::default());
         let held: Vec<_> = ranges.iter().map(|&r| mm.insert_interval(cx, r, silent.clone())).collect();
-        group.bench_function("notifier", |b| {
-            b.iter(|| {
-                let range = *next.next().expect("endless");
-                mm.insert_interval(cx, range, silent.clone()).map(|i| i.remove(cx))
-            });
-        });
+        row("no overlap among", n, &medians(vec![sections(cx, &mm, &probes)], CALLS));
         drop(held);
-    });
-    group.finish();
+    }
+    title("dispatch, ns", &["registry"]);
+    for k in [0, 1, 8, 64] {
+        let mm = NotifierSubscriptions::new(Rules::default());
+        let there = (0..k).map(|_| pages(10, 1));
+        let elsewhere = (k..1_000).map(|i| pages(100 + i, 1));
+        let held: Vec<_> =
+            there.chain(elsewhere).map(|r| mm.insert_interval(cx, r, silent.clone())).collect();
+        row("overlaps", k, &medians(vec![sections(cx, &mm, &[pages(10, 1)])], CALLS / 4));
+        drop(held);
+    }
 }
 
-criterion_group! {
-    name = benches;
-    config = Criterion::default()
-        .warm_up_time(Duration::from_millis(300))
-        .measurement_time(Duration::from_secs(1))
-        .sample_size(20);
-    targets = lookup, section, update
+fn update(cx: &mut MaySleep<'_>) {
+    const AMONG: u64 = 100_000;
+    let (ranges, probes) = apart(AMONG);
+    let silent = Arc::new(Silent);
+    let (mut index, mut map) = (ours(&ranges), rb_tree(&ranges));
+    let mm = NotifierSubscriptions::new(Rules::default());
+    let held: Vec<_> = ranges.iter().map(|&r| mm.insert_interval(cx, r, silent.clone())).collect();
+    let [mut a, mut b, mut c] = [(); 3].map(|()| probes.iter().cycle());
+    let contenders = vec![
+        repeat(|| {
+            let key = index.insert(*a.next().expect("endless"), 0);
+            index.remove(key)
+        }),
+        repeat(|| {
+            let range = *b.next().expect("endless");
+            map.force_insert(range.start()..range.end(), 0);
+            map.remove(range.start()..range.end())
+        }),
+        repeat(|| mm.insert_interval(cx, *c.next().expect("endless"), silent.clone()).map(|i| i.remove(cx))),
+    ];
+    title("insert and remove, ns", &["ours", "iset", "a notifier"]);
+    row("among", AMONG, &medians(contenders, CALLS));
+    drop(held);
 }
-criterion_main!(benches);
+
+fn main() {
+    lookup();
+    MaySleep::enter(|cx| {
+        section(cx);
+        update(cx);
+    });
+}

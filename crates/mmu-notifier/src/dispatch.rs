@@ -2,8 +2,9 @@
 //! What the primary MMU calls: the `mmu_notifier_*` functions of one mm, and the section between start and end.
 //!
 //! Order, as in Linux 6.x: at the start interval notifiers before list notifiers, at the end likewise; the list
-//! from the latest registered to the first. A dispatch walks the list as it was when the section began, less those that have been unregistered
-//! since; so whoever heard a start and is still there hears its end, and nobody hears an end without a start.
+//! from the latest registered to the first. A dispatch walks the list as it was when the section began, less those
+//! that have been unregistered since; so whoever heard a start and is still there hears its end, and nobody hears
+//! an end without a start.
 
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -19,7 +20,8 @@ use crate::{Cursor, Event, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range,
 
 /// An invalidation between its start and its end; the page tables change while it lives. Belongs to its thread.
 ///
-/// It must be ended by [`InvalidateSection::invalidate_range_end`]: whoever drops it leaves notifiers waiting, so that panics.
+/// It must be ended by [`InvalidateSection::invalidate_range_end`]: whoever drops it leaves notifiers waiting, so
+/// that panics.
 #[must_use = "an invalidation that was started must be ended"]
 #[derive(Debug)]
 pub struct InvalidateSection<'mm> {
@@ -39,9 +41,9 @@ struct Started {
 }
 
 impl NotifierSubscriptions {
-    /// Before the page tables of `inv.range` change: calls everyone who listens to it, and returns when they have dropped
-    /// their translations. The range is blockable, whatever `inv` says. A callback that fails all the same is recorded as a
-    /// [`Breach`] and taken to have succeeded.
+    /// Before the page tables of `inv.range` change: calls everyone who listens to it, and returns when they have
+    /// dropped their translations. The range is blockable, whatever `inv` says. A callback that fails all the same
+    /// is recorded as a [`Breach`] and taken to have succeeded.
     #[track_caller]
     pub fn invalidate_range_start(&self, cx: &mut MaySleep<'_>, inv: Invalidation) -> InvalidateSection<'_> {
         let inv = Invalidation { blockable: true, ..inv };
@@ -55,8 +57,9 @@ impl NotifierSubscriptions {
     /// Like [`NotifierSubscriptions::invalidate_range_start`] for the oom reaper (4.19+): callbacks may only try.
     ///
     /// # Errors
-    /// [`WouldBlock`], if a callback would have to block. The page tables must not be changed, and there is nothing to end:
-    /// those who heard the start have been given their end, as far as the [`Rules`](crate::Rules) say so.
+    /// [`WouldBlock`], if a callback would have to block. The page tables must not be changed, and there is
+    /// nothing to end: those who heard the start have been given their end, as far as the [`Rules`](crate::Rules)
+    /// say so.
     #[track_caller]
     pub fn invalidate_range_start_nonblock(
         &self,
@@ -241,7 +244,8 @@ impl InvalidateSection<'_> {
         self.list.iter().flat_map(|list| list.iter())
     }
 
-    /// Calls the start of every list notifier, also after one has failed. If one has, those who succeeded get their end.
+    /// Calls the start of every list notifier, also after one has failed. If one has, those who succeeded get
+    /// their end.
     fn start_list(&self, cx: &mut MaySleep<'_>) -> Result<(), WouldBlock> {
         let inv = &self.inv;
         let mut failed: Vec<*const Listed> = Vec::new();

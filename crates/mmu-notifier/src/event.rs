@@ -13,8 +13,8 @@ pub enum Event {
     /// The virtual range goes away. munmap, `mmap(MAP_FIXED)` over a mapping, brk shrink, mremap (the old range),
     /// the teardown at exit, the oom reaper (non-blockable, 4.19+). Since 5.2.
     Unmap,
-    /// Page table entries are cleared or replaced and the mapping stays. COW and unshare faults,
-    /// `MADV_DONTNEED`, `MADV_FREE`, truncate and hole punch, reclaim, migration and compaction, KSM, uprobes, THP split and
+    /// Page table entries are cleared or replaced and the mapping stays. COW and unshare faults, `MADV_DONTNEED`,
+    /// `MADV_FREE`, truncate and hole punch, reclaim, migration and compaction, KSM, uprobes, THP split and
     /// collapse, `UFFDIO_MOVE` (6.8+), fork of hugetlb memory. Since 5.2.
     Clear,
     /// The protection of a whole VMA changes. mprotect, NUMA hinting, userfaultfd write protection, `PAGEMAP_SCAN`
@@ -23,7 +23,8 @@ pub enum Event {
     /// Pages become read only and stay mapped. fork of a private mapping (the parent's range), writeback
     /// (`page_mkclean`), DAX write protection (5.18+). Since 5.2.
     ProtectionPage,
-    /// `echo 4 > /proc/PID/clear_refs`: write protection of the whole address space to track soft-dirty pages. Since 5.2.
+    /// `echo 4 > /proc/PID/clear_refs`: write protection of the whole address space to track soft-dirty pages.
+    /// Since 5.2.
     SoftDirty,
     /// The mm dies. Sent to interval notifiers alone, over [`Range::ALL`](crate::Range::ALL), before the teardown sends
     /// [`Event::Unmap`]. List notifiers get `release` instead. Since 5.5.

@@ -8,8 +8,8 @@ use std::cell::RefCell;
 
 use interleave::PerThread;
 
-/// The calling thread is between the start and the end of an invalidation of this mm, or in one of its callbacks, and asked for
-/// something that waits for the end.
+/// The calling thread is between the start and the end of an invalidation of this mm, or in one of its callbacks,
+/// and asked for something that waits for the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "called inside an invalidation of the same mm, whose end it would wait for: call it from a thread that is in no callback"

@@ -7,25 +7,22 @@
 //! asked for, so one pair of comparisons over the columns prunes leaves and subtrees alike.
 //!
 //! Invariants (checked by `check` in the property tests):
-//! * `starts` is ascending in a node, and through the leaves from left to right; an inner entry holds the least start and
-//!   the greatest end of its child; unused entries have start [`NOWHERE`] and so never match;
-//! * all leaves are at the same depth; every node off the right spine is at least [`MIN`] full, and the root of more than one
-//!   level has two children, so the depth is O(log n) whatever was removed;
+//! * `starts` is ascending in a node, and through the leaves from left to right; an inner entry holds the least
+//!   start and the greatest end of its child; unused entries have start `NOWHERE` and so never match;
+//! * all leaves are at the same depth; every node off the right spine is at least `MIN` full, and the root of more
+//!   than one level has two children, so the depth is O(log n) whatever was removed;
 //! * a slot knows its leaf and a node its parent: removal starts at the leaf and never searches, so any number of
 //!   equal ranges costs no more than distinct ones.
 
 use crate::Range;
 
-/// Entries of a node.
-const FANOUT: usize = 16;
-/// Fewest entries of a node off the right spine.
-const MIN: usize = FANOUT / 4;
-/// Levels that 2^32 entries can need: the root has two children, all others [`MIN`].
-const MAX_DEPTH: usize = 17;
-const NONE: u32 = u32::MAX;
-/// After every address.
-const NOWHERE: u64 = 1 << 62;
+mod balance;
+mod node;
 
+use node::{Entry, NONE, Node};
+
+/// Levels that 2^32 entries can need: the root has two children, all others `MIN`.
+const MAX_DEPTH: usize = 17;
 /// Names one entry of an [`IntervalIndex`]; never reused for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Key {
@@ -48,102 +45,6 @@ struct Slot<T> {
     generation: u32,
     leaf: u32,
     value: Option<T>,
-}
-
-#[derive(Debug, Clone)]
-#[repr(align(64))]
-struct Node {
-    starts: [u64; FANOUT],
-    ends: [u64; FANOUT],
-    ptrs: [u32; FANOUT],
-    parent: u32,
-    len: u16,
-    leaf: bool,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Entry {
-    start: u64,
-    end: u64,
-    ptr: u32,
-}
-
-impl Node {
-    fn new(leaf: bool) -> Node {
-        Node {
-            starts: [NOWHERE; FANOUT],
-            ends: [0; FANOUT],
-            ptrs: [NONE; FANOUT],
-            parent: NONE,
-            len: 0,
-            leaf,
-        }
-    }
-
-    fn len(&self) -> usize {
-        usize::from(self.len)
-    }
-
-    fn entry(&self, i: usize) -> Entry {
-        Entry { start: self.starts[i], end: self.ends[i], ptr: self.ptrs[i] }
-    }
-
-    fn set(&mut self, i: usize, e: Entry) {
-        (self.starts[i], self.ends[i], self.ptrs[i]) = (e.start, e.end, e.ptr);
-    }
-
-    fn insert(&mut self, at: usize, e: Entry) {
-        let len = self.len();
-        self.starts.copy_within(at..len, at + 1);
-        self.ends.copy_within(at..len, at + 1);
-        self.ptrs.copy_within(at..len, at + 1);
-        self.set(at, e);
-        self.len += 1;
-    }
-
-    fn remove(&mut self, at: usize) {
-        let len = self.len();
-        self.starts.copy_within(at + 1..len, at);
-        self.ends.copy_within(at + 1..len, at);
-        self.ptrs.copy_within(at + 1..len, at);
-        self.truncate(len - 1);
-    }
-
-    fn truncate(&mut self, len: usize) {
-        for i in len..self.len() {
-            self.set(i, Entry { start: NOWHERE, end: 0, ptr: NONE });
-        }
-        self.len = len as u16;
-    }
-
-    fn max_end(&self) -> u64 {
-        self.ends.iter().copied().fold(0, u64::max)
-    }
-
-    fn position(&self, ptr: u32) -> usize {
-        self.ptrs.iter().position(|&p| p == ptr).expect("a parent lists its child, a leaf its slot")
-    }
-
-    /// First entry that starts after `start`.
-    fn upper_bound(&self, start: u64) -> usize {
-        self.starts.iter().filter(|&&s| s <= start).count()
-    }
-
-    fn range(&self, i: usize) -> Range {
-        Range::from_bounds(self.starts[i], self.ends[i])
-    }
-
-    /// Bit `i`: entry `i` can hold an overlap. Addresses have 47 bits, so the sign of a difference compares them, and
-    /// the sign of both at once needs no branch and no compare: most of a lookup is spent here.
-    fn overlaps(&self, range: Range) -> u16 {
-        let mut mask = 0;
-        for i in 0..FANOUT {
-            let starts_before = self.starts[i].wrapping_sub(range.end());
-            let ends_after = range.start().wrapping_sub(self.ends[i]);
-            mask |= (((starts_before & ends_after) >> 63) as u16) << i;
-        }
-        mask
-    }
 }
 
 /// Ranges with values, found by overlap. Equal ranges may be inserted any number of times.
@@ -227,7 +128,10 @@ impl<T> IntervalIndex<T> {
         let value = slot.value.take()?;
         slot.generation = slot.generation.wrapping_add(1);
         let leaf = slot.leaf;
-        self.free_slots.push(key.slot);
+        // A slot whose generations are used up is given up: a key is never another's.
+        if slot.generation != 0 {
+            self.free_slots.push(key.slot);
+        }
         self.len -= 1;
         let pos = self.nodes[leaf as usize].position(key.slot);
         self.nodes[leaf as usize].remove(pos);
@@ -240,8 +144,9 @@ impl<T> IntervalIndex<T> {
         Overlaps { index: self, cursor: self.cursor(range) }
     }
 
-    /// Like [`IntervalIndex::overlaps`], for a caller who cannot borrow the index all the while: [`IntervalIndex::next`] goes on
-    /// where the cursor stands. The index must not change in between, or entries are missed.
+    /// Like [`IntervalIndex::overlaps`], for a caller who cannot borrow the index all the while:
+    /// [`IntervalIndex::next`] goes on where the cursor stands. The index must not change in between, or entries
+    /// are missed.
     pub fn cursor(&self, range: Range) -> Cursor {
         let mut cursor = Cursor { range, depth: 0, path: [(0, 0); MAX_DEPTH] };
         if self.root != NONE {
@@ -292,135 +197,6 @@ impl<T> IntervalIndex<T> {
         }
         self.nodes.push(Node::new(leaf));
         (self.nodes.len() - 1) as u32
-    }
-
-    /// Tells what `ptr` points to that it now hangs under `node`.
-    fn adopt(&mut self, node: u32, from: usize) {
-        for i in from..self.nodes[node as usize].len() {
-            let Node { leaf, ptrs, .. } = &self.nodes[node as usize];
-            let ptr = ptrs[i] as usize;
-            if *leaf {
-                self.slots[ptr].leaf = node;
-            } else {
-                self.nodes[ptr].parent = node;
-            }
-        }
-    }
-
-    /// Puts `entry` at `pos` of `at`; splits as far up as needed. `rightmost`: `at` is on the right spine, where a split
-    /// leaves the left node full, so that ascending insertion packs the tree.
-    fn insert_entry(&mut self, at: u32, pos: usize, entry: Entry, rightmost: bool) {
-        if self.nodes[at as usize].len() < FANOUT {
-            self.nodes[at as usize].insert(pos, entry);
-            return;
-        }
-        let leaf = self.nodes[at as usize].leaf;
-        let right = self.new_node(leaf);
-        let keep = if rightmost && pos == FANOUT { FANOUT } else { FANOUT / 2 };
-        for i in keep..FANOUT {
-            let moved = self.nodes[at as usize].entry(i);
-            self.nodes[right as usize].insert(i - keep, moved);
-        }
-        self.nodes[at as usize].truncate(keep);
-        if pos > keep || keep == FANOUT {
-            self.nodes[right as usize].insert(pos - keep, entry);
-        } else {
-            self.nodes[at as usize].insert(pos, entry);
-        }
-        self.adopt(right, 0);
-
-        if at == self.root {
-            let root = self.new_node(false);
-            self.root = root;
-            let left = self.summary(at);
-            self.nodes[root as usize].insert(0, left);
-            self.nodes[at as usize].parent = root;
-        }
-        let parent = self.nodes[at as usize].parent;
-        let pos = self.nodes[parent as usize].position(at);
-        let summary = self.summary(at);
-        self.nodes[parent as usize].set(pos, summary);
-        self.nodes[right as usize].parent = parent;
-        let summary = self.summary(right);
-        self.insert_entry(parent, pos + 1, summary, rightmost);
-    }
-
-    /// What the parent says about `at`.
-    fn summary(&self, at: u32) -> Entry {
-        let node = &self.nodes[at as usize];
-        Entry { start: node.starts[0], end: node.max_end(), ptr: at }
-    }
-
-    /// After entries of `at` were removed: makes every ancestor right again, merges or refills what became too small.
-    fn repair(&mut self, mut at: u32) {
-        loop {
-            if at == self.root {
-                return self.shrink_root();
-            }
-            let parent = self.nodes[at as usize].parent;
-            let pos = self.nodes[parent as usize].position(at);
-            if self.nodes[at as usize].len() < MIN && self.nodes[parent as usize].len() > 1 {
-                let left = if pos > 0 { pos - 1 } else { pos };
-                self.level(parent, left);
-            } else if self.nodes[at as usize].len() == 0 {
-                self.nodes[parent as usize].remove(pos);
-                self.free_nodes.push(at);
-            } else {
-                let summary = self.summary(at);
-                self.nodes[parent as usize].set(pos, summary);
-            }
-            at = parent;
-        }
-    }
-
-    /// Merges children `left` and `left + 1` of `parent` if they fit into one node, else shares their entries equally.
-    fn level(&mut self, parent: u32, left: usize) {
-        let (a, b) = (self.nodes[parent as usize].ptrs[left], self.nodes[parent as usize].ptrs[left + 1]);
-        let (na, nb) = (self.nodes[a as usize].len(), self.nodes[b as usize].len());
-        let keep = if na + nb <= FANOUT { na + nb } else { (na + nb) / 2 };
-        if keep >= na {
-            for i in 0..keep - na {
-                let moved = self.nodes[b as usize].entry(i);
-                self.nodes[a as usize].insert(na + i, moved);
-            }
-            for _ in 0..keep - na {
-                self.nodes[b as usize].remove(0);
-            }
-            self.adopt(a, na);
-        } else {
-            for i in (keep..na).rev() {
-                let moved = self.nodes[a as usize].entry(i);
-                self.nodes[b as usize].insert(0, moved);
-            }
-            self.nodes[a as usize].truncate(keep);
-            self.adopt(b, 0);
-        }
-        let summary = self.summary(a);
-        self.nodes[parent as usize].set(left, summary);
-        if self.nodes[b as usize].len() == 0 {
-            self.nodes[parent as usize].remove(left + 1);
-            self.free_nodes.push(b);
-        } else {
-            let summary = self.summary(b);
-            self.nodes[parent as usize].set(left + 1, summary);
-        }
-    }
-
-    /// A root with a single child gives way to it; an empty tree has no root.
-    fn shrink_root(&mut self) {
-        while self.root != NONE {
-            let root = &self.nodes[self.root as usize];
-            let next = match (root.len(), root.leaf) {
-                (0, _) => NONE,
-                (1, false) => root.ptrs[0],
-                _ => return,
-            };
-            self.free_nodes.push(self.root);
-            self.root = next;
-            if next != NONE {
-                self.nodes[next as usize].parent = NONE;
-            }
-        }
     }
 }
 

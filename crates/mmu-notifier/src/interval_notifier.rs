@@ -7,12 +7,14 @@
 //! | odd | at least one range is active that matched; all active ranges share this one value |
 //!
 //! A start makes it odd if a notifier overlaps, and its callback stores the odd value as its own
-//! ([`SetSeq::set`](crate::SetSeq::set)). Only the last end makes it even; then deferred insertions and removals are applied and
-//! waiters woken. A notifier collides iff its own value equals the mm's, so one that is inserted while a range is active starts out
-//! colliding: it did not hear the start. The start of a range that fails (non-blockable) is ended here, by itself.
+//! ([`SetSeq::set`](crate::SetSeq::set)). Only the last end makes it even; then deferred insertions and removals
+//! are applied and waiters woken. A notifier collides iff its own value equals the mm's, so one that is inserted
+//! while a range is active starts out colliding: it did not hear the start. The start of a range that fails
+//! (non-blockable) is ended here, by itself.
 //!
-//! Lock order: `insert`, `remove` and `read_begin` may sleep until callbacks have run, so they must not be called with a lock that
-//! a callback takes. Lockdep reports it through the class [`INVALIDATE_START`](crate::INVALIDATE_START).
+//! Lock order: `insert`, `remove` and `read_begin` may sleep until callbacks have run, so they must not be called
+//! with a lock that a callback takes. Lockdep reports it through the class
+//! [`INVALIDATE_START`](crate::INVALIDATE_START).
 
 use std::fmt;
 use std::sync::Arc;

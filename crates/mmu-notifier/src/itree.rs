@@ -2,8 +2,8 @@
 //! The interval notifiers of one mm: `invalidate_seq`, `active_invalidate_ranges`, `itree` and `deferred_list` of
 //! `struct mmu_notifier_subscriptions`, as plain data under its spin lock.
 //!
-//! Invariants: `seq` is odd iff a range is active and, since it became active, a notifier matched an active range or was
-//! inserted; while it is odd the index does not change, so a walk may drop the lock and go on.
+//! Invariants: `seq` is odd iff a range is active and, since it became active, a notifier matched an active range
+//! or was inserted; while it is odd the index does not change, so a walk may drop the lock and go on.
 
 use std::sync::Arc;
 

@@ -191,7 +191,8 @@ pub trait MmuNotifier: Send + Sync {
         let _ = (cx, page, pte);
     }
 
-    /// The CPU flushes its TLB for `range`: flush the TLBs that walk the CPU's page table (`invalidate_range` before 6.6).
+    /// The CPU flushes its TLB for `range`: flush the TLBs that walk the CPU's page table (`invalidate_range`
+    /// before 6.6).
     fn arch_invalidate_secondary_tlbs(&self, cx: &mut Atomic<'_>, range: Range) {
         let _ = (cx, range);
     }

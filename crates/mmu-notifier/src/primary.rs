@@ -23,10 +23,11 @@
 //! * The check and the installation are one critical section of the driver's lock, and the callback moves the sequence
 //!   and drops the translations in one. Either the callback comes first, and the check fails; or the
 //!   installation does, and the callback drops it.
-//! * The pages are got without the driver's lock: getting them can fault, a fault can invalidate, and the callback wants the
-//!   lock.
+//! * The pages are got without the driver's lock: getting them can fault, a fault can invalidate, and the callback
+//!   wants the lock.
 //! * `read_begin` waits for changes in flight. A reader that got its pages between start and the change of the
-//!   page table would hold the old page, and no second callback would come (the "start gap" of drivers that listen to start alone).
+//!   page table would hold the old page, and no second callback would come (the "start gap" of drivers that listen
+//!   to start alone).
 //! * Neither `read_begin` nor unsubscribing may be called from a callback, or with a lock that the callback takes.
 //!
 //! # What differs between sources
@@ -40,17 +41,20 @@
 //! | [`CountedBefore`] | no | before the page tables change | after `read_retry` said false |
 //! | [`After`] | until the event is read, not until it is handled | before the changing system call returns | after `read_retry` said false; racy with other threads |
 //!
-//! So a consumer that is generic over the source asks `read_retry` before each use of a translation; over [`Blocks`] that is
-//! redundant and costs a load. With a callback that comes late, dropping the translation is housekeeping. What a source never reports is
-//! in [`PrimaryMmu::cannot_hear`].
+//! So a consumer that is generic over the source asks `read_retry` before each use of a translation; over
+//! [`Blocks`] that is redundant and costs a load. With a callback that comes late, dropping the translation is
+//! housekeeping. What a source never reports is in [`PrimaryMmu::cannot_hear`].
 
-use std::error::Error;
 use std::fmt;
 use std::sync::Arc;
 
 use interleave::{AtomicU64, MaySleep, Ordering, Sleep};
 
 use crate::{Access, InsideInvalidation, Invalidation, PageAddr, Pfn, Range, WouldBlock};
+
+mod error;
+
+pub use error::{Gone, GupError, IdentityError, SourceError, SubscribeError};
 
 /// A point in the life of a range, from `read_begin`. Means something to its subscription only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -89,7 +93,8 @@ impl<'a> SetSeq<'a> {
         SetSeq { moves: None }
     }
 
-    /// Moves the sequence. Under the lock of the consumer that also guards installation, before translations are dropped.
+    /// Moves the sequence. Under the lock of the consumer that also guards installation, before translations are
+    /// dropped.
     pub fn set(self) -> SeqMoved {
         if let Some((cell, seq)) = self.moves {
             cell.store(seq.0, Ordering::Release);
@@ -105,8 +110,8 @@ impl<'a> SetSeq<'a> {
 
 /// The callback of a subscription (`mmu_interval_notifier_ops`).
 pub trait Invalidate: Send + Sync {
-    /// What lies behind the subscribed range changes in `inv.range`, which may reach beyond it. Move the sequence with `seq`,
-    /// drop the translations and wait until no access through them is in flight.
+    /// What lies behind the subscribed range changes in `inv.range`, which may reach beyond it. Move the sequence
+    /// with `seq`, drop the translations and wait until no access through them is in flight.
     ///
     /// The caller can hold any lock of the mm: see [`MmuNotifier`](crate::MmuNotifier).
     ///
@@ -204,11 +209,13 @@ pub trait PrimaryMmu: Send + Sync {
     /// [`GupError`]; pages before the failing one may have been faulted in.
     fn fault_in(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<(), GupError>;
 
-    /// Faults in the pages of `range` and takes references (`pin_user_pages`). A pin keeps the pages, not the mapping: the range
-    /// can be unmapped or replaced under it.
+    /// Faults in the pages of `range` and takes references (`pin_user_pages`). A pin keeps the pages, not the
+    /// mapping: the range can be unmapped or replaced under it.
     ///
     /// # Errors
-    /// [`GupError`]; nothing is pinned then.
+    /// [`GupError`]; nothing is pinned then. It says what was wrong at some moment of the call: ask
+    /// [`read_retry`](Subscription::read_retry) before believing it, and know that mapping something where nothing
+    /// was moves no sequence.
     fn pin(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Self::Pin, GupError>;
 
     /// What lies behind `page` now. Out of date when it returns, unless bracketed by `read_begin` and `read_retry`.
@@ -236,7 +243,8 @@ pub trait Subscription: Send + Sync {
     /// ([`Gone::InsideInvalidation`]) the caller waits for itself.
     fn read_begin(&self, cx: &mut MaySleep<'_>) -> Result<Self::Seq, Gone>;
 
-    /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs a load or two.
+    /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs
+    /// a load or two.
     fn read_retry(&self, seq: Self::Seq) -> bool;
 
     /// Ends the subscription; no callback runs after it returns. May sleep.
@@ -272,141 +280,6 @@ pub struct PageIdentity {
     pub writable: Option<bool>,
     /// Is this mm the only one that maps the page?
     pub exclusive: Option<bool>,
-}
-
-/// Why a subscription has no sequence to give.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Gone {
-    /// This process is a fork child: the subscription hears the parent's memory.
-    #[error("the subscription belongs to the parent process: subscribe again in this one")]
-    Forked,
-    /// The source stopped working and can no longer vouch for anything.
-    #[error("the source is closed ({why}): open a new one and subscribe again")]
-    Closed {
-        /// What happened.
-        why: String,
-    },
-    /// The address space is gone.
-    #[error("the address space has been released")]
-    Released,
-    /// The caller waits for itself.
-    #[error(transparent)]
-    InsideInvalidation(#[from] InsideInvalidation),
-}
-
-/// An error of a source that has no name here.
-pub type SourceError = Box<dyn Error + Send + Sync>;
-
-/// Why a range cannot be subscribed to.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SubscribeError {
-    /// The address space is being torn down, or is gone.
-    #[error("cannot subscribe to {0}: the address space has been released")]
-    Released(Range),
-    /// The source works on memory of another kind.
-    #[error("cannot subscribe to {range}: {why}")]
-    Unsupported {
-        /// The range asked for.
-        range: Range,
-        /// What it is that the source cannot hear, and which source could.
-        why: String,
-    },
-    /// The source has no privilege for it.
-    #[error("cannot subscribe to {range}: {missing} is missing")]
-    NotPermitted {
-        /// The range asked for.
-        range: Range,
-        /// The capability, group or setting, and how to get it.
-        missing: String,
-    },
-    /// The system refused.
-    #[error("cannot subscribe to {range}: {source}")]
-    Source {
-        /// The range asked for.
-        range: Range,
-        /// What it said.
-        source: SourceError,
-    },
-}
-
-/// Why pages could not be got.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum GupError {
-    /// Nothing is mapped there (EFAULT).
-    #[error("cannot get the pages of {range} for {access:?}: nothing is mapped at {at:?}")]
-    NotMapped {
-        /// The range asked for.
-        range: Range,
-        /// The access asked for.
-        access: Access,
-        /// The first page that failed.
-        at: PageAddr,
-    },
-    /// The mapping does not allow the access (EFAULT).
-    #[error("cannot get the pages of {range} for {access:?}: the mapping at {at:?} does not allow it")]
-    AccessDenied {
-        /// The range asked for.
-        range: Range,
-        /// The access asked for.
-        access: Access,
-        /// The first page that failed.
-        at: PageAddr,
-    },
-    /// No memory, or a limit such as RLIMIT_MEMLOCK.
-    #[error("cannot get the pages of {range}: {limit} is exhausted")]
-    NoMemory {
-        /// The range asked for.
-        range: Range,
-        /// Which resource.
-        limit: String,
-    },
-    /// The address space is gone.
-    #[error("cannot get the pages of {0}: the address space has been released")]
-    Released(Range),
-    /// The source cannot do it.
-    #[error("cannot get the pages of {range}: {why}")]
-    Unsupported {
-        /// The range asked for.
-        range: Range,
-        /// What is missing, and how to get it.
-        why: String,
-    },
-    /// The system refused.
-    #[error("cannot get the pages of {range}: {source}")]
-    Source {
-        /// The range asked for.
-        range: Range,
-        /// What it said.
-        source: SourceError,
-    },
-}
-
-/// Why the identity of a page is not known.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum IdentityError {
-    /// The source has no privilege for it.
-    #[error("cannot tell the page at {page:?}: {missing} is missing")]
-    NotPermitted {
-        /// The page asked for.
-        page: PageAddr,
-        /// The capability or setting, and how to get it.
-        missing: String,
-    },
-    /// The address space is gone.
-    #[error("cannot tell the page at {0:?}: the address space has been released")]
-    Released(PageAddr),
-    /// The system refused.
-    #[error("cannot tell the page at {page:?}: {source}")]
-    Source {
-        /// The page asked for.
-        page: PageAddr,
-        /// What it said.
-        source: SourceError,
-    },
 }
 
 impl fmt::Display for Unheard {

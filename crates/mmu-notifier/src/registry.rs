@@ -9,7 +9,8 @@
 //! * A notifier registered outside of callbacks was registered while no section was open: it hears the start of every
 //!   section that it hears the end of, and misses none. (Linux gets this from `mm_take_all_locks`.)
 //!
-//! Lock order: `register` > callbacks' locks; `state` (spin) is a leaf: no callback and no destructor of a notifier runs under it.
+//! Lock order: `register` > callbacks' locks; `state` (spin) is a leaf: no callback and no destructor of a
+//! notifier runs under it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -25,13 +26,13 @@ use crate::rules::{Breach, Rules};
 use crate::srcu::{ReadSection, Srcu};
 use crate::{MmuNotifier, Ops};
 
-/// Held while starts and ends are dispatched, so that whatever a callback takes is ordered after whatever its caller holds
-/// (`__mmu_notifier_invalidate_range_start_map`, 5.4+).
+/// Held while starts and ends are dispatched, so that whatever a callback takes is ordered after whatever its
+/// caller holds (`__mmu_notifier_invalidate_range_start_map`, 5.4+).
 pub static INVALIDATE_START: LockClass = LockClass::new("mmu_notifier_invalidate_range_start");
 pub(crate) static INVALIDATE_START_MAP: LockMap = LockMap::new(&INVALIDATE_START);
 
-/// Held while memory is reclaimed, and by whatever allocates memory that may be. Registration puts [`INVALIDATE_START`] after it:
-/// reclaim calls notifiers, so a callback must not allocate.
+/// Held while memory is reclaimed, and by whatever allocates memory that may be. Registration puts
+/// [`INVALIDATE_START`] after it: reclaim calls notifiers, so a callback must not allocate.
 pub static FS_RECLAIM: LockClass = LockClass::new("fs_reclaim");
 static FS_RECLAIM_MAP: LockMap = LockMap::new(&FS_RECLAIM);
 
@@ -163,8 +164,8 @@ impl NotifierSubscriptions {
         self.rules
     }
 
-    /// Adds a notifier (`mmu_notifier_register`). Waits until every section that is open has ended, as Linux does by taking all
-    /// locks of the mm; so it must not be called with a lock that a callback takes.
+    /// Adds a notifier (`mmu_notifier_register`). Waits until every section that is open has ended, as Linux does
+    /// by taking all locks of the mm; so it must not be called with a lock that a callback takes.
     ///
     /// From inside a callback or a section of the same mm it cannot wait. Then the notifier hears what starts
     /// from now on, and must not map anything until the sections now open have ended. (Linux would deadlock.)
@@ -202,12 +203,12 @@ impl NotifierSubscriptions {
         if inside::callbacks_of(self.id(), listed.id()) > 0 {
             return Err(UnregisterError::InsideOwnCallback);
         }
-        let in_callback = inside::callback(self.id());
-        if in_callback {
-            let mut state = self.state.lock(cx);
-            if std::mem::replace(&mut state.fence_in_callback, true) {
+        let mut _fence = None;
+        if inside::callback(self.id()) {
+            if std::mem::replace(&mut self.state.lock(cx).fence_in_callback, true) {
                 return Err(UnregisterError::CallbacksWaitForEachOther);
             }
+            _fence = Some(FenceInCallback(self));
         } else if !inside::any(self.id()) {
             drop(INVALIDATE_START_MAP.acquire(cx));
         }
@@ -215,15 +216,12 @@ impl NotifierSubscriptions {
         let _old = self.state.lock(cx).remove(listed);
         listed.srcu.close();
         listed.srcu.synchronize(cx, 0);
-        if in_callback {
-            self.state.lock(cx).fence_in_callback = false;
-        }
         Ok(())
     }
 
-    /// The mm dies (`__mmu_notifier_release`): interval notifiers hear [`Event::Release`](crate::Event::Release) and stay, since the
-    /// teardown notifies them again; list notifiers are released and taken out, also those without a `release`, so
-    /// that they hear nothing of the teardown. Once; a second call does nothing.
+    /// The mm dies (`__mmu_notifier_release`): interval notifiers hear [`Event::Release`](crate::Event::Release)
+    /// and stay, since the teardown notifies them again; list notifiers are released and taken out, also those
+    /// without a `release`, so that they hear nothing of the teardown. Once; a second call does nothing.
     pub fn release(&self, cx: &mut MaySleep<'_>) {
         if std::mem::replace(&mut self.state.lock(cx).exiting, true) {
             return;
@@ -277,9 +275,19 @@ impl NotifierSubscriptions {
     }
 }
 
+/// One callback waits for another's end while this lives, also if the release that it called unwinds.
+struct FenceInCallback<'a>(&'a NotifierSubscriptions);
+
+impl Drop for FenceInCallback<'_> {
+    fn drop(&mut self) {
+        // Made in a context that may sleep, so that this one may too.
+        let _ = MaySleep::try_enter(|cx| self.0.state.lock(cx).fence_in_callback = false);
+    }
+}
+
 impl State {
-    /// Gives the old list, to be dropped outside the lock, and the parity of the sections begun before; `turn`: later ones are counted
-    /// elsewhere, and somebody waits for the earlier.
+    /// Gives the old list, to be dropped outside the lock, and the parity of the sections begun before; `turn`:
+    /// later ones are counted elsewhere, and somebody waits for the earlier.
     fn add(&mut self, listed: &Arc<Listed>, turn: bool) -> Result<(Option<List>, usize), RegisterError> {
         if self.exiting {
             return Err(RegisterError::Exited);
@@ -314,8 +322,8 @@ pub struct Registration {
 
 impl Registration {
     /// Takes the notifier out, after its `release` if exit has not called it. No callback runs after it returns
-    /// (`mmu_notifier_unregister`). It waits for those that do, so it must not be called with a lock that a callback takes; from a callback of
-    /// another notifier it may. A second call only waits.
+    /// (`mmu_notifier_unregister`). It waits for those that do, so it must not be called with a lock that a
+    /// callback takes; from a callback of another notifier it may. A second call only waits.
     ///
     /// # Errors
     /// [`UnregisterError`], where it would wait for itself; the notifier stays registered.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Read sections around callbacks, and the wait for their end: what SRCU does for mm/mmu_notifier.c.
 //!
-//! Linux has one SRCU domain for all notifiers of all mms, so that unregistering waits for everybody's callbacks, and hangs
-//! when called from any of them. Here every subscription is a domain of its own: the fence waits for the callbacks of this
-//! one notifier. A domain closes once and for ever, so one word is enough: the number of readers, and a bit
-//! that keeps new ones out.
+//! Linux has one SRCU domain for all notifiers of all mms, so that unregistering waits for everybody's callbacks,
+//! and hangs when called from any of them. Here every subscription is a domain of its own: the fence waits for the
+//! callbacks of this one notifier. A domain closes once and for ever, so one word is enough: the number of
+//! readers, and a bit that keeps new ones out.
 //!
 //! Invariant: after [`Srcu::close`], the number of readers only falls; the reader that brings it to zero wakes.
 

@@ -280,7 +280,8 @@ impl MmuNotifier for Refuses {
     }
 }
 
-/// Linux (read up to 6.13) returns from the failed list start without ending the range that interval notifiers were told of.
+/// Linux (read up to 6.13) returns from the failed list start without ending the range that interval notifiers
+/// were told of.
 #[test]
 fn a_failing_list_notifier_leaks_the_interval_range_in_linux_and_not_here() {
     for rules in [Rules::LINUX_6_6, Rules::MENDED] {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The framework's rules for list notifiers, one test each, named by the rule.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -584,6 +585,38 @@ fn unregister_from_inside_its_own_callback_is_an_error_and_dropping_is_the_way()
             mm.invalidate_range_start(cx, unmap()).invalidate_range_end(cx);
         }
         assert_eq!(calls.load(Ordering::Relaxed), 1);
+    });
+}
+
+#[test]
+fn a_release_that_panics_in_a_callback_gives_the_fence_back() {
+    struct Panics;
+    impl MmuNotifier for Panics {
+        fn ops(&self) -> Ops {
+            Ops::RELEASE
+        }
+        fn release(&self, _: &mut MaySleep<'_>) {
+            panic!("on purpose");
+        }
+    }
+    MaySleep::enter(|cx| {
+        let (mm, log, held) = (NotifierSubscriptions::new(Rules::default()), log(), held());
+        let victim = mm.register(cx, Arc::new(Recorder::new("victim", Ops::RELEASE, &log))).unwrap();
+        let panics = mm.register(cx, Arc::new(Panics)).unwrap();
+        held.lock(cx).extend([victim, panics]);
+        let act = {
+            let held = Arc::clone(&held);
+            move |cx: &mut MaySleep<'_>, _: &Arc<NotifierSubscriptions>| {
+                let Some(panics) = held.lock(cx).pop() else { return };
+                let Some(victim) = held.lock(cx).pop() else { return };
+                let unwound = catch_unwind(AssertUnwindSafe(|| panics.unregister(cx)));
+                assert!(unwound.is_err());
+                victim.unregister(cx).unwrap();
+            }
+        };
+        let _acts = mm.register(cx, Arc::new(Acts { mm: Arc::downgrade(&mm), act })).unwrap();
+        mm.invalidate_range_start(cx, unmap()).invalidate_range_end(cx);
+        assert_eq!(take(cx, &log), ["victim release"]);
     });
 }
 

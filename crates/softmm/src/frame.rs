@@ -63,7 +63,10 @@ struct Frame {
     generation: AtomicU64,
 }
 
-/// All page frames of a [`crate::Machine`].
+/// All page frames of a [`crate::Machine`]. Nothing sleeps; any context.
+///
+/// # Panics
+/// Every method that takes a frame number, if there is no such frame: numbers come from this machine.
 pub struct Frames {
     frames: Box<[Frame]>,
     words: Box<[AtomicU64]>,

@@ -161,9 +161,9 @@ impl PageTable {
         })
     }
 
-    /// Unlinks every table that lies wholly inside `[floor, ceiling)` and under `range`, and hands it to `gone` with the first page of
-    /// `range` under it
-    /// (free_pgtables). No vma may lie between floor and ceiling, and every pte there is none.
+    /// Unlinks every table that lies wholly inside `[floor, ceiling)` and under `range`, and hands it to `gone`
+    /// with the first page of `range` under it (free_pgtables). No vma may lie between floor and ceiling, and
+    /// every pte there is none.
     pub(crate) fn free_tables<C: Context + ?Sized>(
         &self,
         cx: &mut C,

@@ -110,19 +110,20 @@ impl VmaTree {
         self.vmas.is_empty()
     }
 
-    /// For a `range` that has been detached: the end of the last vma below `range` and the start of the first one above: page tables wholly between them
-    /// serve nobody but `range`.
+    /// For a `range` that has been detached: the end of the last vma below `range` and the start of the first one
+    /// above: page tables wholly between them serve nobody but `range`.
     pub(crate) fn neighbours(&self, range: Range) -> (u64, u64) {
         let below = self.vmas.range(..range.start()).next_back().map_or(0, |(_, vma)| vma.range.end());
         let above = self.vmas.range(range.end()..).next().map_or(u64::MAX, |(&start, _)| start);
         (below, above)
     }
 
-    /// Adds a vma that overlaps none, merged with its neighbours where that is possible (vma_merge_new_range).
+    /// Adds a vma that overlaps none, and leaves it apart from its neighbours.
     pub(crate) fn insert(&mut self, vma: Vma) {
         self.vmas.insert(vma.range.start(), vma);
     }
 
+    /// Adds a vma that overlaps none, merged with its neighbours where that is possible (vma_merge_new_range).
     pub(crate) fn insert_merging(&mut self, mut vma: Vma) {
         let prev = self.vmas.range(..vma.range.start()).next_back().map(|(&start, _)| start);
         if let Some(prev) = prev.filter(|start| self.vmas[start].merges_with(&vma)) {

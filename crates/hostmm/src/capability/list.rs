@@ -61,9 +61,9 @@ capabilities! {
     /// Kernel same-page merging. Partial where it runs but may not be set.
     Ksm = "ksm", "the KSM rows of `userptr live`";
     /// Swap space, active.
-    Swap = "swap", "the swap rows of `userptr live`";
-    /// An unused zram device that can be made swap space.
-    Zram = "zram", "the swap rows of `userptr live`, where no swap is active";
+    Swap = "swap", "swapping out without adding a device for it";
+    /// zram devices can be added, to swap to for a while.
+    Zram = "zram", "the swap rows of `userptr live`";
     /// uprobes through perf.
     Uprobes = "uprobes", "the uprobe rows of `userptr live`";
     /// Transparent huge pages. Partial where only MADV_COLLAPSE makes them.
@@ -72,6 +72,16 @@ capabilities! {
     Compaction = "compaction", "the compaction row of `userptr live`";
     /// `MADV_GUARD_INSTALL`.
     GuardPages = "guard_pages", "the guard row of `userptr live`";
+    /// `process_madvise` of oneself with any advice (6.13).
+    ProcessMadvise = "process_madvise", "the process_madvise row of `userptr live`";
+    /// System V shared memory.
+    SysV = "sysv", "the shmdt and SHM_REMAP rows of `userptr live`";
+    /// A DAMON thread that watches physical memory (`operations` is `paddr`).
+    Damon = "damon", "the page ageing row of `userptr live`";
+    /// The directory for temporary files is on a file system that writes back to a disk.
+    DiskFile = "disk_file", "the rows of mapped files in `userptr live`";
+    /// The number of huge pages can be set.
+    Hugetlb = "hugetlb", "testing that hugetlb mappings are heard";
     /// `mseal`.
     Mseal = "mseal", "sealed pools, which need fewer events";
     /// `memfd_secret`.

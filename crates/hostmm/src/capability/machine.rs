@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
 
 use rustix::process::{self, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_open};
 
@@ -55,16 +56,61 @@ pub(super) fn swap() -> Finding {
 }
 
 pub(super) fn zram() -> Finding {
-    match text("/sys/block/zram0/initstate").as_deref() {
-        Ok("0") => match probe::writable(c"/dev/zram0") {
-            Ok(()) => settable(c"/sys/block/zram0/disksize", "/dev/zram0".to_owned()),
-            Err(e) => Finding::missing(format!("/dev/zram0: {e}"), BE_ROOT),
-        },
-        Ok(_) => Finding::missing(
-            "zram0 is in use",
-            "free it: swapoff /dev/zram0; echo 1 > /sys/block/zram0/reset",
+    // To read from it would add a device; to open it does not.
+    let hot_add = c"/sys/class/zram-control/hot_add";
+    Finding::of(probe::readable(hot_add), &hot_add.to_string_lossy(), |errno| match errno {
+        libc::ENOENT => "load the module zram (kernel: CONFIG_ZRAM)",
+        _ => BE_ROOT,
+    })
+}
+
+pub(super) fn hugetlb() -> Finding {
+    settable(c"/proc/sys/vm/nr_hugepages", String::new())
+}
+
+pub(super) fn sysv() -> Finding {
+    match fs::metadata("/proc/sysvipc/shm") {
+        Ok(_) => Finding::there(""),
+        Err(e) => Finding::missing(format!("/proc/sysvipc/shm: {e}"), "kernel: CONFIG_SYSVIPC; mount /proc"),
+    }
+}
+
+pub(super) fn damon() -> Finding {
+    let dir = "/sys/kernel/mm/damon/admin/kdamonds";
+    let is = |file: String, value: &str| text(&file).is_ok_and(|text| text == value);
+    let number = match text(&format!("{dir}/nr_kdamonds")).map(|n| n.parse().unwrap_or(0_u32)) {
+        Ok(number) => number,
+        Err(e) => {
+            return Finding::missing(
+                format!("{dir}: {e}"),
+                "be root, on a kernel with CONFIG_DAMON_PADDR and CONFIG_DAMON_SYSFS",
+            );
+        }
+    };
+    let watches = (0..number).find(|n| {
+        is(format!("{dir}/{n}/state"), "on") && is(format!("{dir}/{n}/contexts/0/operations"), "paddr")
+    });
+    match watches {
+        Some(n) => Finding::there(format!("kdamond {n}")),
+        None => Finding::missing(
+            "no DAMON thread watches physical memory",
+            "start one by /sys/kernel/mm/damon/admin, or DAMON_RECLAIM or DAMON_LRU_SORT at boot",
         ),
-        Err(e) => Finding::missing(format!("zram0: {e}"), "load the module zram (kernel: CONFIG_ZRAM)"),
+    }
+}
+
+pub(super) fn disk_file(dir: &Path) -> Finding {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    const OVERLAYFS_MAGIC: u64 = 0x794c_7630;
+    let how = "set TMPDIR to a directory on ext4, xfs or btrfs";
+    let shown = dir.display();
+    match rustix::fs::statfs(dir) {
+        Ok(fs) if [TMPFS_MAGIC, RAMFS_MAGIC, OVERLAYFS_MAGIC].contains(&fs.f_type.cast_unsigned()) => {
+            Finding::missing(format!("{shown} is on no disk file system"), how)
+        }
+        Ok(_) => Finding::there(shown.to_string()),
+        Err(e) => Finding::missing(format!("{shown}: {e}"), how),
     }
 }
 

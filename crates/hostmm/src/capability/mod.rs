@@ -51,6 +51,12 @@ pub fn probe(capability: Capability) -> State {
     examine(capability).state
 }
 
+/// As [`probe`] of [`Capability::DiskFile`], for files in `dir`.
+#[must_use]
+pub(crate) fn disk_file(dir: &std::path::Path) -> State {
+    machine::disk_file(dir).state
+}
+
 /// What to do where we have no advice.
 const UNEXPECTED: &str = "unexpected: please report it, with the kernel's version";
 
@@ -97,6 +103,11 @@ fn examine(capability: Capability) -> Finding {
         Capability::ProcmapQuery => pages::procmap_query(),
         Capability::PagemapScan => pages::pagemap_scan(),
         Capability::GuardPages => pages::guard_pages(),
+        Capability::ProcessMadvise => pages::process_madvise(),
+        Capability::SysV => machine::sysv(),
+        Capability::Damon => machine::damon(),
+        Capability::DiskFile => machine::disk_file(&std::env::temp_dir()),
+        Capability::Hugetlb => machine::hugetlb(),
         Capability::Mseal => pages::mseal(),
         Capability::MemfdSecret => pages::memfd_secret(),
         Capability::Ksm => machine::ksm(),

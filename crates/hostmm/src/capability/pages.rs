@@ -96,6 +96,16 @@ pub(super) fn guard_pages() -> Finding {
     }
 }
 
+pub(super) fn process_madvise() -> Finding {
+    match scratch() {
+        Ok(scratch) => Finding::of(scratch.process_madvise(), "process_madvise", |errno| match errno {
+            libc::EINVAL => "use Linux 6.13 or later",
+            _ => "use Linux 6.13 or later; or a seccomp filter hides it",
+        }),
+        Err(finding) => finding,
+    }
+}
+
 pub(super) fn mseal() -> Finding {
     Finding::of(probe::mseal(), "mseal", |_| "use Linux 6.10 or later")
 }

@@ -11,7 +11,10 @@ use rustix::fs::{Mode, OFlags, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 
 use super::{Finding, UNEXPECTED};
-use crate::sys::bpf::{self, Asm, Reg};
+use crate::sys::bpf::{
+    self,
+    asm::{Asm, Reg},
+};
 use crate::sys::tracefs::{Tracefs, TracefsError};
 use crate::sys::vm::{self, VmError};
 use crate::sys::{perf, probe, uffd};

@@ -20,8 +20,8 @@ fn is_root() -> bool {
 /// Every file in `/sys` and `/proc` that a probe looks at for writing.
 const SETTINGS: [&str; 5] = [
     "/sys/kernel/mm/ksm/run",
-    "/sys/block/zram0/disksize",
-    "/sys/block/zram0/initstate",
+    "/proc/sys/vm/nr_hugepages",
+    "/proc/partitions",
     "/sys/kernel/mm/transparent_hugepage/enabled",
     "/proc/swaps",
 ];
@@ -72,6 +72,10 @@ fn root_has_what_root_must_have() {
         assert_eq!(there(Capability::ProcmapQuery), version >= (6, 11));
         assert_eq!(there(Capability::PagemapScan), version >= (6, 7));
         assert_eq!(there(Capability::GuardPages), version >= (6, 13));
+        assert_eq!(there(Capability::ProcessMadvise), version >= (6, 13));
+        assert_eq!(there(Capability::Zram), Path::new("/sys/class/zram-control").exists());
+        assert_eq!(there(Capability::SysV), Path::new("/proc/sys/kernel/shmmax").exists());
+        assert_eq!(there(Capability::Hugetlb), Path::new("/sys/kernel/mm/hugepages").exists());
         assert_eq!(there(Capability::Mseal), version >= (6, 10));
     });
 }
@@ -94,6 +98,8 @@ fn nobody_has_what_nobody_may_have() {
             Capability::Ksm,
             Capability::Zram,
             Capability::Compaction,
+            Capability::Hugetlb,
+            Capability::Damon,
             Capability::Uprobes,
         ] {
             let entry = nobody.entry(capability).unwrap();
@@ -105,6 +111,9 @@ fn nobody_has_what_nobody_may_have() {
             Capability::GuardPages,
             Capability::Mseal,
             Capability::MemfdSecret,
+            Capability::ProcessMadvise,
+            Capability::SysV,
+            Capability::DiskFile,
             Capability::Thp,
             Capability::PidfdGetfd,
         ] {
@@ -129,7 +138,7 @@ fn nobody_has_what_nobody_may_have() {
 fn a_probe_of_one_is_the_entry_of_all() {
     in_child("capability::tests::a_probe_of_one_is_the_entry_of_all", DEADLINE, || {
         let report = Report::new();
-        let by_others = [Capability::Swap, Capability::Zram];
+        let by_others = [Capability::Swap];
         for capability in Capability::ALL.iter().filter(|c| !by_others.contains(c)) {
             let usable = probe(*capability).is_usable();
             assert_eq!(usable, state(&report, *capability) != "missing", "{capability}");

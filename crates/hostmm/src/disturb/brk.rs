@@ -28,7 +28,10 @@ fn failed(source: std::io::Error) -> DisturbError {
 /// Where the break is.
 fn current() -> Result<u64, DisturbError> {
     // SAFETY: asks only.
-    call(Via::Libc, libc::SYS_brk, [0; 6], || unsafe { libc::sbrk(0) } as i64).map_err(failed)
+    match unsafe { libc::sbrk(0) } as i64 {
+        -1 => Err(failed(std::io::Error::last_os_error())),
+        at => Ok(at as u64),
+    }
 }
 
 /// Move the break to `to`. libc's `sbrk` adds to the break that libc remembers, so the raw call, which libc does not
@@ -36,10 +39,12 @@ fn current() -> Result<u64, DisturbError> {
 fn set(via: Via, to: u64) -> Result<(), DisturbError> {
     let now = current()?;
     let by = to.wrapping_sub(now).cast_signed();
-    let got = call(via, libc::SYS_brk, [to, 0, 0, 0, 0, 0], || {
-        // SAFETY: only the scene's own pages are above `to`; the caller has compared the break.
-        if unsafe { libc::sbrk(by as isize) } as i64 == -1 { -1 } else { to.cast_signed() }
-    })
+    // SAFETY: only the scene's own pages are above `to`; the caller has compared the break.
+    let got = unsafe {
+        call(via, libc::SYS_brk, [to, 0, 0, 0, 0, 0], || {
+            if libc::sbrk(by as isize) as i64 == -1 { -1 } else { to.cast_signed() }
+        })
+    }
     .map_err(failed)?;
     if got == to { Ok(()) } else { Err(failed(std::io::Error::from_raw_os_error(libc::ENOMEM))) }
 }

@@ -87,18 +87,22 @@ fn cow(arena: &mut Arena, _: Via) -> Result<Scene, DisturbError> {
 }
 
 fn ftruncate(via: Via, fd: i32, len: u64) -> io::Result<u64> {
-    mem::call(via, libc::SYS_ftruncate, [fd as u64, len, 0, 0, 0, 0], || {
-        // SAFETY: shortens a file that only the scene maps.
-        unsafe { libc::ftruncate(fd, len.cast_signed()) }.into()
-    })
+    // SAFETY: shortens a file that only the scene maps.
+    unsafe {
+        mem::call(via, libc::SYS_ftruncate, [fd as u64, len, 0, 0, 0, 0], || {
+            libc::ftruncate(fd, len.cast_signed()).into()
+        })
+    }
 }
 
 fn fallocate_punch(via: Via, fd: i32, at: u64, len: u64) -> io::Result<u64> {
     let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    mem::call(via, libc::SYS_fallocate, [fd as u64, mode as u64, at, len, 0, 0], || {
-        // SAFETY: a hole in a file that only the scene maps.
-        unsafe { libc::fallocate(fd, mode, at.cast_signed(), len.cast_signed()) }.into()
-    })
+    // SAFETY: a hole in a file that only the scene maps.
+    unsafe {
+        mem::call(via, libc::SYS_fallocate, [fd as u64, mode as u64, at, len, 0, 0], || {
+            libc::fallocate(fd, mode, at.cast_signed(), len.cast_signed()).into()
+        })
+    }
 }
 
 /// Map page 1 of a shared memfd, and have `change` done to the file by this process or by another one.
@@ -122,13 +126,13 @@ fn shared(
     };
     let end = if refilled { After::Stamp(after) } else { After::Faults };
     Ok(Scene::new(page.range(), before, end, undo, move |returned, undo| {
+        Plug::hold(undo, page)?;
         match other {
             Some(mut child) => child.run().map_err(page.failed(what))?,
             None => change(via, fd.as_raw_fd()).map(drop).map_err(page.failed(what))?,
         }
         returned();
         if refilled {
-            Plug::frames(undo)?;
             page.fill(after);
         }
         Ok(Change::Happened)
@@ -151,7 +155,7 @@ fn writeback(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     Ok(Scene::new(region.range(), before, After::Stamp(before), undo, move |returned, _| {
         let raw = fd.as_raw_fd();
         // SAFETY: fsync changes no content.
-        mem::call(via, libc::SYS_fsync, [raw as u64, 0, 0, 0, 0, 0], || unsafe { libc::fsync(raw) }.into())
+        unsafe { mem::call(via, libc::SYS_fsync, [raw as u64, 0, 0, 0, 0, 0], || libc::fsync(raw).into()) }
             .map_err(region.failed("fsync"))?;
         returned();
         Ok(Change::Happened)

@@ -14,7 +14,7 @@ use super::Outcome::{Prevented, Stale};
 use super::mem::{self, Region, pause_for};
 use super::scene::{After, Arena, Change, Scene, Undo};
 use super::{DisturbError, Event, Need, Via, both};
-use crate::testing::Setting;
+use crate::setting::Setting;
 
 const DIR: &str = "/sys/kernel/mm/ksm";
 const LIMIT: Duration = Duration::from_secs(15);

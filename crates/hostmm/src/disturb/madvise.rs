@@ -82,14 +82,17 @@ fn process(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let (mut undo, before, after) = (Undo::default(), arena.stamp(), arena.stamp());
     let region = Region::stamped(&mut undo, 1, before)?;
     let pid = u64::from(std::process::id());
-    // SAFETY: a plain descriptor call; the descriptor is new and ours.
-    let pidfd = mem::call(via, libc::SYS_pidfd_open, [pid, 0, 0, 0, 0, 0], || -1)
-        .map(|fd| unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    // SAFETY: names no memory; libc has no function for it, so the event is declared for the raw call alone.
+    let pidfd = unsafe { mem::call(via, libc::SYS_pidfd_open, [pid, 0, 0, 0, 0, 0], || -1) }
         .map_err(region.failed("pidfd_open"))?;
+    // SAFETY: the call has just returned this descriptor, to us alone.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd as i32) };
     Ok(Scene::new(region.range(), before, After::Stamp(after), undo, move |returned, undo| {
         let iov = [region.addr(), region.range().len()];
         let args = [pidfd.as_raw_fd() as u64, (&raw const iov) as u64, 1, libc::MADV_DONTNEED as u64, 0, 0];
-        mem::call(via, libc::SYS_process_madvise, args, || -1).map_err(region.failed("process_madvise"))?;
+        // SAFETY: `iov` names the scene's own memory, and outlives the call.
+        unsafe { mem::call(via, libc::SYS_process_madvise, args, || -1) }
+            .map_err(region.failed("process_madvise"))?;
         returned();
         Plug::frames(undo)?;
         region.fill(after);
@@ -103,8 +106,16 @@ fn free_reclaim(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     Ok(Scene::new(region.range(), before, After::Stamp(after), undo, move |returned, undo| {
         region.madvise(via, libc::MADV_FREE).map_err(region.failed("madvise"))?;
         returned();
-        if !super::reclaim::page_out(region, via)? {
-            return Ok(Change::Refused);
+        for tries in 0.. {
+            if super::reclaim::page_out(region, via)? {
+                break;
+            }
+            if tries == 3 {
+                return Ok(Change::Refused);
+            }
+            // MADV_FREE passes a page over that is in another CPU's batch on its way to the LRU lists; it stays
+            // dirty then, and without swap cannot go.
+            region.madvise(via, libc::MADV_FREE).map_err(region.failed("madvise"))?;
         }
         Plug::frames(undo)?;
         region.fill(after);
@@ -118,9 +129,9 @@ fn remove(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let region = Region::map(&mut undo, 1, RW, libc::MAP_SHARED, Some(&fd))?;
     region.load();
     Ok(Scene::new(region.range(), before, After::Stamp(after), undo, move |returned, undo| {
+        Plug::hold(undo, region)?;
         region.madvise(via, libc::MADV_REMOVE).map_err(region.failed("madvise"))?;
         returned();
-        Plug::frames(undo)?;
         region.fill(after);
         Ok(Change::Happened)
     }))

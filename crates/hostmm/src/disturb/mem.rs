@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
+use interleave::{AtomicU64, MaySleep, Ordering, time};
 use mmu_notifier::{PAGE_SIZE, Range};
 
 use crate::page::{Frame, Pagemap, Pfn, PidOrSelf};
@@ -27,8 +28,7 @@ pub(super) const PMD_SIZE: u64 = 2 << 20;
 ///
 /// Far below the addresses that the kernel hands out: mmap without a wish takes the highest gap that fits, so a hole
 /// that a scene leaves here is nobody else's next mapping.
-#[expect(clippy::disallowed_types, reason = "hands out distinct numbers; orders nothing")]
-static NEXT: core::sync::atomic::AtomicU64 = core::sync::atomic::AtomicU64::new(0x1000_0000_0000);
+static NEXT: AtomicU64 = AtomicU64::const_new(0x1000_0000_0000);
 /// Left free between two mappings, so that they neither merge nor grow into each other.
 const GAP: u64 = 16 * PAGE_SIZE;
 
@@ -54,7 +54,7 @@ impl Region {
     ) -> Result<Region, DisturbError> {
         let len = pages * PAGE_SIZE;
         let fd = fd.map_or(-1, AsRawFd::as_raw_fd);
-        let wish = NEXT.fetch_add(len + GAP, core::sync::atomic::Ordering::Relaxed) as *mut libc::c_void;
+        let wish = NEXT.fetch_add(len + GAP, Ordering::Relaxed) as *mut libc::c_void;
         // SAFETY: without MAP_FIXED the address is a wish: the kernel picks addresses that nobody uses.
         let addr = check(unsafe { libc::mmap(wish, len as usize, prot, flags, fd, 0) } as i64)
             .map_err(|source| DisturbError::Call { what: "mmap", range: None, source })?;
@@ -143,12 +143,11 @@ impl Region {
         }
     }
 
+    /// A call about this region: what the module promises is what makes it allowed.
     fn call(self, via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64) -> io::Result<u64> {
-        match via {
-            // SAFETY: every caller below passes memory of a region, which is the scene's to change.
-            Via::RawSyscall => unsafe { raw::syscall(nr, args) },
-            _ => check(libc()),
-        }
+        debug_assert_eq!(args[usize::from(nr == libc::SYS_shmat)], self.addr);
+        // SAFETY: every caller below passes memory of its region, which is the scene's to change.
+        unsafe { call(via, nr, args, libc) }
     }
 
     fn ptr(self) -> *mut libc::c_void {
@@ -229,9 +228,17 @@ impl Region {
     }
 }
 
-/// A system call that names no memory of its own.
-pub(super) fn call(via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64) -> io::Result<u64> {
-    Region { addr: 0, len: PAGE_SIZE }.call(via, nr, args, libc)
+/// A system call, through libc (by `libc`) or by the instruction itself. Whether it is one or the other is all that
+/// `via` decides.
+///
+/// # Safety
+/// What system call `nr` with `args` does to memory must be allowed.
+pub(super) unsafe fn call(via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64) -> io::Result<u64> {
+    match via {
+        // SAFETY: the caller's promise.
+        Via::RawSyscall => unsafe { raw::syscall(nr, args) },
+        _ => check(libc()),
+    }
 }
 
 /// Freed frames that are put to another use, so that the next fault cannot get the old frame back by accident.
@@ -241,6 +248,25 @@ pub(super) fn call(via: Via, nr: i64, args: [u64; 6], libc: impl FnOnce() -> i64
 pub(super) struct Plug;
 
 impl Plug {
+    /// Keep the frame behind `page` from being freed before the scene is undone: a pipe refers to it.
+    ///
+    /// For changes of shared memory that an observer sees: it may fault a fresh page in before
+    /// [`frames`](Self::frames) has taken the old one. A plain reference does not stop truncation, nor is it a pin.
+    pub(super) fn hold(undo: &mut Undo, page: Region) -> Result<(), DisturbError> {
+        let mut ends = [-1; 2];
+        // SAFETY: room for two descriptors, which are new and ours.
+        let [read, write] = unsafe {
+            check(libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC).into()).map_err(page.failed("pipe2"))?;
+            ends.map(|fd| OwnedFd::from_raw_fd(fd))
+        };
+        let part = libc::iovec { iov_base: page.addr() as *mut libc::c_void, iov_len: PAGE_SIZE as usize };
+        // SAFETY: the kernel checks the address; nobody ever reads the pipe.
+        let held = unsafe { libc::vmsplice(write.as_raw_fd(), &raw const part, 1, 0) };
+        check(held as i64).map_err(page.failed("vmsplice"))?;
+        undo.keep((read, write));
+        Ok(())
+    }
+
     /// Take the frames that were just freed on this CPU until the scene is undone.
     pub(super) fn frames(undo: &mut Undo) -> Result<(), DisturbError> {
         // A page that was locked, or was on its way to the LRU lists, is freed only when this CPU's batches are
@@ -285,8 +311,7 @@ pub(super) fn wait_for(
     }
 }
 
-/// Sleep. The kernel thread that is waited for is part of no exploration.
-#[expect(clippy::disallowed_methods, reason = "waits for a thread of the kernel, in real time")]
-pub(super) fn pause_for(time: Duration) {
-    std::thread::sleep(time);
+/// Sleep, to let a thread of the kernel get on.
+pub(super) fn pause_for(duration: Duration) {
+    MaySleep::enter(|cx| time::sleep(cx, duration));
 }

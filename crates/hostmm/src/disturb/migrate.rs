@@ -3,7 +3,6 @@
 //!
 //! Notifier sequence: `migrate_pages` -> `try_to_migrate_one`: range_start over the page; a pinned page is passed
 //! over.
-
 //!
 //! Compaction moves pages from the low end of a zone into holes at its high end, and a pass ends for good at the first
 //! large folio that finds no hole of its size (6.18). So only low pages are likely to move, on a machine full of large

@@ -9,7 +9,7 @@
 //! Invariants:
 //! * a scene touches only addresses that it mapped itself, and puts back on drop what it changed of the machine;
 //! * after a disturbance the page frame at the watched address is never the old one by accident: the freed frame is
-//!   allocated elsewhere first (`mem::Plug`), so comparing page frame numbers is an exact oracle;
+//!   allocated elsewhere first, or is not freed yet (`mem::Plug`), so comparing page frame numbers is an exact oracle;
 //! * settings of the machine (KSM, swap) are held only while a change needs them, never between set-up and
 //!   disturbance, so two scenes of one process cannot wait for each other.
 //!
@@ -34,7 +34,6 @@ mod raw;
 mod reclaim;
 mod remap_file_pages;
 mod scene;
-mod swap;
 mod sysv;
 mod thp;
 mod uprobe;
@@ -47,6 +46,7 @@ use mmu_notifier::Range;
 
 use crate::page::PageError;
 
+pub use need::Need;
 pub use observer::{Observer, Sighting};
 pub use scene::{After, Arena, Change, Scene};
 
@@ -63,33 +63,6 @@ pub enum Via {
     KernelThread,
     /// Another process.
     OtherProcess,
-}
-
-/// What an event needs of the machine. The caller checks; a set-up without it fails with a clear error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Need {
-    /// `/proc/self/pagemap` with page frame numbers (`CAP_SYS_ADMIN`): the event waits for a page to move.
-    PageFrames,
-    /// `/sys/kernel/mm/ksm` and the right to start it.
-    Ksm,
-    /// The right to add swap space: a zram device that is added and removed again.
-    Swap,
-    /// The uprobe PMU and the right to use it (`CAP_PERFMON`).
-    Uprobe,
-    /// `/proc/sys/vm/compact_memory`.
-    Compaction,
-    /// Transparent huge pages, at least for those who ask with `madvise`.
-    Thp,
-    /// A directory on a file system that writes back to a disk (ext4, xfs, btrfs), as the arena's directory.
-    DiskFile,
-    /// System V shared memory.
-    SysV,
-    /// A DAMON thread that watches physical memory (`operations` is `paddr`).
-    Damon,
-    /// `MADV_GUARD_INSTALL` (6.13).
-    Guard,
-    /// `process_madvise` of oneself with any advice (6.13).
-    ProcessMadvise,
 }
 
 /// What a device that is told nothing finds at its next use of the page.

@@ -5,6 +5,7 @@
 //! Notifier sequence: `vms_clear_ptes` -> `unmap_vmas`: one range_start over the whole unmapped span, page tables
 //! cleared, range_end. With MAP_FIXED the old mapping is cleared inside the same mmap call.
 
+use interleave::{MaySleep, scope};
 use mmu_notifier::PAGE_SIZE;
 
 use super::Outcome::Stale;
@@ -65,34 +66,37 @@ fn race(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let region = Region::stamped(&mut undo, 64, before)?;
     let page = region.page(0);
     Ok(Scene::new(page.range(), before, After::Stamp(after), undo, move |returned, undo| {
-        let (unmapped, mapped) = std::thread::scope(|threads| {
-            let taker = threads.spawn(|| {
-                let flags = PRIVATE | libc::MAP_FIXED_NOREPLACE;
-                let start = std::time::Instant::now();
-                let mapped = loop {
-                    match page.mmap(via, RW, flags, None) {
-                        Err(e) if e.raw_os_error() == Some(libc::EEXIST) && start.elapsed().as_secs() < 5 => {
+        let (unmapped, mapped) = MaySleep::enter(|cx| {
+            scope(cx, |threads, cx| {
+                let taker = threads.spawn("taker", move |_| {
+                    let flags = PRIVATE | libc::MAP_FIXED_NOREPLACE;
+                    let start = std::time::Instant::now();
+                    let mapped = loop {
+                        match page.mmap(via, RW, flags, None) {
+                            Err(e)
+                                if e.raw_os_error() == Some(libc::EEXIST)
+                                    && start.elapsed().as_secs() < 5 => {}
+                            done => break done,
                         }
-                        done => break done,
-                    }
-                };
-                let mut taken = Undo::default();
-                let filled = mapped.map_err(page.failed("mmap")).and_then(|_| {
-                    taken.own(page);
-                    Plug::frames(&mut taken)?;
-                    page.fill(after);
-                    Ok(())
+                    };
+                    let mut taken = Undo::default();
+                    let filled = mapped.map_err(page.failed("mmap")).and_then(|_| {
+                        taken.own(page);
+                        Plug::frames(&mut taken)?;
+                        page.fill(after);
+                        Ok(())
+                    });
+                    (filled, taken)
                 });
-                (filled, taken)
-            });
-            let unmapped = region.munmap(via);
-            returned();
-            (unmapped, taker.join())
+                let unmapped = region.munmap(via);
+                returned();
+                (unmapped, taker.join(cx))
+            })
         });
         unmapped.map_err(region.failed("munmap"))?;
         undo.disown(region);
         // The other thread panics nowhere; if it did, its panic is ours.
-        let (filled, taken) = mapped.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let (filled, taken) = mapped.unwrap_or_else(|p| std::panic::resume_unwind(p.payload));
         undo.keep(taken);
         filled.map(|()| Change::Happened)
     }))

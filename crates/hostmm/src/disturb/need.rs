@@ -1,71 +1,68 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Does this machine offer what an event needs? Cheap questions that change nothing.
+//! What an event needs of the machine.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use super::Arena;
+use crate::capability::{self, Capability, State};
 
-use super::{Arena, Need};
+/// What an event needs of the machine. The caller checks; a set-up without it fails with a clear error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Need {
+    /// `/proc/self/pagemap` with page frame numbers (`CAP_SYS_ADMIN`): the event waits for a page to move.
+    PageFrames,
+    /// `/sys/kernel/mm/ksm` and the right to start it.
+    Ksm,
+    /// The right to add swap space: a zram device that is added and removed again.
+    Swap,
+    /// The uprobe PMU and the right to use it (`CAP_PERFMON`).
+    Uprobe,
+    /// `/proc/sys/vm/compact_memory`.
+    Compaction,
+    /// Transparent huge pages, at least for those who ask with `madvise`.
+    Thp,
+    /// A directory on a file system that writes back to a disk (ext4, xfs, btrfs), as the arena's directory.
+    DiskFile,
+    /// System V shared memory.
+    SysV,
+    /// A DAMON thread that watches physical memory (`operations` is `paddr`).
+    Damon,
+    /// `MADV_GUARD_INSTALL` (6.13).
+    Guard,
+    /// `process_madvise` of oneself with any advice (6.13).
+    ProcessMadvise,
+}
 
 impl Need {
-    /// Why an event with this need cannot run here; `None` if it can as far as one can tell without trying.
+    /// The capability that it is.
     #[must_use]
-    pub fn missing(self, arena: &Arena) -> Option<String> {
+    pub const fn capability(self) -> Capability {
         match self {
-            Need::PageFrames => page_frames(),
-            Need::Ksm => writable("/sys/kernel/mm/ksm/run"),
-            Need::Swap => exists("/sys/class/zram-control/hot_add").or_else(root),
-            Need::Uprobe => exists("/sys/bus/event_source/devices/uprobe/type").or_else(root),
-            Need::Compaction => writable("/proc/sys/vm/compact_memory"),
-            Need::Thp => match fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled") {
-                Ok(modes) if !modes.contains("[never]") => None,
-                _ => Some("transparent huge pages are off: set enabled to madvise".to_owned()),
-            },
-            Need::DiskFile => not_on_disk(arena.dir()),
-            Need::SysV => exists("/proc/sysvipc/shm"),
-            Need::Damon => (!super::reclaim::damon_ages_memory())
-                .then(|| "no DAMON thread watches physical memory on this machine".to_owned()),
-            Need::Guard | Need::ProcessMadvise => older_than(6, 13),
+            Need::PageFrames => Capability::Pfn,
+            Need::Ksm => Capability::Ksm,
+            Need::Swap => Capability::Zram,
+            Need::Uprobe => Capability::Uprobes,
+            Need::Compaction => Capability::Compaction,
+            Need::Thp => Capability::Thp,
+            Need::DiskFile => Capability::DiskFile,
+            Need::SysV => Capability::SysV,
+            Need::Damon => Capability::Damon,
+            Need::Guard => Capability::GuardPages,
+            Need::ProcessMadvise => Capability::ProcessMadvise,
         }
     }
-}
 
-fn exists(path: &str) -> Option<String> {
-    (!Path::new(path).exists()).then(|| format!("no {path}: this kernel was built without it"))
-}
-
-fn writable(path: &str) -> Option<String> {
-    File::options().write(true).open(path).err().map(|e| format!("{path}: {e}"))
-}
-
-fn root() -> Option<String> {
-    (!rustix::process::geteuid().is_root()).then(|| "needs root".to_owned())
-}
-
-fn page_frames() -> Option<String> {
-    let probe = 0_u64;
-    let mut entry = [0; 8];
-    let at = (&raw const probe) as u64 / mmu_notifier::PAGE_SIZE * 8;
-    match File::open("/proc/self/pagemap").and_then(|f| f.read_exact_at(&mut entry, at)) {
-        Ok(()) if u64::from_ne_bytes(entry) & ((1 << 55) - 1) != 0 => None,
-        Ok(()) => Some("/proc/self/pagemap hides page frame numbers: needs CAP_SYS_ADMIN".to_owned()),
-        Err(e) => Some(format!("/proc/self/pagemap: {e}")),
+    /// Why an event with this need cannot run here; `None` if it can as far as one can tell without trying. Changes
+    /// nothing.
+    #[must_use]
+    pub fn missing(self, arena: &Arena) -> Option<String> {
+        let state = match self {
+            Need::DiskFile => capability::disk_file(arena.dir()),
+            other => capability::probe(other.capability()),
+        };
+        match state {
+            State::There(_) => None,
+            // An event needs all of it: ksmd that runs and may not be stopped, or huge pages that only a collapse
+            // makes, are not enough.
+            State::Partial(why) | State::Missing(why) => Some(why),
+        }
     }
-}
-
-fn not_on_disk(dir: &Path) -> Option<String> {
-    const TMPFS_MAGIC: u64 = 0x0102_1994;
-    const OVERLAYFS_MAGIC: u64 = 0x794c_7630;
-    match rustix::fs::statfs(dir) {
-        Ok(fs) if ![TMPFS_MAGIC, OVERLAYFS_MAGIC].contains(&fs.f_type.cast_unsigned()) => None,
-        Ok(_) => Some(format!("{} is on no disk file system", dir.display())),
-        Err(e) => Some(format!("{}: {e}", dir.display())),
-    }
-}
-
-fn older_than(major: u32, minor: u32) -> Option<String> {
-    let release = rustix::system::uname().release().to_string_lossy().into_owned();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|n| n.parse::<u32>().ok());
-    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    (version < (major, minor)).then(|| format!("Linux {release} is older than {major}.{minor}"))
 }

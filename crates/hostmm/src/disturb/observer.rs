@@ -13,10 +13,7 @@
 //!
 //! Order: the stop flag is only a request; the sighting travels through the join of the thread.
 
-use std::thread;
-
-use core::sync::atomic::Ordering;
-
+use interleave::{AtomicBool, MaySleep, Ordering, scope, yield_now};
 use mmu_notifier::Range;
 
 /// What the observer saw first that was not the old content.
@@ -34,12 +31,6 @@ pub struct Observer {
     addr: u64,
     before: u64,
 }
-
-#[expect(
-    clippy::disallowed_types,
-    reason = "a thread that watches real memory in real time is never explored"
-)]
-type Flag = core::sync::atomic::AtomicBool;
 
 impl Observer {
     /// Look at the first page of `watched`, which holds `before` now.
@@ -65,44 +56,55 @@ impl Observer {
     /// Returns what `change` returned and what was seen: `None` if the old content was all there was to see up to
     /// the return of `change`. `change` starts only after the observer has had its first look. Sleeps until both
     /// threads are done.
+    ///
+    /// # Panics
+    /// As `seen` or `change` does; and if the system refuses a thread.
     pub fn during<T>(
         &self,
         seen: &(dyn Fn(Sighting) + Sync),
         change: impl FnOnce() -> T,
     ) -> (T, Option<Sighting>) {
-        let (ready, stop) = (Flag::new(false), Flag::new(false));
-        thread::scope(|threads| {
-            let observing = threads.spawn(|| {
-                loop {
-                    // Read before the look: one more look after the change is over finds what it left.
-                    let last = stop.load(Ordering::Acquire);
-                    let sight = self.look();
-                    if sight != Sighting::Stamp(self.before) {
-                        seen(sight);
-                        ready.store(true, Ordering::Release);
-                        return Some(sight);
-                    }
+        let (ready, stop) = (AtomicBool::new(false), AtomicBool::new(false));
+        let watch = || {
+            loop {
+                // Read before the look: one more look after the change is over finds what it left.
+                let last = stop.load(Ordering::Acquire);
+                let sight = self.look();
+                if sight != Sighting::Stamp(self.before) {
+                    seen(sight);
                     ready.store(true, Ordering::Release);
-                    if last {
-                        return None;
-                    }
+                    return Some(sight);
                 }
-            });
-            while !ready.load(Ordering::Acquire) {
-                thread::yield_now();
+                ready.store(true, Ordering::Release);
+                if last {
+                    return None;
+                }
             }
-            // Stops the observer also if `change` panics: the scope would wait for it for ever.
-            let stopper = Stop(&stop);
-            let result = change();
-            drop(stopper);
-            (result, observing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        };
+        MaySleep::enter(|cx| {
+            scope(cx, |threads, cx| {
+                let observing = threads.spawn("observer", |_| {
+                    // Also when `seen` panics: the other thread waits for it.
+                    let _ready = SetOnDrop(&ready);
+                    watch()
+                });
+                while !ready.load(Ordering::Acquire) {
+                    yield_now();
+                }
+                // Also when `change` panics: the scope waits for the observer.
+                let stopper = SetOnDrop(&stop);
+                let result = change();
+                drop(stopper);
+                let sight = observing.join(cx).unwrap_or_else(|p| std::panic::resume_unwind(p.payload));
+                (result, sight)
+            })
         })
     }
 }
 
-struct Stop<'a>(&'a Flag);
+struct SetOnDrop<'a>(&'a AtomicBool);
 
-impl Drop for Stop<'_> {
+impl Drop for SetOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Release);
     }

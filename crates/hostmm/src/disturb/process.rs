@@ -36,7 +36,7 @@ impl Child {
         let (theirs, command) = pipe()?;
         let (answer, reply) = pipe()?;
         // SAFETY: the child runs `serve` only, which keeps to what the module promises.
-        let pid = mem::call(via, libc::SYS_fork, [0; 6], || unsafe { libc::fork() }.into())? as i32;
+        let pid = unsafe { mem::call(via, libc::SYS_fork, [0; 6], || libc::fork().into()) }? as i32;
         if pid == 0 {
             serve(theirs.as_raw_fd(), reply.as_raw_fd(), command.as_raw_fd(), task);
         }
@@ -63,7 +63,9 @@ impl Child {
             // SAFETY: our own child, not reaped yet, so the number is still its.
             unsafe {
                 libc::kill(self.pid, libc::SIGKILL);
-                libc::waitpid(self.pid, std::ptr::null_mut(), 0);
+                while libc::waitpid(self.pid, std::ptr::null_mut(), 0) == -1
+                    && io::Error::last_os_error().kind() == io::ErrorKind::Interrupted
+                {}
             }
             self.pid = 0;
         }

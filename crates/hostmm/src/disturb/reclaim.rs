@@ -4,18 +4,20 @@
 //! Notifier sequence of a swap-out: `shrink_folio_list` -> `try_to_unmap_one`: range_start over the page; a pinned
 //! page is passed over. Ageing is `clear_young` (the kernel's `kvm_age_hva`): nothing but the accessed bit changes.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use mmu_notifier::PAGE_SIZE;
 
 use super::Outcome::{Coherent, Prevented, Stale};
+use crate::sys::mm;
+
 use super::mem::{self, Plug, Region, pause_for};
 use super::scene::{After, Arena, Change, Scene, Undo};
-use super::swap::SwapSpace;
 use super::{DisturbError, Event, Need, Via, both};
 use crate::page::{Frame, Pagemap, PidOrSelf};
+use crate::setting::SwapSpace;
 
 pub(super) const EVENTS: &[&[Event]] = &[
     &both!("madv_pageout_swap", "madvise_pageout -> reclaim_pages -> try_to_unmap", pageout, |e| e
@@ -32,10 +34,12 @@ pub(super) const EVENTS: &[&[Event]] = &[
 
 /// MADV_PAGEOUT until the page is gone. `false` if the kernel keeps it.
 ///
-/// The first calls may pass a page over that is still in another CPU's batch of pages on their way to the LRU lists.
+/// Reclaim passes over a page that is in some CPU's batch of pages on their way to the LRU lists, so every CPU's are
+/// drained first.
 pub(super) fn page_out(page: Region, via: Via) -> Result<bool, DisturbError> {
     let old = page.pfn()?;
     for _ in 0..20 {
+        mm::drain_lru_batches(page.range());
         page.madvise(via, libc::MADV_PAGEOUT).map_err(page.failed("MADV_PAGEOUT"))?;
         // Not `is_none`: an observer's read may have faulted another page in already.
         if page.pfn()? != old {
@@ -48,7 +52,8 @@ pub(super) fn page_out(page: Region, via: Via) -> Result<bool, DisturbError> {
 
 fn pageout(arena: &mut Arena, via: Via) -> Result<Scene, DisturbError> {
     let (mut undo, before) = (Undo::default(), arena.stamp());
-    undo.keep(SwapSpace::add()?);
+    let space = SwapSpace::add();
+    undo.keep(space.map_err(|source| DisturbError::Call { what: "swap space", range: None, source })?);
     let region = Region::stamped(&mut undo, 1, before)?;
     Ok(Scene::new(region.range(), before, After::Stamp(before), undo, move |returned, undo| {
         if !page_out(region, via)? {
@@ -100,15 +105,4 @@ fn idle_pages(region: Region) -> Result<usize, DisturbError> {
         idle += usize::from(u64::from_ne_bytes(word) & KPF_IDLE != 0);
     }
     Ok(idle)
-}
-
-/// Does a DAMON thread watch physical memory on this machine? The ageing event waits for it and changes no setting
-/// of it.
-#[must_use]
-pub(super) fn damon_ages_memory() -> bool {
-    let dir = "/sys/kernel/mm/damon/admin/kdamonds";
-    let is = |path: String, value: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == value);
-    (0..8).any(|n| {
-        is(format!("{dir}/{n}/state"), "on") && is(format!("{dir}/{n}/contexts/0/operations"), "paddr")
-    })
 }

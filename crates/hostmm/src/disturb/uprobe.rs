@@ -73,14 +73,11 @@ fn probe(path: &[u8]) -> io::Result<OwnedFd> {
     attr[0] = u64::from(pmu_type()?) | 72 << 32;
     attr[7] = path.as_ptr() as u64;
     let (pid, cpu, group, cloexec) = (0, u64::MAX, u64::MAX, 8);
-    // SAFETY: attr and path outlive the call; the descriptor is new and ours.
-    mem::call(
-        Via::RawSyscall,
-        libc::SYS_perf_event_open,
-        [(&raw const attr) as u64, pid, cpu, group, cloexec, 0],
-        || -1,
-    )
-    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd as i32) })
+    let args = [(&raw const attr) as u64, pid, cpu, group, cloexec, 0];
+    // SAFETY: attr and path outlive the call, which reads them. A breakpoint goes into the text of the scene's file only.
+    let fd = unsafe { mem::call(Via::RawSyscall, libc::SYS_perf_event_open, args, || -1) }?;
+    // SAFETY: the call has just returned this descriptor, to us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 fn insert(arena: &mut Arena, _: Via) -> Result<Scene, DisturbError> {

@@ -3,9 +3,9 @@
 
 use super::OpenError;
 use super::layout::Kind;
-use super::monitor::Record;
 use super::perf_rings::{self, Fields};
 use super::program::RECORD_WORDS;
+use super::record::Record;
 use super::shared::{Counters, Shared};
 use crate::sys::map::Mapping;
 use crate::sys::ringbuf::RingReader;

@@ -17,9 +17,9 @@
 
 use super::canary::Canary;
 use super::layout::{Buckets, Layout};
-use super::parts::Parts;
+use super::parts::{Parts, check_ring};
 use super::{KvmSource, OpenError, Options};
-use crate::sys::vm;
+use crate::sys::signal::blocking_signals;
 use mmu_notifier::Range;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -64,7 +64,7 @@ impl Grant {
     /// # Errors
     /// As [`KvmSource::open`].
     pub fn make(options: &Options, canary: Range) -> Result<Grant, OpenError> {
-        vm::blocking_signals(|| Parts::make(options, canary)).map(Grant)
+        blocking_signals(|| Parts::make(options, canary)).map(Grant)
     }
 
     /// Sends it as one message over a connected Unix socket (SOCK_SEQPACKET or SOCK_STREAM).
@@ -145,8 +145,8 @@ fn parse(bytes: &[u8; WORDS * 4], fds: Vec<OwnedFd>) -> Result<Grant, OpenError>
     if events != expected_events || fds.len() != wanted {
         return Err(OpenError::Grant(format!("{} descriptors received, wanted {wanted}", fds.len())));
     }
-    if ring_len != 0 && (!ring_len.is_power_of_two() || ring_len < 4096) {
-        return Err(OpenError::Grant(format!("a ring of {ring_len} bytes")));
+    if ring_len != 0 {
+        check_ring(ring_len)?;
     }
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or_else(|| OpenError::Grant("a descriptor is missing".to_owned()));
@@ -162,7 +162,7 @@ impl KvmSource {
     /// # Errors
     /// [`OpenError`]; [`OpenError::Canary`] if the grant was made for another page or does not hear.
     pub fn from_grant(grant: Grant, canary: CanaryPage) -> Result<KvmSource, OpenError> {
-        vm::blocking_signals(|| KvmSource::from_parts(grant.0, canary.0))
+        blocking_signals(|| KvmSource::from_parts(grant.0, canary.0))
     }
 }
 

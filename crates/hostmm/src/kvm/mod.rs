@@ -39,20 +39,24 @@ mod monitor;
 mod parts;
 mod perf_rings;
 mod program;
+mod queue;
+mod record;
 mod shared;
+mod subscription;
 mod watch;
 
 pub use error::{Gone, OpenError, SubscribeError};
 pub use grant::{CanaryPage, Grant};
 pub use layout::{Buckets, Kind};
-pub use monitor::{Notice, Record, Subscription};
+pub use record::{Notice, Record};
+pub use subscription::Subscription;
 pub use watch::{Seq, Watch};
 
 use crate::sys::bpf::Program;
 use crate::sys::map::Mapping;
 use crate::sys::vm::Vm;
 use crate::sys::wipe::WipePage;
-use crate::sys::{perf, ringbuf::RingReader, vm};
+use crate::sys::{perf, ringbuf::RingReader, signal::blocking_signals, vm};
 use canary::{Canary, Records};
 use error::system;
 use layout::LOST;
@@ -152,7 +156,7 @@ impl KvmSource {
     pub fn open(options: &Options) -> Result<KvmSource, OpenError> {
         // A pending signal makes the BPF verifier give up (EAGAIN) and the registration of the notifier too (EINTR), so
         // a storm of them could keep both from ever finishing.
-        vm::blocking_signals(|| KvmSource::open_quietly(options))
+        blocking_signals(|| KvmSource::open_quietly(options))
     }
 
     fn open_quietly(options: &Options) -> Result<KvmSource, OpenError> {
@@ -227,10 +231,10 @@ impl KvmSource {
         Watch::new(&self.shared, range, ALIVE, self.age)
     }
 
-    /// Calls `callback` from the monitor thread for each record that overlaps `range`, after the fact.
+    /// Calls `callback` from a thread of the source for each record that overlaps `range`, after the fact.
     ///
-    /// The callback may take locks and sleep; while it does, records wait in the ring and may be lost (and counted).
-    /// It may subscribe and unsubscribe. If it panics the monitor dies and every subscription's watch says so.
+    /// The callback may take locks, use descriptors and sleep; while it does, records wait and may be lost (and
+    /// counted). It may subscribe and unsubscribe. If it panics the monitor dies and every subscription's watch says so.
     ///
     /// # Errors
     /// [`SubscribeError`]: no ring, or gone.
@@ -242,7 +246,7 @@ impl KvmSource {
         self.shared.check(ALIVE)?;
         let monitor = self.monitor.as_ref().ok_or(SubscribeError::NoRing)?;
         let watch = Watch::new(&self.shared, range, ALIVE | MONITOR, self.age)?;
-        Ok(Subscription::new(&self.shared, monitor, range, Box::new(callback), watch)?)
+        Ok(Subscription::new(&self.shared, monitor.tid(), range, Box::new(callback), watch)?)
     }
 
     /// What went wrong so far. A system call; ask now and then, not before each use.

@@ -1,100 +1,33 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The monitor thread: reads records and calls back whoever's range they overlap.
+//! The monitor: one thread reads records, another calls back whoever's range they overlap.
 //!
 //! Callbacks come *after the announcement and independently of the change*: nothing waits for them, so a consumer's
 //! correctness rests on [`super::Watch`] alone. They are for giving memory back early and for watching.
 //!
-//! The thread blocks every signal and has a descriptor table of its own with nothing but the ring in it, so that a
-//! close_range(2) elsewhere does not silence it. For the same reason it is not woken by a descriptor when the source
-//! closes: the closer changes the canary page, whose record wakes it like any other.
+//! Both threads block every signal. The reader has a descriptor table of its own with nothing but the ring in it, so
+//! that a close_range(2) elsewhere does not silence it. For the same reason it is not woken by a descriptor when the
+//! source closes: the closer changes the canary page, whose record wakes it like any other. Callbacks are the
+//! consumer's code, which may well use a descriptor (to give a pin back, to stop a device), so they run on the other
+//! thread, with the table of the process.
 //!
-//! Whatever the reason that it stops, the state word says so first; see [`Gone::MonitorDead`].
+//! Whatever the reason that either stops, the state word says so first; see [`Gone::MonitorDead`](super::Gone::MonitorDead).
+//!
+//! Lock order: `kvm_monitor_stage` is a leaf, taken at the threads' start and end alone.
 
-use super::error::Gone;
-use super::layout::Kind;
 use super::perf_rings::{self, Fields};
-use super::shared::{ALIVE, Counters, Lock, MONITOR, Shared, lock};
+use super::queue::Queue;
+use super::record::{Notice, Record};
+use super::shared::{ALIVE, Counters, MONITOR, Shared};
+use super::subscription::Sub;
 use crate::sys::map::Word;
 use crate::sys::ringbuf::RingReader;
-use crate::sys::vm::blocking_signals;
-use mmu_notifier::Range;
+use crate::sys::signal::blocking_signals;
+use interleave::{JoinHandle, LockClass, MaySleep, Mutex, WaitQueue, time, try_spawn};
+use rustix::thread::Pid;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
 use std::time::Duration;
-
-/// One range, as the kernel announced it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Record {
-    /// What is announced.
-    pub kind: Kind,
-    /// First byte.
-    pub start: u64,
-    /// First byte after it; up to `u64::MAX` (clear_refs announces the whole address space so).
-    pub end: u64,
-    /// The CPU that it was announced on.
-    pub cpu: u32,
-    /// Process id of the task that changes the memory, in the initial pid namespace: this process, another one
-    /// (truncate, process_madvise) or a kernel thread (ksmd, kcompactd).
-    pub tgid: u32,
-    /// Its thread id.
-    pub pid: u32,
-    /// CLOCK_MONOTONIC in nanoseconds; 0 where the source does not know.
-    pub ktime_ns: u64,
-}
-
-impl Record {
-    pub(crate) fn from_words(w: [u64; 5]) -> Record {
-        Record {
-            kind: if w[0] >> 32 == Kind::Age as u64 { Kind::Age } else { Kind::Unmap },
-            cpu: w[0] as u32,
-            start: w[1],
-            end: w[2],
-            tgid: (w[3] >> 32) as u32,
-            pid: w[3] as u32,
-            ktime_ns: w[4],
-        }
-    }
-
-    /// The part of `range` that it touches; all of it if the record is odd.
-    pub(crate) fn within(&self, range: Range) -> Range {
-        let (start, end) = (self.start.max(range.start()), self.end.min(range.end()));
-        let part = end.checked_sub(start).and_then(|len| Range::enclosing(start, len).ok());
-        part.unwrap_or(range)
-    }
-
-    /// Does it touch `range`? An empty or backward range is taken to touch everything.
-    pub fn overlaps(&self, range: Range) -> bool {
-        self.start >= self.end || (self.start < range.end() && range.start() < self.end)
-    }
-}
-
-/// What a callback is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Notice {
-    /// A range that overlaps the subscription's.
-    Range(Record),
-    /// Records were lost: anything may have changed.
-    Everything,
-}
-
-type Callback = Box<dyn FnMut(&Notice) + Send>;
-
-/// One subscription.
-pub(crate) struct Sub {
-    range: Range,
-    /// `None`: unsubscribed. Held while the callback runs, which is what makes unsubscribing a fence.
-    callback: Lock<Option<Callback>>,
-}
-
-impl std::fmt::Debug for Sub {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sub").field("range", &self.range).finish_non_exhaustive()
-    }
-}
 
 /// Where the records come from.
 pub(crate) enum Input {
@@ -104,77 +37,202 @@ pub(crate) enum Input {
     Perf(Fields),
 }
 
-static ENDED: interleave::LockClass = interleave::LockClass::new("kvm_monitor_ended");
+static STAGE: LockClass = LockClass::new("kvm_monitor_stage");
+static STAGE_CHANGED: LockClass = LockClass::new("kvm_monitor_stage_changed");
 
-impl std::fmt::Debug for Monitor {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Monitor").field("thread", &self.thread.thread().id()).finish_non_exhaustive()
+/// How far the thread is.
+#[derive(Debug)]
+enum Stage {
+    Starting,
+    Running(Pid),
+    /// It could not start.
+    Refused(io::Error),
+    Ended,
+}
+
+/// Shared by the thread and whoever waits for it.
+#[derive(Debug)]
+struct Life {
+    stage: Mutex<Stage>,
+    changed: WaitQueue,
+}
+
+impl Life {
+    fn new() -> Life {
+        Life { stage: Mutex::new(&STAGE, Stage::Starting), changed: WaitQueue::new(&STAGE_CHANGED) }
+    }
+
+    fn reach(&self, cx: &mut MaySleep<'_>, stage: Stage) {
+        *self.stage.lock(cx) = stage;
+        self.changed.wake_all();
+    }
+
+    /// The thread, once it runs.
+    fn started(&self, cx: &mut MaySleep<'_>) -> io::Result<Pid> {
+        let mut stage = self.stage.lock(cx);
+        loop {
+            match std::mem::replace(&mut *stage, Stage::Ended) {
+                Stage::Starting => *stage = Stage::Starting,
+                Stage::Running(tid) => {
+                    *stage = Stage::Running(tid);
+                    return Ok(tid);
+                }
+                Stage::Refused(why) => return Err(why),
+                Stage::Ended => return Err(io::Error::other("the monitor thread died at its start")),
+            }
+            stage = self.changed.wait(cx, stage);
+        }
+    }
+
+    /// Has it ended, or does it within `patience`?
+    fn ended_within(&self, cx: &mut MaySleep<'_>, patience: Duration) -> bool {
+        let stage = self.stage.lock(cx);
+        if matches!(*stage, Stage::Ended) {
+            return true;
+        }
+        let (stage, _) = self.changed.wait_timeout(cx, stage, patience);
+        matches!(*stage, Stage::Ended)
+    }
+}
+
+/// One of the two threads.
+#[derive(Debug)]
+struct Thread {
+    handle: JoinHandle<()>,
+    life: Arc<Life>,
+}
+
+impl Thread {
+    fn spawn(name: &str, body: impl FnOnce(&mut MaySleep<'_>, &Life) + Send + 'static) -> io::Result<Thread> {
+        let life = Arc::new(Life::new());
+        let body = {
+            let life = Arc::clone(&life);
+            move |cx: &mut MaySleep<'_>| body(cx, &life)
+        };
+        Ok(Thread { handle: try_spawn(name, body)?, life })
     }
 }
 
 /// A running monitor.
+#[derive(Debug)]
 pub(crate) struct Monitor {
-    thread: JoinHandle<()>,
-    /// Disconnected when the thread has ended. Never locked: a receiver alone could not be shared.
-    ended: interleave::Mutex<Receiver<()>>,
+    reader: Thread,
+    caller: Thread,
+    caller_tid: Pid,
 }
 
 impl Monitor {
-    /// Starts the thread. `fds` are what it polls; they are closed here once it has its own copies.
+    /// Starts the threads. `fds` are what the reader polls; they are closed here once it has its own copies.
     pub(crate) fn start(shared: &Arc<Shared>, input: Input, fds: Vec<OwnedFd>) -> io::Result<Monitor> {
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let (ready, is_ready) = channel::<io::Result<()>>();
-        let (alive, ended) = channel::<()>();
-        let shared = Arc::clone(shared);
-        let body = move || run(&shared, input, &raw, &ready, alive);
+        let queue = Arc::new(Queue::new());
+        shared.set(MONITOR);
+        let call = {
+            let (shared, queue) = (Arc::clone(shared), Arc::clone(&queue));
+            move |cx: &mut MaySleep<'_>, life: &Life| {
+                let _obituary = Obituary { shared: &shared, life, queue: &queue };
+                life.reach(cx, Stage::Running(rustix::thread::gettid()));
+                call(cx, &shared, &queue);
+            }
+        };
+        let read = {
+            let (shared, queue) = (Arc::clone(shared), Arc::clone(&queue));
+            move |cx: &mut MaySleep<'_>, life: &Life| {
+                let _obituary = Obituary { shared: &shared, life, queue: &queue };
+                match own_descriptor_table(&raw) {
+                    Ok(()) => life.reach(cx, Stage::Running(rustix::thread::gettid())),
+                    Err(why) => return life.reach(cx, Stage::Refused(why)),
+                }
+                read(cx, &shared, &queue, input, &raw);
+            }
+        };
         // A new thread inherits the mask, so there is no moment in which it could take a signal.
-        let thread =
-            blocking_signals(|| std::thread::Builder::new().name("kvm-notifier".into()).spawn(body))?;
-        is_ready.recv().map_err(|_| io::Error::other("the monitor thread died at its start"))??;
-        Ok(Monitor { thread, ended: interleave::Mutex::new(&ENDED, ended) })
+        let (reader, caller) = blocking_signals(|| {
+            let caller = Thread::spawn("kvm-callbacks", call)?;
+            match Thread::spawn("kvm-notifier", read) {
+                Ok(reader) => Ok((reader, caller)),
+                Err(e) => {
+                    // Nobody else would end the caller.
+                    MaySleep::enter(|cx| queue.close(cx));
+                    Err(e)
+                }
+            }
+        })?;
+        let caller_tid = MaySleep::enter(|cx| {
+            reader.life.started(cx)?;
+            caller.life.started(cx)
+        })?;
+        Ok(Monitor { reader, caller, caller_tid })
     }
 
-    /// Waits for the end of the thread; `wake` makes a record appear. Gives up after two seconds: the thread then ends
-    /// by itself at its next record, and touches nothing but what it owns.
-    pub(crate) fn stop(mut self, mut wake: impl FnMut()) {
-        if std::thread::current().id() == self.thread.thread().id() {
+    /// The thread that calls back.
+    pub(crate) fn tid(&self) -> Pid {
+        self.caller_tid
+    }
+
+    /// Waits for the end of the threads; `wake` makes a record appear. Gives up after two seconds: they then end by
+    /// themselves at the next record, and touch nothing but what they own. In an atomic section, where nobody may wait,
+    /// it gives up at once.
+    pub(crate) fn stop(self, mut wake: impl FnMut()) {
+        // From a callback: the thread ends when that returns.
+        if rustix::thread::gettid() == self.caller_tid {
             return;
         }
-        for _ in 0..400 {
-            wake();
-            if self.ended.get_mut().recv_timeout(Duration::from_millis(5))
-                == Err(RecvTimeoutError::Disconnected)
-            {
-                // The result was already told through the state word.
-                let _ = self.thread.join();
-                return;
+        wake();
+        let _ = MaySleep::try_enter(|cx| {
+            for _ in 0..400 {
+                let patience = Duration::from_millis(5);
+                // The reader's end closes the queue, which ends the caller.
+                if self.reader.life.ended_within(cx, patience) && self.caller.life.ended_within(cx, patience)
+                {
+                    // The result was already told through the state word.
+                    let _ = self.reader.handle.join(cx);
+                    let _ = self.caller.handle.join(cx);
+                    return;
+                }
+                wake();
             }
-        }
+        });
     }
 }
 
-/// Clears the monitor's bit however the thread ends, a panic in a callback included.
-struct Obituary<'a>(&'a Shared);
+/// Says that the monitor is gone however its thread ends, a panic in a callback included, and ends the other one.
+struct Obituary<'a> {
+    shared: &'a Shared,
+    life: &'a Life,
+    queue: &'a Queue,
+}
 
 impl Drop for Obituary<'_> {
     fn drop(&mut self) {
-        self.0.clear(MONITOR);
+        self.shared.clear(MONITOR);
+        MaySleep::enter(|cx| {
+            self.queue.close(cx);
+            let mut stage = self.life.stage.lock(cx);
+            if !matches!(*stage, Stage::Refused(_)) {
+                *stage = Stage::Ended;
+            }
+        });
+        self.life.changed.wake_all();
     }
 }
 
-fn run(shared: &Shared, mut input: Input, fds: &[RawFd], ready: &Sender<io::Result<()>>, alive: Sender<()>) {
-    let _alive = alive;
-    shared.set(MONITOR);
-    let _obituary = Obituary(shared);
-    let own = own_descriptor_table(fds);
-    let stop = own.is_err();
-    if ready.send(own).is_err() || stop {
-        return;
+/// The caller.
+fn call(cx: &mut MaySleep<'_>, shared: &Shared, queue: &Queue) {
+    let mut hits: Vec<Arc<Sub>> = Vec::new();
+    while let Some(notice) = queue.pop(cx) {
+        if shared.check(ALIVE).is_err() {
+            return;
+        }
+        shared.subs.dispatch(cx, &notice, &mut hits);
     }
+}
+
+/// The reader.
+fn read(cx: &mut MaySleep<'_>, shared: &Shared, queue: &Queue, mut input: Input, fds: &[RawFd]) {
     let mut polled: Vec<libc::pollfd> =
         fds.iter().map(|fd| libc::pollfd { fd: *fd, events: libc::POLLIN, revents: 0 }).collect();
-    let mut tails: Vec<u64> = Vec::new();
-    let mut lost = 0;
+    let mut state = State::default();
     let mut timeout = SETTLE_MS;
     loop {
         // SAFETY: an array of pollfd of the length given.
@@ -188,14 +246,24 @@ fn run(shared: &Shared, mut input: Input, fds: &[RawFd], ready: &Sender<io::Resu
         if n > 0 {
             // The kernel wakes the reader only when it had caught up. Lagging a little on purpose makes one wakeup (10 us
             // of the changing task's time, measured) serve all the ranges of that while.
-            #[expect(clippy::disallowed_methods, reason = "a real thread that waits for the kernel")]
-            std::thread::sleep(COALESCE);
+            time::sleep(cx, COALESCE);
         }
-        drain(shared, &mut input, &mut tails, &mut lost);
+        if !drain(cx, shared, queue, &mut input, &mut state) {
+            return;
+        }
         // The program fails to reserve and then counts the loss. Should the drain fall between the two, nothing more
         // would wake us: look once more after a while, then sleep for as long as it takes.
         timeout = if n > 0 { SETTLE_MS } else { -1 };
     }
+}
+
+/// What the reader remembers from one round to the next.
+#[derive(Default)]
+struct State {
+    /// How far each perf ring has been read.
+    tails: Vec<u64>,
+    /// The last value of the program's counter of lost records.
+    lost: u64,
 }
 
 /// How far callbacks lag behind on purpose.
@@ -204,50 +272,47 @@ const COALESCE: Duration = Duration::from_micros(250);
 /// How long after the last record the loss counter is looked at again, in milliseconds.
 const SETTLE_MS: i32 = 100;
 
-fn drain(shared: &Shared, input: &mut Input, tails: &mut Vec<u64>, lost: &mut u64) {
+/// False: nobody calls any more, or the source is closed.
+fn drain(
+    cx: &mut MaySleep<'_>,
+    shared: &Shared,
+    queue: &Queue,
+    input: &mut Input,
+    state: &mut State,
+) -> bool {
+    let State { tails, lost } = state;
+    let mut tell = |notice| queue.push(cx, notice);
     match input {
         Input::Bpf(ring, lost_word) => {
             loop {
-                match ring.next::<{ super::program::RECORD_WORDS }>() {
-                    Ok(Some(words)) => dispatch(shared, &Notice::Range(Record::from_words(words))),
+                let told = match ring.next::<{ super::program::RECORD_WORDS }>() {
+                    Ok(Some(words)) => tell(Notice::Range(Record::from_words(words))),
                     Ok(None) => break,
-                    Err(_) => dispatch(shared, &Notice::Everything),
-                }
-                if shared.check(ALIVE).is_err() {
-                    return;
+                    Err(_) => tell(Notice::Everything),
+                };
+                if !told || shared.check(ALIVE).is_err() {
+                    return false;
                 }
             }
             let now = lost_word.load();
-            if now != std::mem::replace(lost, now) {
-                dispatch(shared, &Notice::Everything);
-            }
+            now == std::mem::replace(lost, now) || tell(Notice::Everything)
         }
         Input::Perf(fields) => {
-            let Counters::Perf { rings, cpus } = &*shared.counters else { return };
+            let Counters::Perf { rings, cpus } = &*shared.counters else { return false };
             tails.resize(rings.len(), 0);
             for (at, (ring, tail)) in rings.iter().zip(tails.iter_mut()).enumerate() {
-                match perf_rings::read(ring, tail, cpus[at], *fields) {
-                    Some(records) => records.iter().for_each(|r| dispatch(shared, &Notice::Range(*r))),
+                let told = match perf_rings::read(ring, tail, cpus[at], *fields) {
+                    Some(records) => records.into_iter().all(|r| tell(Notice::Range(r))),
                     None => {
                         shared.count_overrun();
-                        dispatch(shared, &Notice::Everything);
+                        tell(Notice::Everything)
                     }
+                };
+                if !told {
+                    return false;
                 }
             }
-        }
-    }
-}
-
-/// Calls back every subscription that the notice concerns. A linear scan.
-fn dispatch(shared: &Shared, notice: &Notice) {
-    let concerned = |sub: &&Arc<Sub>| match notice {
-        Notice::Range(record) => record.overlaps(sub.range),
-        Notice::Everything => true,
-    };
-    let subs: Vec<Arc<Sub>> = lock(&shared.subs).iter().filter(concerned).map(Arc::clone).collect();
-    for sub in subs {
-        if let Some(callback) = lock(&sub.callback).as_mut() {
-            callback(notice);
+            true
         }
     }
 }
@@ -272,61 +337,4 @@ fn own_descriptor_table(keep: &[RawFd]) -> io::Result<()> {
         from = fd.saturating_add(1);
     }
     Ok(())
-}
-
-/// Callbacks for one range, until dropped.
-#[derive(Debug)]
-pub struct Subscription {
-    sub: Arc<Sub>,
-    shared: Arc<Shared>,
-    watch: super::Watch,
-    monitor: std::thread::ThreadId,
-}
-
-impl Subscription {
-    pub(crate) fn new(
-        shared: &Arc<Shared>,
-        monitor: &Monitor,
-        range: Range,
-        callback: Callback,
-        watch: super::Watch,
-    ) -> Result<Subscription, Gone> {
-        let sub = Arc::new(Sub { range, callback: Lock::new(Some(callback)) });
-        lock(&shared.subs).push(Arc::clone(&sub));
-        let this =
-            Subscription { sub, shared: Arc::clone(shared), watch, monitor: monitor.thread.thread().id() };
-        // After it is listed: a monitor that dies from now on is seen by the watch.
-        shared.check(ALIVE | MONITOR)?;
-        Ok(this)
-    }
-
-    /// Is this the thread that calls back?
-    pub(crate) fn is_calling(&self) -> bool {
-        std::thread::current().id() == self.monitor
-    }
-
-    /// The synchronous side of the same range. Unlike a watch without callbacks it is also gone when the monitor is.
-    pub fn watch(&self) -> &super::Watch {
-        &self.watch
-    }
-}
-
-impl Drop for Subscription {
-    /// A fence: when it returns, the callback is not running and never runs again. In the callback itself it cannot
-    /// wait for itself: there it only makes sure that this call is the last.
-    fn drop(&mut self) {
-        if !self.shared.at_home() {
-            // A forked child: the monitor's locks may be held for ever, and there is no monitor.
-            return;
-        }
-        lock(&self.shared.subs).retain(|sub| !Arc::ptr_eq(sub, &self.sub));
-        if !self.is_calling() {
-            *lock(&self.sub.callback) = None;
-            return;
-        }
-        // On the monitor: a callback of another subscription may drop this one, whose lock is then free.
-        if let Ok(mut callback) = self.sub.callback.try_lock() {
-            *callback = None;
-        }
-    }
 }

@@ -22,6 +22,14 @@ pub(crate) fn tracepoint(fs: &Tracefs, kind: Kind) -> Result<(Event, u32, u32), 
     find().map_err(error::tracepoint)
 }
 
+/// The length of a ring, if it can have that.
+pub(crate) fn check_ring(len: u32) -> Result<u32, OpenError> {
+    if len.is_power_of_two() && len >= 4096 {
+        return Ok(len);
+    }
+    Err(OpenError::Options(format!("a ring of {len} bytes: wants a power of two from 4096")))
+}
+
 /// Everything of a BPF source that needs privilege, as descriptors.
 #[derive(Debug)]
 pub(crate) struct Parts {
@@ -47,11 +55,7 @@ impl Parts {
         let ring = match options.ring {
             None => None,
             Some(len) => {
-                if !len.is_power_of_two() || len < 4096 {
-                    return Err(OpenError::Options(format!(
-                        "a ring of {len} bytes: wants a power of two from 4096"
-                    )));
-                }
+                check_ring(len)?;
                 Some((bpf::create_ring("notifier_ring", len).map_err(refused("making the ring"))?, len))
             }
         };

@@ -10,11 +10,12 @@
 //! **a CPU that comes online later is not heard**: [`super::Health::unheard_cpus`] says so, a watch cannot. Another BPF
 //! program on the same tracepoint that returns 0 would also take the record away; ours returns 1.
 
+use super::Options;
 use super::canary::Canary;
 use super::error::{self, OpenError, system};
 use super::layout::Kind;
-use super::monitor::Record;
-use super::{Options, parts};
+use super::parts::{self, check_ring};
+use super::record::Record;
 use crate::sys::perf::Ring;
 use crate::sys::tracefs::Tracefs;
 use std::os::fd::OwnedFd;
@@ -43,10 +44,10 @@ impl PerfRings {
         if options.age {
             return Err(OpenError::Options("perf rings do not carry ageing; it needs BPF".to_owned()));
         }
-        let pages = options.ring.map_or(QUIET_PAGES, |len| (len / 4096) as usize);
-        if !pages.is_power_of_two() {
-            return Err(OpenError::Options("a ring wants a power of two of bytes, from 4096".to_owned()));
-        }
+        let pages = match options.ring {
+            None => QUIET_PAGES,
+            Some(len) => check_ring(len)? as usize / 4096,
+        };
         let fs = Tracefs::open().map_err(error::tracepoint)?;
         let (event, start, end) = parts::tracepoint(&fs, Kind::Unmap)?;
         let fields = Fields { start: start as usize, end: end as usize };

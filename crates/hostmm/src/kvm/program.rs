@@ -17,7 +17,7 @@
 //! bpf_ringbuf_reserve/submit, none of them for GPL programs only (ktime since 5.8). The program says "Dual MIT/GPL".
 
 use super::layout::{Kind, LOST, Layout};
-use crate::sys::bpf::{Asm, Cond, Helper, Insn, Reg};
+use crate::sys::bpf::asm::{Asm, Cond, Helper, Insn, Label, Reg};
 use mmu_notifier::Range;
 use std::os::fd::BorrowedFd;
 
@@ -79,7 +79,7 @@ pub(crate) fn assemble(spec: &Spec<'_>) -> Option<Vec<Insn>> {
 }
 
 /// Goes to `elsewhere` unless `[R6, R7)` overlaps `range`.
-fn skip_unless_overlap(asm: &mut Asm, range: Range, elsewhere: crate::sys::bpf::Label) {
+fn skip_unless_overlap(asm: &mut Asm, range: Range, elsewhere: Label) {
     asm.load_imm64(Reg::R2, range.start());
     asm.jump_if(Reg::R7, Cond::Le, Reg::R2, elsewhere);
     asm.load_imm64(Reg::R2, range.end());

@@ -1,19 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the source, its watches and its monitor share, and the one word that says whether any of it may be trusted.
 //!
-//! Lock order: `subs` (the list), then one subscription's `callback`. The monitor holds only the latter while a
-//! callback runs, so callbacks may subscribe and unsubscribe others.
+//! No lock here but that of `subs`; see [`super::subscription`].
 
 use super::error::Gone;
 use super::layout::{Kind, LOST, Layout};
-use super::monitor::Sub;
+use super::subscription::Subs;
 use crate::sys::map::{Mapping, Word};
 use crate::sys::perf::Ring;
 use crate::sys::wipe::WipePage;
+use interleave::{AtomicU64, Ordering};
 use mmu_notifier::Range;
 use std::mem::ManuallyDrop;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 /// Bits of the state word. A forked child reads 0: none of them.
 pub(crate) const ALIVE: u64 = 1;
@@ -35,26 +33,15 @@ pub(crate) enum Counters {
     Perf { rings: Vec<Ring>, cpus: Vec<u32> },
 }
 
-#[expect(
-    clippy::disallowed_types,
-    reason = "interleave's locks need a context that a monitor of the kernel has not"
-)]
-pub(crate) type Lock<T> = std::sync::Mutex<T>;
-
-/// Locks, also after a panic in a callback: every structure here is valid between any two statements.
-pub(crate) fn lock<T>(m: &Lock<T>) -> std::sync::MutexGuard<'_, T> {
-    m.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
 #[derive(Debug)]
 pub(crate) struct Shared {
     state: WipePage,
     /// Invariant: mapped for as long as this lives, in the process that made it. A ring's mapping is not inherited
     /// by a child (perf maps with VM_DONTCOPY), which therefore must not unmap it: something else may be there.
     pub(crate) counters: ManuallyDrop<Counters>,
-    pub(crate) subs: Lock<Vec<Arc<Sub>>>,
+    pub(crate) subs: Subs,
     /// Times that a perf ring was overwritten before it was read.
-    overruns: Lock<u64>,
+    overruns: AtomicU64,
 }
 
 impl Shared {
@@ -62,8 +49,8 @@ impl Shared {
         Shared {
             state,
             counters: ManuallyDrop::new(counters),
-            subs: Lock::new(Vec::new()),
-            overruns: Lock::new(0),
+            subs: Subs::new(),
+            overruns: AtomicU64::new(0),
         }
     }
 
@@ -105,14 +92,14 @@ impl Shared {
     }
 
     pub(crate) fn count_overrun(&self) {
-        *lock(&self.overruns) += 1;
+        self.overruns.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Records lost since the source was opened, or times that some were.
     pub(crate) fn lost(&self) -> u64 {
         match &*self.counters {
             Counters::Bpf { map, .. } => map.word(LOST as usize).map_or(0, Word::load),
-            Counters::Perf { .. } => *lock(&self.overruns),
+            Counters::Perf { .. } => self.overruns.load(Ordering::Relaxed),
         }
     }
 

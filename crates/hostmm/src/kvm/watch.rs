@@ -39,31 +39,52 @@ pub struct Seq {
     local: u64,
 }
 
-/// The sum of one word (the program's global counter: the case to be fast in) or several (the heads of perf rings).
+/// The words that say whether one kind of thing happened.
 #[derive(Clone, Debug)]
-struct Heads {
+struct Words {
+    /// Moves with anything at all: the program's global counter, the case to be fast in. With perf rings the head of
+    /// the first, which is never asked alone.
     first: Word,
+    /// The words that decide if `first` has moved: the wide counter and buckets of the range, or the heads of all perf
+    /// rings; empty where `first` decides alone.
     rest: Box<[Word]>,
+    /// Several words stand for "anything", so that `first` says nothing by itself.
+    rings: bool,
 }
 
-impl Heads {
+/// What no counter reaches: a look at `first` never finds it, so that `rest` always decides.
+const NEVER: u64 = u64::MAX;
+
+impl Words {
     /// `None` where there is nothing to look at.
-    fn new(words: &[Word]) -> Option<Heads> {
-        let (first, rest) = words.split_first()?;
-        Some(Heads { first: *first, rest: rest.into() })
+    fn new(heads: Vec<Word>, local: Vec<Word>) -> Option<Words> {
+        let first = *heads.first()?;
+        let rings = heads.len() > 1;
+        Some(Words { first, rest: if rings { heads } else { local }.into(), rings })
     }
 
     #[inline]
-    fn load(&self) -> u64 {
-        let first = self.first.load();
-        if self.rest.is_empty() { first } else { first.wrapping_add(sum(&self.rest)) }
+    fn snapshot(&self) -> Seq {
+        // The global count before the buckets; see above.
+        let global = if self.rings { NEVER } else { self.first.load() };
+        Seq { global, local: self.sum() }
     }
-}
 
-/// Each word only grows, so the sum moves if and only if one of them does.
-#[inline(never)]
-fn sum(words: &[Word]) -> u64 {
-    words.iter().fold(0, |n, w| n.wrapping_add(w.load()))
+    #[inline]
+    fn moved(&self, seq: Seq) -> bool {
+        self.first.load() != seq.global && self.rest_moved(seq)
+    }
+
+    #[cold]
+    fn rest_moved(&self, seq: Seq) -> bool {
+        self.rest.is_empty() || self.sum() != seq.local
+    }
+
+    /// Each word only grows, so the sum moves if and only if one of them does.
+    #[inline(never)]
+    fn sum(&self) -> u64 {
+        self.rest.iter().fold(0, |n, w| n.wrapping_add(w.load()))
+    }
 }
 
 /// The changes of one range of this process's memory. Cheap to make; share it or make one per thread.
@@ -73,10 +94,8 @@ fn sum(words: &[Word]) -> u64 {
 pub struct Watch {
     state: Word,
     need: u64,
-    global: Heads,
-    /// Wide counter and buckets of the range; empty: the global counter decides alone.
-    local: Box<[Word]>,
-    age: Option<(Heads, Box<[Word]>)>,
+    unmap: Words,
+    age: Option<Words>,
     range: Range,
     /// Keeps mapped what the words point into.
     shared: Arc<Shared>,
@@ -85,14 +104,12 @@ pub struct Watch {
 impl Watch {
     pub(crate) fn new(shared: &Arc<Shared>, range: Range, need: u64, age: bool) -> Result<Watch, Gone> {
         // Empty only where there is no CPU or no map, and then no source was opened.
-        let heads = |kind| Heads::new(&shared.heads(kind)).ok_or(Gone::Closed);
-        let local = |kind| shared.local(kind, range).into_boxed_slice();
+        let words = |kind| Words::new(shared.heads(kind), shared.local(kind, range)).ok_or(Gone::Closed);
         Ok(Watch {
             state: shared.state_word(need),
             need: need | ALIVE,
-            global: heads(Kind::Unmap)?,
-            local: local(Kind::Unmap),
-            age: if age { Some((heads(Kind::Age)?, local(Kind::Age))) } else { None },
+            unmap: words(Kind::Unmap)?,
+            age: if age { Some(words(Kind::Age)?) } else { None },
             range,
             shared: Arc::clone(shared),
         })
@@ -114,8 +131,7 @@ impl Watch {
     #[inline]
     pub fn snapshot(&self) -> Result<Seq, Gone> {
         self.shared.check(self.need)?;
-        let global = self.global.load();
-        Ok(Seq { global, local: sum(&self.local) })
+        Ok(self.unmap.snapshot())
     }
 
     /// Has anything in the range been invalidated since `seq`, as far as this source can tell ranges apart?
@@ -125,15 +141,7 @@ impl Watch {
     #[inline]
     pub fn changed_since(&self, seq: Seq) -> bool {
         // The state first: in a forked child the counters are the parent's, or not mapped at all.
-        if self.state.load() == 0 {
-            return true;
-        }
-        self.global.load() != seq.global && self.local_changed(seq)
-    }
-
-    #[cold]
-    fn local_changed(&self, seq: Seq) -> bool {
-        self.local.is_empty() || sum(&self.local) != seq.local
+        self.state.load() == 0 || self.unmap.moved(seq)
     }
 
     /// As [`Watch::snapshot`], of the ageing of the range; `Ok(None)` if the source was opened without ageing.
@@ -142,15 +150,11 @@ impl Watch {
     /// [`Gone`] if the source can no longer tell.
     pub fn age_snapshot(&self) -> Result<Option<Seq>, Gone> {
         self.shared.check(self.need)?;
-        Ok(self.age.as_ref().map(|(global, local)| Seq { global: global.load(), local: sum(local) }))
+        Ok(self.age.as_ref().map(Words::snapshot))
     }
 
     /// Have accessed bits of the range been taken since `seq`, a value of [`Watch::age_snapshot`]? `true` if unknown.
     pub fn aged_since(&self, seq: Seq) -> bool {
-        if self.state.load() == 0 {
-            return true;
-        }
-        let Some((global, local)) = &self.age else { return true };
-        global.load() != seq.global && (local.is_empty() || sum(local) != seq.local)
+        self.state.load() == 0 || self.age.as_ref().is_none_or(|age| age.moved(seq))
     }
 }

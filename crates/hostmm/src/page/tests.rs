@@ -9,8 +9,9 @@ use mmu_notifier::{PAGE_SIZE, PageAddr, Range, TASK_SIZE};
 
 use super::*;
 use crate::capability::Capability;
+use crate::setting::SwapSpace;
 use crate::sys::test_memory::{Memory, RW, fork};
-use crate::testing::{Swap, in_child, require};
+use crate::testing::{in_child, require};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -142,11 +143,11 @@ fn a_collapse_makes_huge_pages() {
 
 #[test]
 fn a_swapped_page_says_where() {
-    if !require(Capability::Pfn) {
+    if !require(Capability::Pfn) || !require(Capability::Zram) {
         return;
     }
     in_child("page::tests::a_swapped_page_says_where", DEADLINE, || {
-        let Some(_swap) = Swap::require() else { return };
+        let _swap = SwapSpace::add().unwrap();
         let (pages, m) = (pages(), Memory::anon(PAGE_SIZE));
         m.write(0, b"swap me");
         m.madvise(libc::MADV_PAGEOUT).unwrap();

@@ -7,7 +7,7 @@ use std::io;
 use interleave::AtomicContext;
 use mmu_notifier::Range;
 
-use super::MAX_PIN;
+use super::{MAX_PIN, MAX_SLOTS};
 use crate::page::{Maps, PidOrSelf, Vma};
 
 /// Why a range is not pinned, or a pin not usable.
@@ -24,6 +24,14 @@ pub enum PinError {
     /// The ring belongs to the parent: what the device sees are the parent's pages.
     #[error("this pin was made before fork and holds the parent's pages: make another Pinner in the child")]
     Forked,
+    /// No table has such slots.
+    #[error("slots [{first}, +{slots}) lie outside any buffer table, which has at most {MAX_SLOTS}")]
+    NoTable {
+        /// The first slot that was to be ours.
+        first: u32,
+        /// How many.
+        slots: u32,
+    },
     /// Every slot of the table holds a pin.
     #[error(
         "all {slots} slots of the buffer table hold pins: drop one, or make a Pinner with more (at most 16384)"

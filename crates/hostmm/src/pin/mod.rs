@@ -100,8 +100,11 @@ impl Pinner {
     /// until they have completed if the pages must not be given back (the kernel itself holds them for requests in flight).
     ///
     /// # Errors
-    /// [`PinError::NoRing`] if a page of bookkeeping cannot be had.
+    /// [`PinError::NoTable`] if no table has such slots; [`PinError::NoRing`] if a page of bookkeeping cannot be had.
     pub fn on_ring(ring: OwnedFd, first: u32, slots: u32) -> Result<Pinner, PinError> {
+        if first.checked_add(slots).is_none_or(|end| end > MAX_SLOTS) {
+            return Err(PinError::NoTable { first, slots });
+        }
         Pinner::make(ring, first, slots, None)
     }
 

@@ -337,3 +337,14 @@ fn a_pinned_page_keeps_its_frame() {
         drop(pin);
     });
 }
+
+#[test]
+fn slots_that_no_table_has_are_refused() {
+    for (first, slots) in [(0, MAX_SLOTS + 1), (MAX_SLOTS, 1), (u32::MAX, 2)] {
+        let ring = std::fs::File::open("/dev/null").unwrap().into();
+        assert!(
+            matches!(Pinner::on_ring(ring, first, slots), Err(PinError::NoTable { .. })),
+            "{first} {slots}"
+        );
+    }
+}

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use interleave::{LockClass, MaySleep, Mutex, Sleep};
+use interleave::{MaySleep, Sleep};
 use mmu_notifier::primary::{
     After, CountedBefore, Delivery, Gone, Invalidate, SetSeq, SubscribeError, Unheard,
 };
@@ -12,8 +12,6 @@ use mmu_notifier::{InsideInvalidation, Invalidation, Range};
 
 use crate::uffd::{DEAF, UffdSource};
 use crate::{kvm, uffd};
-
-static KVM_SUBSCRIPTION: LockClass = LockClass::new("kvm_subscription");
 
 /// A live source of notifications about this process's mm.
 pub trait Source: Send + Sync {
@@ -73,7 +71,7 @@ fn call(callback: &dyn Invalidate, range: Range) {
 /// A [`kvm::Watch`], with its callback if it has one.
 pub struct KvmWatch {
     watch: kvm::Watch,
-    subscription: Mutex<Option<kvm::Subscription>>,
+    subscription: Option<kvm::Subscription>,
 }
 
 impl fmt::Debug for KvmWatch {
@@ -112,7 +110,7 @@ impl Source for kvm::KvmSource {
             Some(subscription) => subscription.watch().clone(),
             None => kvm::KvmSource::watch(self, range).map_err(gone)?,
         };
-        Ok(KvmWatch { watch, subscription: Mutex::new(&KVM_SUBSCRIPTION, subscription) })
+        Ok(KvmWatch { watch, subscription })
     }
 }
 
@@ -136,14 +134,12 @@ impl LiveWatch for KvmWatch {
     }
 
     fn unsubscribe(&self) -> Result<(), InsideInvalidation> {
-        MaySleep::enter(|cx| {
-            let mut subscription = self.subscription.lock(cx);
-            if subscription.as_ref().is_some_and(kvm::Subscription::is_calling) {
-                return Err(InsideInvalidation);
-            }
-            drop(subscription.take());
-            Ok(())
-        })
+        let Some(subscription) = &self.subscription else { return Ok(()) };
+        if subscription.is_calling() {
+            return Err(InsideInvalidation);
+        }
+        subscription.silence();
+        Ok(())
     }
 }
 

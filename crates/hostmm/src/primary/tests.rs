@@ -106,7 +106,7 @@ fn pin_in_the_gap<S: Source>(mm: &HostMm<S>, wait: bool) -> Option<bool> {
         let sub = mm.watch(last).unwrap();
         let announced = sub.snapshot().unwrap();
         let (done, is_done) = mpsc::channel::<()>();
-        let (pin, trusted, in_the_gap) = std::thread::scope(|threads| {
+        let (pin, seq, in_the_gap) = std::thread::scope(|threads| {
             threads.spawn(|| {
                 memory.madvise(libc::MADV_DONTNEED).unwrap();
                 done.send(()).unwrap();
@@ -116,10 +116,12 @@ fn pin_in_the_gap<S: Source>(mm: &HostMm<S>, wait: bool) -> Option<bool> {
             let pin = mm.pin(cx, last, Access::Write).unwrap();
             // Without waiting, the operation must still be at it, or there was no gap to fall into.
             let in_the_gap = wait || is_done.try_recv().is_err();
-            (pin, !sub.read_retry(seq), in_the_gap)
+            (pin, seq, in_the_gap)
         });
         // Not trusted: the same bucket of addresses changed in some VM of the machine. The caller would try again.
-        if !in_the_gap || !trusted {
+        // Asked when all is over: the announcement that was waited for may have been such a change as well, and the
+        // pages went after the pin.
+        if !in_the_gap || sub.read_retry(seq) {
             return None;
         }
         let mut device = [0; 3];

@@ -2,13 +2,14 @@
 //! A correct program: every thread allocates a buffer, looks it up in a cache that all share, and frees it.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use interleave::{AtomicU64, LockClass, MaySleep, Mutex, Ordering, scope};
 use mmu_notifier::Range;
 
 use super::{Outcome, RaceError, Subject};
+
+static CACHE: LockClass = LockClass::new("race_cache");
 
 /// Above the threshold from which malloc maps each buffer for itself, and free unmaps it.
 const BYTES: usize = 256 << 10;
@@ -27,15 +28,20 @@ pub fn churn<S: Subject>(subject: &S, threads: usize, rounds: u64) -> Result<Out
     let start = Instant::now();
     let shared = Churn {
         subject,
-        cache: Mutex::new(HashMap::new()),
+        cache: Mutex::new(&CACHE, HashMap::new()),
         stamps: AtomicU64::new(0),
         rounds,
         lookups: AtomicU64::new(0),
         stale: AtomicU64::new(0),
     };
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(|| shared.run())).collect();
-        threads.into_iter().try_for_each(|t| t.join().unwrap_or(Ok(())))
+    MaySleep::enter(|cx| {
+        scope(cx, |scope, cx| {
+            let threads: Vec<_> =
+                (0..threads).map(|_| scope.spawn("race-churn", |cx| shared.run(cx))).collect();
+            // All of them, also after an error: the scope panics over a thread that panicked and was not joined.
+            let ends: Vec<_> = threads.into_iter().map(|thread| thread.join(cx)).collect();
+            ends.into_iter().try_for_each(|end| end?)
+        })
     })?;
     Ok(Outcome {
         rounds,
@@ -61,7 +67,7 @@ struct Churn<'s, S: Subject> {
 }
 
 impl<S: Subject> Churn<'_, S> {
-    fn run(&self) -> Result<(), RaceError> {
+    fn run(&self, cx: &mut MaySleep<'_>) -> Result<(), RaceError> {
         loop {
             // Each buffer has a stamp of its own, so one that was cached under another stamp is another buffer.
             let stamp = self.stamps.fetch_add(1, Ordering::Relaxed) + 1;
@@ -75,7 +81,7 @@ impl<S: Subject> Churn<'_, S> {
             }
             // SAFETY: as above; malloc aligns to 16 bytes.
             unsafe { buffer.cast::<u64>().write_volatile(stamp) };
-            let got = self.get(buffer.addr() as u64, stamp);
+            let got = self.get(cx, buffer.addr() as u64, stamp);
             // SAFETY: from malloc, and freed once.
             unsafe { libc::free(buffer) };
             got?;
@@ -83,9 +89,9 @@ impl<S: Subject> Churn<'_, S> {
     }
 
     /// What a program does before it hands the buffer to a device.
-    fn get(&self, addr: u64, stamp: u64) -> Result<(), RaceError> {
+    fn get(&self, cx: &mut MaySleep<'_>, addr: u64, stamp: u64) -> Result<(), RaceError> {
         let old = {
-            let mut cache = self.lock();
+            let mut cache = self.cache.lock(cx);
             match cache.get(&addr) {
                 Some(entry) if self.subject.is_current(&entry.token) => {
                     let stale = entry.stamp != stamp;
@@ -103,12 +109,8 @@ impl<S: Subject> Churn<'_, S> {
         drop(old);
         let Ok(range) = Range::enclosing(addr, BYTES as u64) else { return Ok(()) };
         let token = self.subject.take(range).map_err(|why| RaceError::Refused { range, why })?;
-        let old = self.lock().insert(addr, Entry { stamp, token });
+        let old = self.cache.lock(cx).insert(addr, Entry { stamp, token });
         drop(old);
         Ok(())
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<u64, Entry<S::Token>>> {
-        self.cache.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }

@@ -5,18 +5,13 @@
 //! can have told anybody; thread B is given the address, and looks in the cache. A stale hit is an answer "still
 //! current" for what was cached of A's page. A source is right if there is never one. A race proves nothing if its
 //! control has none either: [`Nothing`] must lose every round, and a source with half of its protocol some.
-#![expect(
-    clippy::disallowed_types,
-    reason = "real threads of the running kernel: the race itself is what is wanted"
-)]
-
 mod churn;
 mod reuse;
 mod subject;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use interleave::{AtomicBool, AtomicU64, MaySleep, Ordering, Panicked, scope, spin_hint, yield_now};
 use mmu_notifier::Range;
 
 pub use churn::churn;
@@ -85,6 +80,9 @@ pub enum RaceError {
         /// The reason.
         source: std::io::Error,
     },
+    /// One of the racing threads panicked, in the subject or in what it was given: the counts are worth nothing.
+    #[error(transparent)]
+    Panicked(#[from] Panicked),
 }
 
 impl RaceError {
@@ -94,19 +92,19 @@ impl RaceError {
 }
 
 /// Runs `body` while `hogs` threads keep the CPUs busy, so that whoever is woken has to wait.
-fn with_hogs<T>(hogs: usize, body: impl FnOnce() -> T) -> T {
+fn with_hogs<T>(cx: &mut MaySleep<'_>, hogs: usize, body: impl FnOnce(&mut MaySleep<'_>) -> T) -> T {
     let stop = AtomicBool::new(false);
-    std::thread::scope(|scope| {
+    scope(cx, |scope, cx| {
         for _ in 0..hogs {
-            scope.spawn(|| {
+            scope.spawn("race-hog", |_| {
                 while !stop.load(Ordering::Relaxed) {
-                    std::hint::spin_loop();
+                    spin_hint();
                 }
             });
         }
         // Also when `body` panics: the scope waits for the hogs.
         let _stop = StopOnDrop(&stop);
-        body()
+        body(cx)
     })
 }
 
@@ -126,7 +124,7 @@ fn wait_for(word: &AtomicU64, value: u64, stop: &AtomicBool) -> bool {
             return false;
         }
         spins += 1;
-        if spins.is_multiple_of(100) { rustix::thread::sched_yield() } else { std::hint::spin_loop() }
+        if spins.is_multiple_of(100) { yield_now() } else { spin_hint() }
     }
     true
 }

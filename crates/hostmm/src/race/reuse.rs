@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! B is given the address while A is still in the system call that gave it up.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
+use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering, scope};
 use mmu_notifier::{PAGE_SIZE, Range};
 
 use super::{Outcome, RaceError, StopOnDrop, Subject, wait_for, with_hogs};
+
+static HANDOVER: LockClass = LockClass::new("race_handover");
 
 /// How A gives the page up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,19 +36,26 @@ pub fn reuse<S: Subject>(subject: &S, way: Way, rounds: u64, hogs: usize) -> Res
     let race = Race {
         subject,
         page,
-        token: Mutex::new(None),
+        token: Mutex::new(&HANDOVER, None),
         go: AtomicU64::new(0),
         done: AtomicU64::new(0),
         stop: AtomicBool::new(false),
     };
-    let stale = with_hogs(hogs, || {
-        std::thread::scope(|scope| {
-            let b = scope.spawn(|| race.take_over(rounds));
-            let _stop = StopOnDrop(&race.stop);
-            for round in 1..=rounds {
-                race.give_up(round, way, away)?;
-            }
-            Ok(b.join().unwrap_or(0))
+    let stale = MaySleep::enter(|cx| {
+        with_hogs(cx, hogs, |cx| {
+            scope(cx, |scope, cx| {
+                let b = scope.spawn("race-take-over", |cx| race.take_over(cx, rounds));
+                let given_up = {
+                    let _stop = StopOnDrop(&race.stop);
+                    // Not all rounds only if B has panicked, which its join says.
+                    (1..=rounds)
+                        .map(|round| race.give_up(cx, round, way, away))
+                        .find(|done| !matches!(done, Ok(true)))
+                        .unwrap_or(Ok(true))
+                };
+                let stale = b.join(cx)?;
+                given_up.map(|_| stale)
+            })
         })
     });
     // SAFETY: the arena is ours, and nothing refers to it.
@@ -66,14 +74,14 @@ struct Race<'s, S: Subject> {
 }
 
 impl<S: Subject> Race<'_, S> {
-    /// Thread A.
-    fn give_up(&self, round: u64, way: Way, away: u64) -> Result<(), RaceError> {
+    /// Thread A. Whether B has answered.
+    fn give_up(&self, cx: &mut MaySleep<'_>, round: u64, way: Way, away: u64) -> Result<bool, RaceError> {
         let addr = self.page.start();
         map(addr, PAGE_SIZE, RW, libc::MAP_FIXED_NOREPLACE).ok_or_else(|| RaceError::last("mmap"))?;
         stamp(addr, round);
         let token = self.subject.take(self.page);
         let token = token.map_err(|why| RaceError::Refused { range: self.page, why })?;
-        *self.token.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(token);
+        *self.token.lock(cx) = Some(token);
         self.go.store(round, Ordering::Release);
         match way {
             Way::Munmap => unmap(addr),
@@ -86,18 +94,19 @@ impl<S: Subject> Race<'_, S> {
                 }
             }
         }
-        wait_for(&self.done, round, &self.stop);
-        Ok(())
+        Ok(wait_for(&self.done, round, &self.stop))
     }
 
     /// Thread B: how many stale hits.
-    fn take_over(&self, rounds: u64) -> u64 {
+    fn take_over(&self, cx: &mut MaySleep<'_>, rounds: u64) -> u64 {
+        // Also when it panics: A would wait for it for ever.
+        let _stop = StopOnDrop(&self.stop);
         let mut stale = 0;
         for round in 1..=rounds {
             if !wait_for(&self.go, round, &self.stop) {
                 break;
             }
-            let token = self.token.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+            let token = self.token.lock(cx).take();
             let addr = self.page.start();
             while map(addr, PAGE_SIZE, RW, libc::MAP_FIXED_NOREPLACE).is_none() {
                 if self.stop.load(Ordering::Relaxed) {

@@ -8,6 +8,7 @@ use mmu_notifier::{PageAddr, Range};
 
 const MPOL_DEFAULT: libc::c_int = 0;
 const MPOL_F_ADDR: libc::c_ulong = 2;
+const MPOL_MF_MOVE: libc::c_uint = 2;
 /// Bits in the node mask handed to `get_mempolicy`; it must be no less than the kernel's own number of nodes.
 const MAX_NODES: usize = 1024;
 
@@ -42,17 +43,22 @@ pub(crate) fn has_default_policy(page: PageAddr) -> io::Result<bool> {
 /// # Errors
 /// `EFAULT` where nothing is mapped (the mmap lock was taken all the same), `ENOSYS` without NUMA.
 pub(crate) fn mbind_default(range: Range) -> io::Result<()> {
-    // SAFETY: no memory is handed over (the mask is null, as MPOL_DEFAULT wants), and no page is moved (flags 0).
+    mbind(range, 0)
+}
+
+/// Have every CPU put the pages that it batches on their LRU lists, as whoever may move pages does first
+/// (`lru_cache_disable`). The pages of `range` stay where they are, unless the mapping has a memory policy. A kernel
+/// without NUMA cannot be asked.
+pub(crate) fn drain_lru_batches(range: Range) {
+    let _ = mbind(range, MPOL_MF_MOVE);
+}
+
+fn mbind(range: Range, flags: libc::c_uint) -> io::Result<()> {
+    let mask = ptr::null::<libc::c_ulong>();
+    // SAFETY: no memory is handed over (the mask is null, as MPOL_DEFAULT wants), and where a page lies is nobody's
+    // business but the kernel's.
     check(unsafe {
-        libc::syscall(
-            libc::SYS_mbind,
-            range.start(),
-            range.len(),
-            MPOL_DEFAULT,
-            ptr::null::<libc::c_ulong>(),
-            0usize,
-            0u32,
-        )
+        libc::syscall(libc::SYS_mbind, range.start(), range.len(), MPOL_DEFAULT, mask, 0usize, flags)
     })
 }
 

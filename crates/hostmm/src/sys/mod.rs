@@ -8,6 +8,7 @@ pub(crate) mod perf;
 pub(crate) mod probe;
 pub(crate) mod procmap;
 pub(crate) mod ringbuf;
+pub(crate) mod signal;
 pub(crate) mod swap;
 #[cfg(test)]
 pub(crate) mod test_memory;

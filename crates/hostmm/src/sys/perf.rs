@@ -5,8 +5,12 @@ use super::map::Mapping;
 use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-#[expect(clippy::disallowed_types, reason = "the kernel writes the ring's head")]
-use std::sync::atomic::{AtomicU64, Ordering};
+
+use interleave::{Ordering, fence};
+
+/// The head of a ring, which the kernel writes.
+#[expect(clippy::disallowed_types, reason = "a word of the ring, in memory shared with the kernel")]
+type Head = std::sync::atomic::AtomicU64;
 
 const PERF_TYPE_TRACEPOINT: u32 = 2;
 const PERF_SAMPLE_RAW: u64 = 1 << 10;
@@ -120,11 +124,10 @@ impl Ring {
 
     /// Bytes ever written; moves with every record, also with those that overwrite others.
     #[inline]
-    #[expect(clippy::disallowed_types, reason = "the kernel writes the ring's head")]
-    pub(crate) fn head(&self) -> &AtomicU64 {
+    pub(crate) fn head(&self) -> &Head {
         // SAFETY: data_head lies in the control page, 8-byte aligned, mapped for as long as `self` lives, and both
         // sides access it as one word.
-        unsafe { self.map.ptr().add(DATA_HEAD).cast::<AtomicU64>().as_ref() }
+        unsafe { self.map.ptr().add(DATA_HEAD).cast::<Head>().as_ref() }
     }
 
     /// The records written since `tail`, as raw tracepoint data, oldest first. `None` if any was lost or
@@ -138,8 +141,7 @@ impl Ring {
         let bytes: Vec<u8> = (from..head).map(|at| self.byte(at)).collect();
         // Order the copy before the second look at the head. A record is written before the head is moved over it,
         // and may overwrite what was copied; leave room for a few such records in flight.
-        #[expect(clippy::disallowed_methods, reason = "orders reads of a page that the kernel writes")]
-        std::sync::atomic::fence(Ordering::Acquire);
+        fence(Ordering::Acquire);
         let now = self.head().load(Ordering::Acquire);
         if now.wrapping_sub(from) > self.data_len.saturating_sub(IN_FLIGHT) {
             return None;

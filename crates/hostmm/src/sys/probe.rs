@@ -94,6 +94,16 @@ impl Scratch {
     pub(crate) fn install_guard(&self) -> io::Result<()> {
         self.map.advise(MADV_GUARD_INSTALL)
     }
+
+    /// MADV_DONTNEED of it by way of process_madvise(2) of this very process.
+    pub(crate) fn process_madvise(&self) -> io::Result<()> {
+        // SAFETY: plain numbers.
+        let myself = descriptor(unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) })?;
+        let iov = [self.page.get(), PAGE_SIZE];
+        let (fd, advice) = (myself.as_raw_fd(), libc::MADV_DONTNEED);
+        // SAFETY: `iov` is a struct iovec that names our own page, whose content nobody wants.
+        done(unsafe { libc::syscall(libc::SYS_process_madvise, fd, iov.as_ptr(), 1, advice, 0) })
+    }
 }
 
 /// PAGEMAP_SCAN of one page.
@@ -127,6 +137,15 @@ pub(crate) fn memfd_secret() -> io::Result<OwnedFd> {
 
 /// Whether the file may be opened for writing; nothing is written.
 pub(crate) fn writable(path: &CStr) -> io::Result<()> {
+    opens(path, libc::O_WRONLY)
+}
+
+/// Whether the file may be opened for reading; nothing is read.
+pub(crate) fn readable(path: &CStr) -> io::Result<()> {
+    opens(path, libc::O_RDONLY)
+}
+
+fn opens(path: &CStr, mode: libc::c_int) -> io::Result<()> {
     // SAFETY: a string that ends in zero.
-    descriptor(unsafe { libc::open(path.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) }.into()).map(drop)
+    descriptor(unsafe { libc::open(path.as_ptr(), mode | libc::O_CLOEXEC) }.into()).map(drop)
 }

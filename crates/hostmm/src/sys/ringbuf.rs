@@ -7,8 +7,14 @@
 use super::map::{Mapping, Word};
 use std::io;
 use std::os::fd::BorrowedFd;
-#[expect(clippy::disallowed_types, reason = "positions shared with the kernel")]
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
+
+/// The consumer's position, which the kernel reads.
+#[expect(clippy::disallowed_types, reason = "a word of the ring, in memory shared with the kernel")]
+type Position = std::sync::atomic::AtomicU64;
+/// The head of a record, which the kernel writes.
+#[expect(clippy::disallowed_types, reason = "a word of the ring, in memory shared with the kernel")]
+type Header = std::sync::atomic::AtomicU32;
 
 const PAGE: usize = 4096;
 const BUSY: u32 = 1 << 31;
@@ -68,15 +74,13 @@ impl RingReader {
         out
     }
 
-    #[expect(clippy::disallowed_types, reason = "positions shared with the kernel")]
-    fn consumer_pos(&self) -> &AtomicU64 {
+    fn consumer_pos(&self) -> &Position {
         // SAFETY: the first word of our writable page; the kernel only reads it.
-        unsafe { self.consumer.ptr().cast::<AtomicU64>().as_ref() }
+        unsafe { self.consumer.ptr().cast::<Position>().as_ref() }
     }
 
-    #[expect(clippy::disallowed_types, reason = "positions shared with the kernel")]
     fn header(&self, at: usize) -> u32 {
         // SAFETY: `at` is inside the data area and 8-byte aligned; the kernel clears the busy bit with one store.
-        unsafe { self.producer.ptr().add(PAGE + at).cast::<AtomicU32>().as_ref() }.load(Ordering::Acquire)
+        unsafe { self.producer.ptr().add(PAGE + at).cast::<Header>().as_ref() }.load(Ordering::Acquire)
     }
 }

@@ -5,8 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use interleave::{AtomicU64, Ordering};
 use io_uring::{IoUring, opcode, types::Fd};
 use mmu_notifier::Range;
+
+/// Numbers requests, of all rings.
+static NEXT: AtomicU64 = AtomicU64::const_new(0);
 
 const IORING_REGISTER_BUFFERS_UPDATE: libc::c_uint = 16;
 
@@ -86,11 +90,14 @@ pub(crate) unsafe fn transfer(
     addr: u64,
     len: u32,
 ) -> io::Result<u32> {
+    // A request whose wait failed may complete later; its completion is not ours.
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let fd = Fd(file.as_raw_fd());
     let entry = match way {
         Transfer::FromPages => opcode::WriteFixed::new(fd, addr as *const u8, len, slot).offset(0).build(),
         Transfer::ToPages => opcode::ReadFixed::new(fd, addr as *mut u8, len, slot).offset(0).build(),
     };
+    let entry = entry.user_data(number);
     // SAFETY: the kernel finds the memory by slot: pages that are pinned until the slot is cleared, or, if it is
     // empty, none (EFAULT). The caller answers for references to them. The file outlives the request, which is
     // waited for below.
@@ -102,7 +109,7 @@ pub(crate) unsafe fn transfer(
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }
-        if let Some(done) = ring.completion().next() {
+        if let Some(done) = ring.completion().find(|done| done.user_data() == number) {
             let result = done.result();
             return u32::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result));
         }

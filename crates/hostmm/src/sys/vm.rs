@@ -90,17 +90,3 @@ fn retry<T>(mut f: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         }
     }
 }
-
-/// Runs `f` with every signal blocked in this thread.
-pub(crate) fn blocking_signals<T>(f: impl FnOnce() -> T) -> T {
-    // SAFETY: plain signal-set calls on local sets; the mask that was there is put back.
-    unsafe {
-        let mut all = std::mem::zeroed();
-        let mut old = std::mem::zeroed();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old);
-        let out = f();
-        libc::pthread_sigmask(libc::SIG_SETMASK, &old, std::ptr::null_mut());
-        out
-    }
-}

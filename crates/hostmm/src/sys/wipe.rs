@@ -7,8 +7,14 @@
 
 use super::map::Mapping;
 use std::io;
-#[expect(clippy::disallowed_types, reason = "the kernel zeroes this word at fork")]
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+
+/// A word of such a page.
+#[expect(
+    clippy::disallowed_types,
+    reason = "it lies in memory that the kernel wipes at fork, so it is a bare word"
+)]
+pub(crate) type WipeWord = std::sync::atomic::AtomicU64;
 
 /// One page of private memory, zero in a forked child.
 #[derive(Debug)]
@@ -23,11 +29,10 @@ impl WipePage {
     }
 
     /// The words of the page.
-    #[expect(clippy::disallowed_types, reason = "the kernel zeroes these words at fork")]
-    pub(crate) fn words(&self) -> &[AtomicU64; 512] {
+    pub(crate) fn words(&self) -> &[WipeWord; 512] {
         // SAFETY: the page is mapped readable and writable for as long as `self` lives, page aligned, and only ever
         // accessed as these atomics (the kernel's wipe replaces the page in a child, where no other thread runs).
-        unsafe { self.0.ptr().cast::<[AtomicU64; 512]>().as_ref() }
+        unsafe { self.0.ptr().cast::<[WipeWord; 512]>().as_ref() }
     }
 }
 
@@ -42,20 +47,19 @@ impl MmMark {
     /// Marks the mm of the caller.
     pub(crate) fn new() -> io::Result<MmMark> {
         let page = WipePage::new()?;
-        page.words()[0].store(1, std::sync::atomic::Ordering::Relaxed);
+        page.words()[0].store(1, Ordering::Relaxed);
         Ok(MmMark(page))
     }
 
     /// Is the caller's mm the marked one? False in a forked child.
     pub(crate) fn is_here(&self) -> bool {
-        self.0.words()[0].load(std::sync::atomic::Ordering::Relaxed) != 0
+        self.0.words()[0].load(Ordering::Relaxed) != 0
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::Ordering;
 
     #[test]
     fn a_forked_child_reads_zero_and_the_parent_keeps_its_word() {

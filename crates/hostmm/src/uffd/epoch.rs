@@ -8,9 +8,9 @@
 
 use std::io;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-use mmu_notifier::PAGE_SIZE;
+use crate::sys::wipe::{WipePage, WipeWord};
 
 /// This process is a forked child of the one that opened the source.
 pub(super) const FORKED: u64 = 0;
@@ -22,41 +22,22 @@ const FIRST: u64 = 2;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Epoch {
-    page: NonNull<AtomicU64>,
+    page: WipePage,
 }
-
-// SAFETY: the page lives as long as this does and is only reached through an atomic.
-unsafe impl Send for Epoch {}
-// SAFETY: as above.
-unsafe impl Sync for Epoch {}
 
 impl Epoch {
     pub(super) fn new() -> io::Result<Epoch> {
-        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: a new mapping at an address that the kernel chooses touches no existing memory.
-        let page = unsafe { libc::mmap(std::ptr::null_mut(), PAGE_SIZE as usize, prot, flags, -1, 0) };
-        if page == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let Some(page) = NonNull::new(page.cast::<AtomicU64>()) else {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        };
-        let epoch = Epoch { page };
-        // SAFETY: the page is ours alone; the advice changes what a child sees, not what we see.
-        if unsafe { libc::madvise(page.as_ptr().cast(), PAGE_SIZE as usize, libc::MADV_WIPEONFORK) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let epoch = Epoch { page: WipePage::new()? };
         epoch.word().store(FIRST, Ordering::SeqCst);
         Ok(epoch)
     }
 
-    fn word(&self) -> &AtomicU64 {
-        // SAFETY: the page is mapped, zero-filled (a valid AtomicU64) and aligned until drop.
-        unsafe { self.page.as_ref() }
+    fn word(&self) -> &WipeWord {
+        &self.page.words()[0]
     }
 
     pub(super) fn as_word(&self) -> Word {
-        Word(self.page)
+        Word(NonNull::from(self.word()))
     }
 
     /// The present value. Even and the same as before: nothing has been read from the kernel in between.
@@ -84,7 +65,7 @@ impl Epoch {
 
 /// The word, one load away. The holder keeps the [`Epoch`] alive.
 #[derive(Clone, Copy)]
-pub(super) struct Word(NonNull<AtomicU64>);
+pub(super) struct Word(NonNull<WipeWord>);
 
 // SAFETY: only reached through an atomic.
 unsafe impl Send for Word {}
@@ -98,12 +79,5 @@ impl Word {
     pub(super) unsafe fn load(self) -> u64 {
         // SAFETY: the page is mapped until the epoch is dropped.
         unsafe { self.0.as_ref() }.load(Ordering::Acquire)
-    }
-}
-
-impl Drop for Epoch {
-    fn drop(&mut self) {
-        // SAFETY: our own page, and no reference to it outlives `self`.
-        unsafe { libc::munmap(self.page.as_ptr().cast(), PAGE_SIZE as usize) };
     }
 }

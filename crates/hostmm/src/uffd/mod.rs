@@ -25,16 +25,14 @@
 //! `uffd-monitor` reads and marks; `uffd-callback` runs callbacks and frees memory. Both block all signals. The
 //! source ends when its last handle and its last [`Watch`] are dropped.
 //!
+//! # Locks
+//! `uffd_registrations` is the only one, and a leaf. Callbacks run without it, and the monitor takes no lock at all.
+//! To the lock-class graph, `uffd_callback` is one more: the wait of whoever drops a watch for its running callback.
+//!
 //! # Kernels
 //! Events 4.11, write-protect mode 5.7, unprivileged user mode 5.11, the strict probe 5.15, shmem and hugetlb 5.19,
 //! /dev/userfaultfd 6.1, files and everything else (WP_ASYNC) 6.7. Nothing is ever write-protected, so no page fault
 //! ever waits for the monitor.
-#![expect(
-    clippy::disallowed_types,
-    clippy::disallowed_methods,
-    reason = "the monitor may not take a scheduling point, and shares its words with the kernel"
-)]
-
 mod callbacks;
 mod deaf;
 mod epoch;
@@ -52,10 +50,9 @@ mod watch;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
+use interleave::{JoinHandle, MaySleep, Ordering};
 use mmu_notifier::Range;
 
 pub use deaf::{DEAF, Deaf};
@@ -203,7 +200,7 @@ impl UffdSource {
 
     /// The kernel's name of the monitor thread, to set its priority or affinity.
     pub fn monitor_tid(&self) -> i32 {
-        self.core.shared.monitor_tid.load(Ordering::Acquire)
+        self.core.shared.monitor_tid.load(Ordering::Acquire).cast_signed()
     }
 
     /// The descriptor, for tests that take it away.
@@ -235,11 +232,13 @@ impl Drop for Core {
         }
         self.shared.stop.store(true, Ordering::Release);
         self.shared.wake_monitor();
-        let _ = monitor.join();
-        // The last watch may have been dropped by its own callback.
-        if self.shared.callback_tid.load(Ordering::Acquire) != rustix::thread::gettid().as_raw_nonzero().get()
-        {
-            let _ = callbacks.join();
-        }
+        // In an atomic section nobody may wait: the threads then end by themselves, and own all that they touch.
+        let _ = MaySleep::try_enter(|cx| {
+            let _ = monitor.join(cx);
+            // The last watch may have been dropped by its own callback.
+            if !self.shared.is_callback_thread() {
+                let _ = callbacks.join(cx);
+            }
+        });
     }
 }

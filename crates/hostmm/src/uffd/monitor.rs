@@ -20,15 +20,15 @@
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
+use interleave::Ordering;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::Fault;
 use super::index::Index;
 use super::node::{Kind, Node};
-use super::shared::{Shared, nap};
+use super::shared::{Shared, nap, this_thread};
 use crate::sys::uffd::{self as sys, Event, Msg, Probe};
 
 /// Why the loop ended; for the reader of the code only.
@@ -40,7 +40,7 @@ enum End {
 
 pub(super) fn run(shared: Arc<Shared>, mut batch: Box<[Msg]>) {
     let mut exit = Exit { shared: &shared, index: Index::new() };
-    shared.monitor_tid.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Release);
+    shared.monitor_tid.store(this_thread(), Ordering::Release);
     let alone = own_descriptor_table(shared.uffd.as_raw_fd(), shared.wake.as_raw_fd());
     let _: End = turn(&shared, &mut exit.index, &mut batch, alone);
 }
@@ -98,6 +98,9 @@ fn turn(shared: &Shared, index: &mut Index, batch: &mut [Msg], alone: bool) -> E
             return End::Broken;
         } else {
             sync(shared, index);
+        }
+        if !woken.is_empty() && !shared.free.is_empty() {
+            shared.wake_callbacks();
         }
     }
 }
@@ -176,6 +179,9 @@ fn hit(shared: &Shared, node: NonNull<Node>, kind: Kind, start: u64, end: u64, e
 }
 
 /// Takes in new watches and lets dropped ones go.
+///
+/// Wakes nobody to free them: on an event that would cost the unmapper another thread's turn on its CPU. Whoever drops
+/// watches wakes the monitor once in a while (`Shared::forget`), and then they are freed.
 fn sync(shared: &Shared, index: &mut Index) {
     // Dropped ones first: whatever is dropped by then has been added by then.
     let dropped = shared.drop.take();
@@ -183,17 +189,12 @@ fn sync(shared: &Shared, index: &mut Index) {
         // SAFETY: it comes with a reference of its own and has been in no index.
         unsafe { index.insert(node) };
     }
-    let mut any = false;
     for node in dropped {
         // SAFETY: added before it was dropped, so it is in the index; then nobody but `free` has it.
         unsafe {
             index.remove(node);
             shared.free.push(node);
         }
-        any = true;
-    }
-    if any {
-        shared.wake_callbacks();
     }
 }
 

@@ -11,13 +11,20 @@
 use std::cell::UnsafeCell;
 use std::fmt;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use interleave::{AtomicU32, AtomicU64, Ordering};
 use mmu_notifier::Range;
 
-use super::futex;
+use super::futex::{self, Futex};
 use super::index::Links;
+
+/// A link of a stack, or its head.
+#[expect(
+    clippy::disallowed_types,
+    reason = "interleave has no atomic pointer, and no lock can stand in for it: the monitor takes none"
+)]
+type AtomicLink = std::sync::atomic::AtomicPtr<Node>;
 
 /// Made, not yet in the index.
 pub(super) const ADD: usize = 0;
@@ -65,7 +72,7 @@ pub(super) struct Node {
     pub(super) range: Range,
     /// Owned by the monitor thread.
     pub(super) links: UnsafeCell<Links>,
-    next: [AtomicPtr<Node>; 4],
+    next: [AtomicLink; 4],
     /// The even epoch of the last change, or `u64::MAX` for good. Published by the epoch.
     changed_at: AtomicU64,
     /// What the callback has not been told: kinds, and the hull.
@@ -74,7 +81,7 @@ pub(super) struct Node {
     hull_end: AtomicU64,
     has_callback: bool,
     /// Who may touch `callback`: see [`Node::call`] and [`Node::close`].
-    gate: AtomicU32,
+    gate: Futex,
     callback: UnsafeCell<Option<Callback>>,
 }
 
@@ -102,13 +109,13 @@ impl Node {
         Node {
             range,
             links: UnsafeCell::new(Links::new(range)),
-            next: [const { AtomicPtr::new(ptr::null_mut()) }; 4],
+            next: [const { AtomicLink::new(ptr::null_mut()) }; 4],
             changed_at: AtomicU64::new(0),
             untold: AtomicU32::new(0),
             hull_start: AtomicU64::new(u64::MAX),
             hull_end: AtomicU64::new(0),
             has_callback: callback.is_some(),
-            gate: AtomicU32::new(0),
+            gate: Futex::new(0),
             callback: UnsafeCell::new(callback),
         }
     }
@@ -207,12 +214,12 @@ impl Node {
 
 /// A stack of nodes, linked through `next[LINK]`.
 pub(super) struct Stack<const LINK: usize> {
-    head: AtomicPtr<Node>,
+    head: AtomicLink,
 }
 
 impl<const LINK: usize> Stack<LINK> {
     pub(super) const fn new() -> Self {
-        Stack { head: AtomicPtr::new(ptr::null_mut()) }
+        Stack { head: AtomicLink::new(ptr::null_mut()) }
     }
 
     /// # Safety
@@ -228,6 +235,10 @@ impl<const LINK: usize> Stack<LINK> {
                 Err(now) => head = now,
             }
         }
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.head.load(Ordering::Relaxed).is_null()
     }
 
     /// All of them, the last pushed first. A node may be pushed again as soon as it has come out.

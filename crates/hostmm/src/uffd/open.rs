@@ -5,15 +5,16 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use interleave::{JoinHandle, MaySleep, Ordering, time, try_spawn};
 use mmu_notifier::{PAGE_SIZE, Range};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use super::epoch::Epoch;
 use super::shared::Shared;
 use super::{Core, OpenError, Options, UffdSource, callbacks, monitor};
+use crate::sys::signal::blocking_signals;
 use crate::sys::uffd::{self as sys, Event, Msg, Probe};
 
 const EVENTS: u64 = sys::EVENT_UNMAP | sys::EVENT_REMAP | sys::EVENT_REMOVE;
@@ -99,7 +100,7 @@ fn canary(uffd: &OwnedFd, options: &Options) -> Result<(), OpenError> {
     if sys::probe(fd) != Probe::Quiet {
         return Err(OpenError::Canary("the probe is not quiet although nothing changes"));
     }
-    let unmapper = spawn("uffd-canary", move || unmap(page))?;
+    let unmapper = spawn("uffd-canary", move |_| unmap(page))?;
     let verdict = (|| {
         let mut fds = [PollFd::from_borrowed_fd(uffd.as_fd(), PollFlags::IN)];
         let patience = Timespec { tv_sec: 5, tv_nsec: 0 };
@@ -127,7 +128,7 @@ fn canary(uffd: &OwnedFd, options: &Options) -> Result<(), OpenError> {
         let _ = sys::unregister(fd, page);
         let _ = sys::read(fd, &mut [Msg::default()]);
     } else {
-        let _ = unmapper.join();
+        let _ = MaySleep::enter(|cx| unmapper.join(cx));
     }
     verdict.map_err(OpenError::Canary)
 }
@@ -154,25 +155,27 @@ fn start(uffd: OwnedFd, features: u64, options: &Options) -> Result<UffdSource, 
     let batch = vec![Msg::default(); options.batch.max(1)].into_boxed_slice();
     let monitor = {
         let shared = Arc::clone(&shared);
-        spawn("uffd-monitor", move || monitor::run(shared, batch))?
+        spawn("uffd-monitor", move |_| monitor::run(shared, batch))?
     };
     let callbacks = {
         let shared = Arc::clone(&shared);
-        spawn("uffd-callback", move || callbacks::run(&shared))
+        spawn("uffd-callback", move |cx| callbacks::run(cx, &shared))
     };
     let callbacks = match callbacks {
         Ok(thread) => thread,
         Err(e) => {
-            shared.stop.store(true, std::sync::atomic::Ordering::Release);
+            shared.stop.store(true, Ordering::Release);
             shared.wake_monitor();
-            let _ = monitor.join();
+            let _ = MaySleep::enter(|cx| monitor.join(cx));
             return Err(e);
         }
     };
     // The canary asks for the monitor's thread id next.
-    while shared.monitor_tid.load(std::sync::atomic::Ordering::Acquire) == 0 {
-        thread::sleep(Duration::from_micros(20));
-    }
+    MaySleep::enter(|cx| {
+        while shared.monitor_tid.load(Ordering::Acquire) == 0 {
+            time::sleep(cx, Duration::from_micros(20));
+        }
+    });
     Ok(UffdSource { core: Arc::new(Core { shared, threads: Some((monitor, callbacks)), features }) })
 }
 
@@ -182,19 +185,11 @@ fn max_map_count() -> usize {
 }
 
 /// A thread with all signals blocked: a handler of the application must not run on the monitor, where it could munmap.
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, OpenError> {
-    // SAFETY: both sets live on this stack; the mask is per thread and put back below.
-    let old = unsafe {
-        let mut all = std::mem::zeroed::<libc::sigset_t>();
-        let mut old = std::mem::zeroed::<libc::sigset_t>();
-        libc::sigfillset(&mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &all, &mut old);
-        old
-    };
-    let thread = thread::Builder::new().name(name.to_owned()).spawn(body);
-    // SAFETY: `old` is what the mask was.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &old, std::ptr::null_mut()) };
-    thread.map_err(OpenError::system("starting a thread"))
+fn spawn(
+    name: &str,
+    body: impl FnOnce(&mut MaySleep<'_>) + Send + 'static,
+) -> Result<JoinHandle<()>, OpenError> {
+    blocking_signals(|| try_spawn(name, body)).map_err(OpenError::system("starting a thread"))
 }
 
 #[cfg(test)]

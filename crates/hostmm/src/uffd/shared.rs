@@ -1,23 +1,27 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the monitor, the callback thread and the callers share.
 //!
-//! Lock order: `registrations` is the only lock, and the monitor never takes it, so an application thread may munmap
-//! while it holds it (its allocator does). Everything that the monitor touches is atomic or owned by the monitor.
+//! Lock order: `uffd_registrations` is the only lock, and the monitor never takes it, so an application thread may
+//! munmap while it holds it (its allocator does). Everything that the monitor touches is atomic or owned by it.
 
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use interleave::{
+    AtomicBool, AtomicU32, AtomicU64, AtomicUsize, LockClass, MaySleep, Mutex, MutexGuard, Ordering, time,
+};
 use mmu_notifier::Range;
 
 use super::Gone;
 use super::epoch::{CLOSED, Epoch, FORKED};
 use super::node::{ADD, DROP, FREE, NOTE, Node, Stack};
 use super::registrations::Registrations;
-use super::{Stats, futex};
+use super::{Stats, futex, futex::Futex};
 use crate::sys::uffd::{self as sys, Probe};
+
+static REGISTRATIONS: LockClass = LockClass::new("uffd_registrations");
 
 /// Watches dropped before the monitor is woken only to forget them.
 const FORGET_AFTER: u32 = 128;
@@ -44,7 +48,7 @@ pub(super) struct Shared {
     pub(super) wake: OwnedFd,
     pub(super) epoch: Epoch,
     /// Bumped at every even epoch; the futex of those who wait for one.
-    turn: AtomicU32,
+    turn: Futex,
     waiting: AtomicU32,
     pub(super) add: Stack<ADD>,
     pub(super) drop: Stack<DROP>,
@@ -52,17 +56,18 @@ pub(super) struct Shared {
     pub(super) free: Stack<FREE>,
     dropped: AtomicU32,
     /// Bumped for the callback thread; its futex.
-    pub(super) notes: AtomicU32,
+    pub(super) notes: Futex,
     /// The callback thread may go once it has told everything.
     pub(super) monitor_gone: AtomicBool,
     pub(super) stop: AtomicBool,
     /// A fault to inject at the next wakeup: see `Fault`.
     pub(super) fault: AtomicU32,
-    pub(super) monitor_tid: AtomicI32,
-    pub(super) callback_tid: AtomicI32,
+    /// Thread ids; 0 until they run.
+    pub(super) monitor_tid: AtomicU32,
+    pub(super) callback_tid: AtomicU32,
     pub(super) counters: Counters,
     pub(super) strays: Strays,
-    pub(super) registrations: std::sync::Mutex<Registrations>,
+    pub(super) registrations: Mutex<Registrations>,
     pub(super) patience: Duration,
     pub(super) vma_budget: usize,
 }
@@ -79,25 +84,35 @@ impl Shared {
             uffd,
             wake,
             epoch,
-            turn: AtomicU32::new(0),
+            turn: Futex::new(0),
             waiting: AtomicU32::new(0),
             add: Stack::new(),
             drop: Stack::new(),
             note: Stack::new(),
             free: Stack::new(),
             dropped: AtomicU32::new(0),
-            notes: AtomicU32::new(0),
+            notes: Futex::new(0),
             monitor_gone: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             fault: AtomicU32::new(0),
-            monitor_tid: AtomicI32::new(0),
-            callback_tid: AtomicI32::new(0),
+            monitor_tid: AtomicU32::new(0),
+            callback_tid: AtomicU32::new(0),
             counters: Counters::default(),
             strays: Strays::new(),
-            registrations: std::sync::Mutex::default(),
+            registrations: Mutex::new(&REGISTRATIONS, Registrations::default()),
             patience,
             vma_budget,
         }
+    }
+
+    /// Is this the thread that runs callbacks?
+    pub(super) fn is_callback_thread(&self) -> bool {
+        self.callback_tid.load(Ordering::Acquire) == this_thread()
+    }
+
+    /// Has a wait that was first asked about at `since` lasted longer than anybody is ready to wait?
+    fn is_late(&self, since: &mut Option<time::Instant>) -> bool {
+        since.get_or_insert_with(time::now).elapsed() > self.patience
     }
 
     pub(super) fn fd(&self) -> RawFd {
@@ -115,7 +130,7 @@ impl Shared {
 
     /// An even epoch, after waiting for the monitor if it is busy.
     pub(super) fn even(&self) -> Result<u64, Gone> {
-        let mut deadline = None;
+        let mut since = None;
         let mut spins = 0;
         loop {
             let turn = self.turn.load(Ordering::SeqCst);
@@ -127,10 +142,10 @@ impl Shared {
             }
             spins += 1;
             if spins < 64 {
-                std::hint::spin_loop();
+                interleave::spin_hint();
                 continue;
             }
-            if Instant::now() > *deadline.get_or_insert_with(|| Instant::now() + self.patience) {
+            if self.is_late(&mut since) {
                 self.counters.gave_up.fetch_add(1, Ordering::Relaxed);
                 return Err(Gone::Busy);
             }
@@ -145,7 +160,7 @@ impl Shared {
     /// Waits until no change is between its page table update and the reading of its event.
     pub(super) fn quiet(&self) -> Result<(), Gone> {
         let mut tries = 0u32;
-        let mut deadline = None;
+        let mut since = None;
         loop {
             self.alive()?;
             match sys::probe(self.fd()) {
@@ -157,7 +172,7 @@ impl Shared {
                 self.counters.in_flight.fetch_add(1, Ordering::Relaxed);
             }
             tries += 1;
-            if Instant::now() > *deadline.get_or_insert_with(|| Instant::now() + self.patience) {
+            if self.is_late(&mut since) {
                 self.counters.gave_up.fetch_add(1, Ordering::Relaxed);
                 return Err(Gone::Busy);
             }
@@ -207,8 +222,8 @@ impl Shared {
     }
 
     /// `range` is held by one watch less. Unregisters what nobody holds any more.
-    pub(super) fn release(&self, range: Range) {
-        let mut registrations = self.lock_registrations();
+    pub(super) fn release(&self, cx: &mut MaySleep<'_>, range: Range) {
+        let mut registrations = self.lock_registrations(cx);
         for free in registrations.release(range) {
             // Pages that are gone, or that are another's by now, are refused; there is nothing to undo then.
             let _ = sys::unregister(self.fd(), free);
@@ -216,15 +231,15 @@ impl Shared {
     }
 
     /// The range moved here by mremap brought its registration along, which nobody asked for.
-    pub(super) fn release_stray(&self, range: Range) {
-        let registrations = self.lock_registrations();
+    pub(super) fn release_stray(&self, cx: &mut MaySleep<'_>, range: Range) {
+        let registrations = self.lock_registrations(cx);
         for free in registrations.unheld(range) {
             let _ = sys::unregister(self.fd(), free);
         }
     }
 
-    pub(super) fn lock_registrations(&self) -> std::sync::MutexGuard<'_, Registrations> {
-        self.registrations.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    pub(super) fn lock_registrations(&self, cx: &mut MaySleep<'_>) -> MutexGuard<'_, Registrations> {
+        self.registrations.lock(cx)
     }
 
     pub(super) fn stats(&self) -> Stats {
@@ -243,6 +258,12 @@ impl Shared {
     }
 }
 
+/// The kernel's number of the calling thread.
+pub(super) fn this_thread() -> u32 {
+    rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned()
+}
+
+/// Some 50 us. Not [`interleave::time::sleep`]: the monitor has no context to give it, and waits for the kernel.
 pub(super) fn nap() {
     let time = rustix::thread::Timespec { tv_sec: 0, tv_nsec: 50_000 };
     let _ = rustix::thread::nanosleep(&time);
@@ -270,9 +291,9 @@ pub(super) struct Strays {
 }
 
 impl Strays {
-    const fn new() -> Strays {
+    fn new() -> Strays {
         Strays {
-            slots: [const { (AtomicU64::new(0), AtomicU64::new(0)) }; STRAYS],
+            slots: std::array::from_fn(|_| (AtomicU64::new(0), AtomicU64::new(0))),
             written: AtomicUsize::new(0),
             read: AtomicUsize::new(0),
         }

@@ -4,10 +4,11 @@
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
+use interleave::MaySleep;
 use mmu_notifier::Range;
 
+use super::callbacks::CALLBACK;
 use super::epoch::Word;
 use super::node::{Callback, Node};
 use super::shared::Shared;
@@ -27,6 +28,9 @@ pub struct Seq(u64);
 /// 4. before each use of the cached result ask again, strictly or in order, and drop the result if true.
 ///
 /// A watch whose pages were unmapped or moved is dead for good: make a new one. After madvise it lives on.
+///
+/// # Panics
+/// Dropping it may wait for its callback, so it panics where the thread must not sleep (under a spin lock).
 pub struct Watch {
     node: Arc<Node>,
     core: Arc<Core>,
@@ -61,15 +65,15 @@ impl Watch {
         // SAFETY: the reference made above goes with it.
         unsafe { shared.add.push(NonNull::new_unchecked(reference.cast_mut())) };
         let mut watch = Watch { node, core: Arc::clone(core), epoch: shared.epoch.as_word(), held: false };
-        watch.register()?;
+        MaySleep::enter(|cx| watch.register(cx))?;
         // The monitor may have died in between; its exit only knows what it had taken in.
         watch.core.shared.alive()?;
         Ok(watch)
     }
 
-    fn register(&mut self) -> Result<(), WatchError> {
+    fn register(&mut self, cx: &mut MaySleep<'_>) -> Result<(), WatchError> {
         let (shared, range) = (&self.core.shared, self.range());
-        let mut registrations = shared.lock_registrations();
+        let mut registrations = shared.lock_registrations(cx);
         registrations.hold(range);
         let outcome = if registrations.vmas() > shared.vma_budget {
             Err(WatchError::VmaBudget { range, budget: shared.vma_budget })
@@ -140,12 +144,15 @@ impl Watch {
 
     /// Is this the thread that runs callbacks?
     pub(crate) fn is_calling(&self) -> bool {
-        let me = rustix::thread::gettid().as_raw_nonzero().get();
-        self.shared().callback_tid.load(Ordering::Acquire) == me
+        self.shared().is_callback_thread()
     }
 
     /// No callback runs after this returns, unless it is called from one.
     pub(crate) fn silence(&self) {
+        if !self.is_calling() {
+            // To the lock-class graph the wait for a running callback is a lock: see `CALLBACK`.
+            MaySleep::enter(|cx| drop(CALLBACK.acquire(cx)));
+        }
         self.node.close(|| self.is_calling());
     }
 
@@ -185,8 +192,10 @@ impl Drop for Watch {
         match shared.alive() {
             // The descriptor is the parent's address space, and no thread of the source exists here.
             Err(Gone::Forked) => return,
-            Err(_) if self.held => drop(shared.lock_registrations().release(self.range())),
-            Ok(()) if self.held => shared.release(self.range()),
+            Err(_) if self.held => {
+                MaySleep::enter(|cx| drop(shared.lock_registrations(cx).release(self.range())));
+            }
+            Ok(()) if self.held => MaySleep::enter(|cx| shared.release(cx, self.range())),
             _ => {}
         }
         self.silence();

@@ -51,7 +51,7 @@ fn an_address_that_another_thread_reuses_at_once() {
         let hint = hole();
         let (heard, control) = (source.watch(hint).unwrap(), deaf.watch(hint).unwrap());
         let (to_a, from_b) = sync_channel::<()>(0);
-        let a = std::thread::Builder::new().spawn(move || {
+        let a = interleave::spawn("a", move |_| {
             pin(1);
             while from_b.recv().is_ok() {
                 // SAFETY: the page that B mapped for this.
@@ -83,7 +83,7 @@ fn an_address_that_another_thread_reuses_at_once() {
             control_stale += u32::from(!control.changed_since(control_seq));
         }
         drop(to_a);
-        a.unwrap().join().unwrap();
+        interleave::MaySleep::enter(|cx| a.join(cx)).unwrap();
         assert_eq!(stale, 0);
         assert!(control_stale * 10 > rounds * 9, "the control is stale {control_stale} times of {rounds}");
     });
@@ -112,15 +112,13 @@ fn what_is_skipped_for_other_bpf_users_is_reported() {
         // An array of one entry of 4 MiB: each update copies for a long time.
         let map = bpf(BPF_MAP_CREATE, &[2u32, 4, LEN, 1, 0]);
         assert!(map >= 0, "{}", std::io::Error::last_os_error());
-        std::thread::Builder::new()
-            .spawn(move || {
-                let (key, value) = (0u32, vec![1u8; LEN as usize]);
-                loop {
-                    let attr = [map as u64, (&raw const key) as u64, value.as_ptr() as u64, 0];
-                    assert_eq!(bpf(BPF_MAP_UPDATE_ELEM, &attr), 0);
-                }
-            })
-            .unwrap();
+        interleave::spawn("bpf-user", move |_| {
+            let (key, value) = (0u32, vec![1u8; LEN as usize]);
+            loop {
+                let attr = [map as u64, (&raw const key) as u64, value.as_ptr() as u64, 0];
+                assert_eq!(bpf(BPF_MAP_UPDATE_ELEM, &attr), 0);
+            }
+        });
         let m = Memory::touched(PAGE);
         let watch = source.watch(m.range()).unwrap();
         let mut stale = 0;

@@ -61,8 +61,8 @@ fn a_merge_by_ksmd() {
         return;
     }
     live_both("hears::a_merge_by_ksmd", |prefer| {
-        let _sleep = testing::Setting::set("/sys/kernel/mm/ksm/sleep_millisecs", "1").unwrap();
-        let _run = testing::Setting::set("/sys/kernel/mm/ksm/run", "1").unwrap();
+        let _sleep = hostmm::setting::Setting::set("/sys/kernel/mm/ksm/sleep_millisecs", "1").unwrap();
+        let _run = hostmm::setting::Setting::set("/sys/kernel/mm/ksm/run", "1").unwrap();
         let source = open(prefer);
         let m = Memory::touched(64 * PAGE);
         let watch = source.watch(m.range()).unwrap();
@@ -71,7 +71,7 @@ fn a_merge_by_ksmd() {
         let start = Instant::now();
         while !watch.changed_since(seq) {
             assert!(start.elapsed() < Duration::from_secs(15), "ksmd merged nothing that was heard");
-            std::thread::yield_now();
+            interleave::yield_now();
         }
     });
 }

@@ -69,7 +69,7 @@ fn nothing_is_left_behind() {
             source.close();
             // A joined thread leaves /proc a moment after it has left the mm.
             while tasks() != before.2 {
-                std::thread::yield_now();
+                interleave::yield_now();
             }
             assert_eq!((fds(), kept(), tasks()), before);
         }

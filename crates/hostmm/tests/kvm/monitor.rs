@@ -4,9 +4,11 @@
 use crate::memory::{Memory, PAGE};
 use crate::{live, live_both, open_ring};
 use hostmm::kvm::{Gone, Kind, KvmSource, Notice, Options, Prefer, SubscribeError};
+use interleave::{AtomicBool, MaySleep, Ordering, time};
 use mmu_notifier::Range;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -62,6 +64,96 @@ fn many_subscribers_share_one_program() {
 }
 
 #[test]
+fn only_the_subscribers_that_overlap_are_called() {
+    const SUBSCRIBERS: usize = 5000;
+    live("monitor::only_the_subscribers_that_overlap_are_called", || {
+        let source = open_ring(Prefer::Bpf, 1 << 18);
+        let m = Memory::touched((SUBSCRIBERS + 1) * PAGE);
+        let (tx, rx) = channel();
+        let mut subs: Vec<_> = (0..SUBSCRIBERS)
+            .map(|i| {
+                let tx = tx.clone();
+                let told = move |n: &Notice| _ = tx.send((i, *n));
+                Some(source.subscribe(m.part(i, 1), told).unwrap())
+            })
+            .collect();
+        // Whoever has gone is no hit either.
+        subs[1003] = None;
+        let part = m.part(1000, 10);
+        // SAFETY: a part of our own mapping.
+        unsafe { libc::madvise(part.start() as *mut _, part.len() as usize, libc::MADV_DONTNEED) };
+        // The monitor takes records in order: what it says of the last page comes after all it says of the part.
+        let last = m.part(SUBSCRIBERS, 1);
+        let _end = source.subscribe(last, move |n| _ = tx.send((SUBSCRIBERS, *n))).unwrap();
+        // SAFETY: as above.
+        unsafe { libc::madvise(last.start() as *mut _, last.len() as usize, libc::MADV_DONTNEED) };
+        let mut called = Vec::new();
+        loop {
+            let (who, notice) = rx.recv_timeout(SOON).unwrap();
+            assert!(matches!(notice, Notice::Range(_)), "{notice:?}");
+            if who == SUBSCRIBERS {
+                break;
+            }
+            called.push(who);
+        }
+        assert_eq!(called, [1000, 1001, 1002, 1004, 1005, 1006, 1007, 1008, 1009]);
+    });
+}
+
+#[test]
+fn unsubscribing_waits_for_a_callback_that_runs() {
+    live("monitor::unsubscribing_waits_for_a_callback_that_runs", || {
+        let source = open_ring(Prefer::Bpf, 1 << 16);
+        let m = Memory::touched(PAGE);
+        let running = Arc::new(AtomicBool::new(false));
+        let (began, begun) = channel();
+        let sub = source
+            .subscribe(m.range(), {
+                let running = Arc::clone(&running);
+                move |_| {
+                    running.store(true, Ordering::SeqCst);
+                    began.send(()).unwrap();
+                    MaySleep::enter(|cx| time::sleep(cx, Duration::from_millis(100)));
+                    running.store(false, Ordering::SeqCst);
+                }
+            })
+            .unwrap();
+        m.advise(libc::MADV_DONTNEED);
+        begun.recv_timeout(SOON).unwrap();
+        drop(sub);
+        assert!(!running.load(Ordering::SeqCst), "dropped while it ran");
+        m.advise(libc::MADV_DONTNEED);
+        assert!(begun.recv_timeout(Duration::from_millis(200)).is_err(), "called after it was dropped");
+    });
+}
+
+#[test]
+fn a_callback_may_unsubscribe_others() {
+    live("monitor::a_callback_may_unsubscribe_others", || {
+        let source = open_ring(Prefer::Bpf, 1 << 16);
+        let m = Memory::touched(2 * PAGE);
+        let (tx, rx) = channel();
+        let other = {
+            let tx = tx.clone();
+            source.subscribe(m.part(1, 1), move |_| _ = tx.send("other")).unwrap()
+        };
+        let mut other = Some(other);
+        let _sub = source
+            .subscribe(m.part(0, 1), move |_| {
+                drop(other.take());
+                tx.send("first").unwrap();
+            })
+            .unwrap();
+        // One record that concerns both: the first, at the lower address, ends the second before its turn.
+        m.advise(libc::MADV_DONTNEED);
+        assert_eq!(rx.recv_timeout(SOON), Ok("first"));
+        m.advise(libc::MADV_DONTNEED);
+        assert_eq!(rx.recv_timeout(SOON), Ok("first"));
+        assert!(interleave::lockdep::take_reports().is_empty());
+    });
+}
+
+#[test]
 fn a_full_ring_tells_everybody_and_is_counted() {
     live_both("monitor::a_full_ring_tells_everybody_and_is_counted", |prefer| {
         let source = open_ring(prefer, 4096);
@@ -88,15 +180,18 @@ fn a_full_ring_tells_everybody_and_is_counted() {
         } else {
             assert!(sub.watch().changed_since(seq), "heads cannot tell ranges apart");
         }
-        // And the ring works again.
-        let sub = {
-            let (tx, rx) = channel();
-            let sub = source.subscribe(far.range(), move |n| _ = tx.send(*n)).unwrap();
+        // And the ring works again, as soon as the callbacks have caught up.
+        let (tx, rx) = channel();
+        let _sub = source.subscribe(far.range(), move |n| _ = tx.send(*n)).unwrap();
+        let end = Instant::now() + SOON;
+        let range = |n: Notice| matches!(n, Notice::Range(r) if r.start == far.range().start());
+        loop {
             far.advise(libc::MADV_DONTNEED);
-            while !matches!(next(&rx), Notice::Range(r) if r.start == far.range().start()) {}
-            sub
-        };
-        drop(sub);
+            if rx.recv_timeout(Duration::from_millis(20)).is_ok_and(range) {
+                break;
+            }
+            assert!(Instant::now() < end, "nothing but losses");
+        }
     });
 }
 
@@ -111,7 +206,7 @@ fn a_panicking_callback_kills_the_monitor_and_everybody_knows() {
         let _bad = source.subscribe(m.range(), |_| panic!("on purpose")).unwrap();
         m.advise(libc::MADV_DONTNEED);
         while other.watch().snapshot().is_ok() {
-            std::thread::yield_now();
+            interleave::yield_now();
         }
         assert_eq!(other.watch().snapshot(), Err(Gone::MonitorDead));
         assert!(other.watch().changed_since(seq));

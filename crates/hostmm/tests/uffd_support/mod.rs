@@ -93,3 +93,14 @@ pub fn eventually(what: impl Fn() -> bool) -> bool {
     }
     false
 }
+
+/// Runs `body` on `count` threads at once.
+pub fn with_threads(count: usize, body: impl Fn() + Sync) {
+    interleave::MaySleep::enter(|cx| {
+        interleave::scope(cx, |scope, _| {
+            for _ in 0..count {
+                scope.spawn("uffd-test", |_| body());
+            }
+        });
+    });
+}

@@ -203,6 +203,25 @@ impl Engine {
         }
     }
 
+    /// Somebody who is still to be unwound has what the running thread wants.
+    fn wait_while_unwinding(&self, op: &Op) {
+        match op.kind {
+            OpKind::Join(other) => {
+                let left = || {
+                    let threads = &self.inner.borrow().exec.threads;
+                    let finished = threads.get(other as usize).is_none_or(|t| t.status == Status::Finished);
+                    !finished && self.unwound.get() & (1 << other) == 0
+                };
+                while left() {
+                    fiber::pause();
+                }
+            }
+            // Whoever asks tries again.
+            OpKind::Lock | OpKind::LockShared | OpKind::Down => fiber::pause(),
+            _ => {}
+        }
+    }
+
     fn panicked(&self, payload: &(dyn std::any::Any + Send)) {
         let message = hooks::message(payload);
         let inner = &mut *self.inner.borrow_mut();
@@ -317,10 +336,7 @@ impl World for Engine {
 
     fn point(&self, op: &Op) -> bool {
         if self.aborting.get() || self.panicking() {
-            // Somebody who is still to be unwound has what this thread wants.
-            if matches!(op.kind, OpKind::Lock | OpKind::LockShared | OpKind::Down | OpKind::Join(_)) {
-                fiber::pause();
-            }
+            self.wait_while_unwinding(op);
             return true;
         }
         let me = {
@@ -369,6 +385,10 @@ impl World for Engine {
         self.next.set(Some(tid));
         self.pause();
         tid as Id
+    }
+
+    fn noted(&self, op: &Op) {
+        self.inner.borrow_mut().exec.record(op, true);
     }
 
     fn now(&self) -> Duration {

@@ -80,7 +80,9 @@ impl Exec {
             | OpKind::Now
             | OpKind::PerThread
             | OpKind::Ghost
-            | OpKind::GhostRead => true,
+            | OpKind::GhostRead
+            | OpKind::MapAcquire
+            | OpKind::MapRelease => true,
             _ => false,
         }
     }
@@ -217,7 +219,13 @@ impl Exec {
             }
             OpKind::Ghost => self.access(id, Mode::Write),
             OpKind::GhostRead => self.access(id, Mode::Read),
-            OpKind::Fence | OpKind::Spawn | OpKind::Yield | OpKind::SpinHint | OpKind::PerThread => {}
+            OpKind::Fence
+            | OpKind::Spawn
+            | OpKind::Yield
+            | OpKind::SpinHint
+            | OpKind::PerThread
+            | OpKind::MapAcquire
+            | OpKind::MapRelease => {}
         }
         self.threads[tid].answer = answer;
         if applied == Applied::Runs {

@@ -16,18 +16,20 @@ pub(crate) struct Cycles {
 impl Cycles {
     /// `node` is about to be taken at `site` while `outer` is held. A report, if that contradicts what is known.
     pub(crate) fn add(&mut self, outer: Held, node: Node, same_lock: bool, site: Site) -> Option<Report> {
+        let outer_site = outer.site?;
+        if same_lock {
+            return Some(report::same_lock(GRAPH.lock().link(outer.node, outer_site, node, site)));
+        }
         if self.seen.is_empty() {
             self.seen.resize(Node::MAX * Node::MAX / 64, 0);
         }
         let pair = outer.node.index() * Node::MAX + node.index();
         let (word, bit) = (&mut self.seen[pair / 64], 1 << (pair % 64));
-        let first = *word & bit == 0;
-        *word |= bit;
-        if !first && !same_lock {
+        if *word & bit != 0 {
             return None;
         }
-        let new = (outer.node, outer.site?, node, site);
-        let cycle = if first { self.edges.add(new)? } else { vec![new] };
-        Some(report::order(GRAPH.lock().links(&cycle), same_lock))
+        *word |= bit;
+        let cycle = self.edges.add((outer.node, outer_site, node, site))?;
+        Some(report::order(GRAPH.lock().links(&cycle)))
     }
 }

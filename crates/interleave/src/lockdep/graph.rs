@@ -19,10 +19,15 @@ static SEEN: [[AtomicU64; WORDS]; Node::MAX] = [const { [const { AtomicU64::new(
 
 pub(super) static GRAPH: Mutex<Graph> = Mutex::new(Graph { names: Vec::new(), edges: Edges::new() });
 
+/// The word that has the [`bit`] of `inner` set if the pair was looked at.
 #[inline(always)]
-pub(super) fn seen(outer: Node, inner: Node) -> bool {
-    let word = &SEEN[outer.index() % Node::MAX][inner.index() / 64 % WORDS];
-    word.load(Ordering::Relaxed) & (1 << (inner.index() % 64)) != 0
+pub(super) fn seen_word(outer: Node, inner: Node) -> u64 {
+    SEEN[outer.index() % Node::MAX][inner.index() / 64 % WORDS].load(Ordering::Relaxed)
+}
+
+#[inline(always)]
+pub(super) fn bit(inner: Node) -> u64 {
+    1 << (inner.index() % 64)
 }
 
 pub(super) struct Graph {
@@ -76,7 +81,7 @@ impl Graph {
         inner: Node,
         inner_site: Site,
     ) -> Option<Vec<Link>> {
-        let bit = 1 << (inner.index() % 64);
+        let bit = bit(inner);
         let word = &SEEN[outer.index()][inner.index() / 64];
         if word.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
             return None;

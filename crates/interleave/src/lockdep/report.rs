@@ -21,7 +21,7 @@ const KEPT: usize = 256;
 pub enum ReportKind {
     /// Classes were taken in contradicting orders.
     Inversion,
-    /// A class was taken while it was held, with no nesting annotation.
+    /// A class was taken while it was held, with no nesting annotation, or a lock by the thread that holds it.
     Recursion,
     /// Something that may sleep was called in a section that must not.
     SleepInAtomic,
@@ -118,23 +118,35 @@ pub(super) fn dropped() -> usize {
     DROPPED.load(Ordering::Relaxed)
 }
 
-pub(super) fn order(links: Vec<Link>, same_lock: bool) -> Report {
-    let names: Vec<String> = links.iter().map(|l| l.outer.clone()).collect();
-    let (kind, summary) = if links.len() == 1 {
-        let what = if same_lock { "the same lock again" } else { "another lock of the class" };
-        let text = format!("recursion on lock class `{}`: {what}, with no nesting annotation", names[0]);
-        (ReportKind::Recursion, text)
-    } else {
-        let mut text = String::from("lock order inversion: ");
-        for name in &names {
-            let _ = write!(text, "`{name}` -> ");
-        }
-        let _ = write!(text, "`{}`", names[0]);
-        (ReportKind::Inversion, text)
-    };
+pub(super) fn order(links: Vec<Link>) -> Report {
+    if let [link] = &links[..] {
+        let class = &link.outer;
+        let summary = format!(
+            "recursion on lock class `{class}`: another lock of the class, with no nesting annotation"
+        );
+        return links_report(ReportKind::Recursion, links, summary);
+    }
+    let mut summary = String::from("lock order inversion: ");
+    for link in links.iter().chain(links.first()) {
+        let arrow = if summary.ends_with('`') { " -> " } else { "" };
+        let _ = write!(summary, "{arrow}`{}`", link.outer);
+    }
+    links_report(ReportKind::Inversion, links, summary)
+}
+
+/// The thread is about to wait for a lock that it holds.
+pub(super) fn same_lock(link: Link) -> Report {
+    let class = &link.outer;
+    let summary = format!(
+        "recursion on lock class `{class}`: the same lock again, so that the thread waits for itself"
+    );
+    links_report(ReportKind::Recursion, vec![link], summary)
+}
+
+fn links_report(kind: ReportKind, links: Vec<Link>, summary: String) -> Report {
     Report {
         kind,
-        classes: names,
+        classes: links.iter().map(|l| l.outer.clone()).collect(),
         sites: links.iter().flat_map(|l| [l.outer_site, l.inner_site]).collect(),
         nodes: links.iter().flat_map(|l| [l.outer_node, l.inner_node]).collect(),
         links,

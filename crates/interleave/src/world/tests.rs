@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Two small worlds that prove the switch: one that writes down all that it is told, and one that serialises two
-//! threads by a schedule.
+//! A small world that writes down all that it is told.
+
+mod baton;
+mod scope;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Condvar, Mutex as StdMutex, PoisonError};
 use std::time::Duration;
 
 use super::{Id, Op, OpKind, World, active, install};
@@ -36,6 +37,8 @@ struct Recorder {
     born: Cell<Id>,
     held: RefCell<BTreeMap<Id, bool>>,
     aborting: Cell<bool>,
+    /// Run at the next point, as the engine's other threads would be.
+    others: RefCell<Option<Box<dyn FnOnce()>>>,
     clock: Cell<Duration>,
 }
 
@@ -67,6 +70,9 @@ impl World for Recorder {
         let class = op.class.map_or(String::new(), |class| format!(" {}", class.name()));
         let object = op.object.map_or(String::new(), |id| format!(" {id}"));
         self.log(format!("{:?}{object}{class}", op.kind));
+        if let Some(others) = self.others.take() {
+            others();
+        }
         let held = |value| self.held.borrow_mut().insert(op.object.unwrap_or(Id::MAX), value);
         match op.kind {
             OpKind::Lock | OpKind::LockShared => held(true) != Some(true),
@@ -80,6 +86,10 @@ impl World for Recorder {
             OpKind::Wait(timeout) => timeout.is_none(),
             _ => true,
         }
+    }
+
+    fn noted(&self, op: &Op) {
+        self.log(format!("{:?} {}", op.kind, op.class.map_or("-", LockClass::name)));
     }
 
     fn done(&self, op: &Op, value: u64) {
@@ -317,6 +327,43 @@ fn an_aborting_world_is_left_alone() {
 }
 
 #[test]
+fn an_aborting_world_is_asked_about_a_lock_that_another_thread_still_holds() {
+    let world = Recorder::leaked();
+    let _inside = inside(world);
+    let mutex: &'static Mutex<u32> = Box::leak(Box::new(Mutex::new(&CLASS, 1)));
+    MaySleep::enter(|cx| {
+        // The holder is another thread to lockdep: its part of the thread's state is put aside.
+        let holder = task::Task::new();
+        let guard = mutex.lock(cx);
+        task::swap(&holder);
+        world.aborting.set(true);
+        world.take();
+        *world.others.borrow_mut() = Some(Box::new(move || drop(guard)));
+        *mutex.lock(cx) += 1;
+    });
+    assert_eq!(world.take(), ["Lock 0 world-test"], "asked once, and nothing but that");
+    world.aborting.set(false);
+    MaySleep::enter(|cx| assert_eq!(*mutex.lock(cx), 2));
+}
+
+#[test]
+fn a_lock_map_is_noted_and_is_no_scheduling_point() {
+    static MAP: LockMap = LockMap::new(&INNER);
+    let world = Recorder::leaked();
+    let _inside = inside(world);
+    MaySleep::enter(|cx| {
+        let outer = Mutex::new(&CLASS, ());
+        let _outer = outer.lock(cx);
+        world.take();
+        let section = MAP.acquire(cx);
+        assert_eq!(lockdep::held().len(), 2, "part of the lock set");
+        drop(section);
+    });
+    let log = world.take();
+    assert_eq!(log[..2], ["MapAcquire world-test-inner", "MapRelease world-test-inner"]);
+}
+
+#[test]
 fn each_object_has_one_world() {
     let message = |f: &mut dyn FnMut()| {
         let payload = catch_unwind(AssertUnwindSafe(f)).expect_err("the worlds differ");
@@ -372,140 +419,4 @@ fn a_switch_of_virtual_threads_exchanges_all_that_a_thread_is() {
     assert!(lockdep::held().is_empty());
     switch();
     assert_eq!(STORAGE.with(Cell::get), 2);
-}
-
-/// Runs two threads one operation at a time, in the order of a schedule.
-struct Baton {
-    state: StdMutex<Turns>,
-    changed: Condvar,
-}
-
-#[derive(Default)]
-struct Turns {
-    schedule: VecDeque<usize>,
-    /// What each thread would do next.
-    pending: [Option<(OpKind, Option<Id>)>; 2],
-    ended: [bool; 2],
-    turn: Option<usize>,
-    owner: BTreeMap<Id, usize>,
-    log: Vec<(usize, OpKind)>,
-    born: Id,
-}
-
-impl Turns {
-    fn enabled(&self, thread: usize) -> bool {
-        match self.pending[thread] {
-            None => false,
-            Some((OpKind::Lock, Some(object))) => !self.owner.contains_key(&object),
-            Some(_) => true,
-        }
-    }
-
-    /// Chooses once it is known of every thread what it would do.
-    fn choose(&mut self) {
-        if self.turn.is_none() && (0..2).all(|t| self.ended[t] || self.pending[t].is_some()) {
-            let wanted = self.schedule.pop_front().filter(|&t| self.enabled(t));
-            self.turn = wanted.or_else(|| (0..2).find(|&t| self.enabled(t)));
-        }
-    }
-}
-
-thread_local! {
-    static ME: Cell<usize> = const { Cell::new(0) };
-}
-
-impl Baton {
-    fn change(&self, f: impl FnOnce(&mut Turns)) {
-        let mut turns = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        f(&mut turns);
-        turns.choose();
-        self.changed.notify_all();
-    }
-}
-
-impl World for Baton {
-    fn birth(&self, _: &Born) -> Id {
-        let mut turns = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        turns.born += 1;
-        turns.born
-    }
-
-    fn point(&self, op: &Op) -> bool {
-        let me = ME.get();
-        self.change(|turns| turns.pending[me] = Some((op.kind, op.object)));
-        let turns = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut turns =
-            self.changed.wait_while(turns, |t| t.turn != Some(me)).unwrap_or_else(PoisonError::into_inner);
-        turns.turn = None;
-        turns.pending[me] = None;
-        turns.log.push((me, op.kind));
-        match (op.kind, op.object) {
-            (OpKind::Lock, Some(object)) => assert!(turns.owner.insert(object, me).is_none()),
-            (OpKind::Unlock, Some(object)) => assert_eq!(turns.owner.remove(&object), Some(me)),
-            _ => {}
-        }
-        true
-    }
-
-    fn done(&self, _: &Op, _: u64) {}
-
-    fn spawn(&self, _: &Op, _: &str, _: Box<dyn FnOnce() + Send>) -> Id {
-        unreachable!("the test has its own threads")
-    }
-
-    fn now(&self) -> Duration {
-        Duration::ZERO
-    }
-
-    fn aborting(&self) -> bool {
-        false
-    }
-
-    fn reported(&self, report: &Report) {
-        panic!("{report}");
-    }
-}
-
-/// Two threads that each put their name into a list, under a lock, twice.
-fn run(schedule: &[usize]) -> (Vec<usize>, Vec<(usize, OpKind)>) {
-    let turns = Turns { schedule: schedule.iter().copied().collect(), ..Turns::default() };
-    let world: &'static Baton =
-        Box::leak(Box::new(Baton { state: StdMutex::new(turns), changed: Condvar::new() }));
-    let list = {
-        let _inside = inside(world);
-        Mutex::new(&CLASS, Vec::new())
-    };
-    std::thread::scope(|s| {
-        for me in 0..2 {
-            let list = &list;
-            s.spawn(move || {
-                ME.set(me);
-                let _inside = inside(world);
-                MaySleep::enter(|cx| {
-                    for _ in 0..2 {
-                        list.lock(cx).push(me);
-                    }
-                });
-                world.change(|turns| turns.ended[me] = true);
-            });
-        }
-    });
-    let log = std::mem::take(&mut world.state.lock().unwrap_or_else(PoisonError::into_inner).log);
-    (list.into_inner(), log)
-}
-
-#[test]
-fn a_world_serialises_the_lock_operations_of_two_threads() {
-    use OpKind::{Lock, Unlock};
-    let (list, log) = run(&[0, 0, 0, 0, 1, 1, 1, 1]);
-    assert_eq!(list, [0, 0, 1, 1]);
-    assert_eq!(
-        log,
-        [(0, Lock), (0, Unlock), (0, Lock), (0, Unlock), (1, Lock), (1, Unlock), (1, Lock), (1, Unlock)]
-    );
-    assert_eq!(run(&[1, 1, 0, 0, 1, 1, 0, 0]).0, [1, 0, 1, 0]);
-    // A thread whose lock is held is not chosen, whatever the schedule wants: the lock is known before it is taken.
-    let (list, log) = run(&[0, 1, 1, 1, 0, 1, 0, 0]);
-    assert_eq!(log[..2], [(0, Lock), (0, Unlock)]);
-    assert_eq!(list, [0, 1, 0, 1]);
 }

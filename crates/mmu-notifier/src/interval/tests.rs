@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The index against a plain vector.
 
+use super::node::{FANOUT, MIN, NOWHERE};
 use super::*;
 use crate::PAGE_SIZE;
 use proptest::prelude::*;
