@@ -16,6 +16,7 @@
 //! another, a good one for a lock under none (benches/locks.rs). Lock order: the graph, then nothing; the
 //! reports, then nothing; neither is held while a report is logged.
 
+mod cycles;
 mod graph;
 mod report;
 
@@ -24,7 +25,9 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 
 use crate::class::{LockClass, Node};
 use crate::task::{self, Held, Section};
+use crate::world::{self, World};
 
+pub(crate) use cycles::Cycles;
 pub use report::{Link, Policy, Report, ReportKind, reports_about, set_policy, take_reports, with_policy};
 
 /// A place in the source.
@@ -93,12 +96,32 @@ pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: 
 
 #[inline(never)]
 fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
+    if let Some(world) = world::active() {
+        return check_explored(world, t, node, lock, site);
+    }
     let mut unknown = graph::bit(node);
     for slot in t.slots() {
         if suspicious(slot, node, lock, &mut unknown) {
             // The last thing that is done here, so that this frame saves no register for it.
             return suspect_all(t, node, lock, site);
         }
+    }
+}
+
+/// Under exploration the orders belong to the exploration: the same schedule gives the same reports each time.
+#[cold]
+#[inline(never)]
+fn check_explored(world: &dyn World, t: &task::Task, node: Node, lock: usize, site: Site) {
+    if world.aborting() {
+        return;
+    }
+    let mut implied = false;
+    for held in t.held() {
+        let same_lock = held.lock == lock;
+        if same_lock || !implied && held.node != Node::UNCHECKED && node != Node::UNCHECKED {
+            world.ordered(held, node, same_lock, site);
+        }
+        implied |= !held.tried;
     }
 }
 
@@ -207,5 +230,11 @@ pub(crate) fn register(name: &'static str, subclass: usize, slot: &AtomicU16) ->
 #[cold]
 #[inline(never)]
 pub(crate) fn sleep_in_atomic(section: Section, outer: Site, site: Site) {
+    if let Some(world) = world::active() {
+        if !world.aborting() {
+            world.reported(&report::sleep(section, outer, site, &held()));
+        }
+        return;
+    }
     report::emit_once((outer, site), || report::sleep(section, outer, site, &held()));
 }
