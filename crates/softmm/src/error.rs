@@ -81,3 +81,17 @@ pub enum ForkError {
     #[error("the mm has exited")]
     Exited,
 }
+
+/// Why a change of a range stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// Not all of it is mapped (-ENOMEM). mprotect has changed what comes before the hole; madvise everything else.
+    #[error("nothing is mapped at {0:?}: what was mapped has been changed as far as the kernel does")]
+    Hole(PageAddr),
+    /// The last user is gone; the address space is torn down (-ESRCH).
+    #[error("the mm has exited")]
+    Exited,
+    /// No memory to give KSM's pages back their own copies.
+    #[error(transparent)]
+    Fault(#[from] FaultError),
+}

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! mmap(2), private anonymous (v6.18).
+//! mmap(2), private anonymous (all versions).
 //!
 //! Sequence: nothing for a new mapping. [`Placement::Fixed`] on top of mappings: the munmap sequence for them, over the
 //! whole new range, **with mmap_lock held for writing** (no downgrade), before the new vma is in the tree.
@@ -62,6 +62,9 @@ impl Mm {
             }
         };
         vmas.insert_merging(Vma::new(range, prot));
+        if let Some(vma) = vmas.find(range.start()) {
+            self.anon_vma_link(cx, vma);
+        }
         Ok(range)
     }
 }
