@@ -33,8 +33,10 @@ impl Mm {
         }
         drop(vmas);
         let mut vmas = self.vmas.write(cx);
+        let gone = vmas.detach(Range::ALL);
         if mapped {
-            for vma in vmas.iter() {
+            self.relink_files(cx, &vmas, Range::ALL, &gone, false);
+            for vma in &gone {
                 self.unlink_anon_vmas(cx, vma);
             }
             self.free_pgtables(cx, &mut gather, Range::ALL, (0, u64::MAX));

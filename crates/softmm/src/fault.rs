@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Page faults on anonymous memory: handle_mm_fault (all versions).
+//! Page faults: handle_mm_fault, and those on anonymous memory (all versions); those on files are in
+//! [`crate::fault_file`].
 //!
 //! Sequence: nothing when a page becomes present (non-present to present is never notified): a read of an untouched
 //! page maps the zero page, [ set special, RO ]; a write maps a new exclusive page, [ set RW dirty ]. A write to a
@@ -73,12 +74,13 @@ impl Mm {
         if self.unstable.load(Ordering::SeqCst) {
             return Err(FaultError::Reaped(page));
         }
-        if vmas.find(page.get()).is_none() {
-            return Err(FaultError::Unmapped(page));
-        }
+        let vma = vmas.find(page.get()).ok_or(FaultError::Unmapped(page))?;
         let tables = self.machine().tables();
         let leaf = self.page_table.alloc_leaf(cx, tables, page)?;
         let pte = self.page_table.peek(tables, page);
+        if let Some(file) = vma.file.as_ref().filter(|_| pte.is_none()) {
+            return self.do_fault(cx, vmas, (vma, file), leaf, page, flag);
+        }
         if pte.is_none() {
             return self.do_anonymous_page(cx, vmas, leaf, page, flag);
         }
@@ -88,6 +90,10 @@ impl Mm {
         let touch = match flag {
             FaultFlag::Read => Pte::ACCESSED,
             FaultFlag::Write if pte.is_writable() => Pte::ACCESSED | Pte::DIRTY,
+            FaultFlag::Write if vma.shared() => {
+                let Some(file) = &vma.file else { return Ok(Faulted::default()) };
+                return self.wp_page_shared(cx, (vma, file), leaf, page, pte);
+            }
             FaultFlag::Write | FaultFlag::Unshare => return self.do_wp_page(cx, vmas, leaf, page, pte, flag),
         };
         let mut guard = PteGuard::lock(tables, leaf, cx);

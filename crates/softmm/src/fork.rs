@@ -49,8 +49,11 @@ impl Mm {
             let copy = vma.for_child(|| self.machine().fresh_id());
             child.anon_vma_fork(cx, &copy);
             let range = copy.range;
-            let needs_copy = copy.anon_vma().is_some();
+            let (needs_copy, file) = (copy.anon_vma().is_some(), copy.file.is_some());
             copies.insert(copy);
+            if file {
+                child.relink_files(cx, &copies, range, &[], false);
+            }
             match copies.find(range.start()).filter(|_| needs_copy) {
                 Some(copy) => self.copy_page_range(cx, child, copy),
                 None => Ok(()),

@@ -360,6 +360,11 @@ impl Frames {
         self.words_of(pfn).iter().map(|word| word.load(Ordering::SeqCst)).collect()
     }
 
+    /// write(2): one word of a page that the caller holds locked.
+    pub(crate) fn store_word(&self, pfn: Pfn, word: usize, value: u64) {
+        self.words_of(pfn)[word].store(value, Ordering::SeqCst);
+    }
+
     /// Fills a frame that nobody sees yet.
     pub(crate) fn fill(&self, pfn: Pfn, contents: &[u64]) {
         for (word, value) in self.words_of(pfn).iter().zip(contents) {

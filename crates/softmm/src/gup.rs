@@ -82,7 +82,12 @@ impl Foll {
 
     /// check_vma_flags.
     fn allowed_by(self, vma: &Vma) -> bool {
-        self.force || if self.write { vma.prot.writable() } else { vma.prot.readable() }
+        // FOLL_FORCE writes only where a copy can be made.
+        if self.write {
+            vma.prot.writable() || (self.force && !vma.shared())
+        } else {
+            vma.prot.readable() || self.force
+        }
     }
 
     /// Is a FOLL_PIN one, on this kernel?
@@ -91,13 +96,19 @@ impl Foll {
     }
 
     /// gup_must_unshare, for a present pte.
-    fn must_unshare(self, mm: &Mm, pte: Pte) -> bool {
+    /// `shared`: a shared mapping has nothing to un-share.
+    fn must_unshare(self, mm: &Mm, pte: Pte, shared: bool) -> bool {
         if self.write || self.hold != FollRef::Pin || !mm.machine().profile().read_pin_unshares {
             return false;
         }
         let frames = mm.machine().frames();
         let anon = !pte.is_special() && frames.is_anon(pte.pfn());
-        if anon { !frames.exclusive(pte.pfn()) } else { self.longterm }
+        if anon { !frames.exclusive(pte.pfn()) } else { self.longterm && !shared }
+    }
+
+    /// folio_fast_pin_allowed: what the slow way must look at, with the vma in hand (6.5).
+    fn avoids(self, mm: &Mm, pte: Pte) -> bool {
+        self.write && self.longterm && mm.machine().frames().is_file(pte.pfn())
     }
 
     /// can_follow_write_pte. `cow`: a fault for writing has been through here (FOLL_COW).
@@ -219,7 +230,8 @@ impl Mm {
             return None;
         }
         let rechecks = self.machine().profile().gup_fast_rechecks;
-        if (rechecks && self.page_table.peek(tables, page) != pte) || foll.must_unshare(self, pte) {
+        let changed = rechecks && self.page_table.peek(tables, page) != pte;
+        if changed || foll.must_unshare(self, pte, false) || foll.avoids(self, pte) {
             frames.put(pfn, references);
             return None;
         }
@@ -253,6 +265,12 @@ impl Mm {
         let vma = vmas.find(page.get()).ok_or(FaultError::Unmapped(page))?;
         if !foll.allowed_by(vma) {
             return Err(FaultError::Access(page));
+        }
+        // vma_needs_dirty_tracking: a long pin would write behind the back of writeback.
+        let tracked = vma.file.as_ref().is_some_and(|file| file.shared && file.file.kind().dirty_accounted());
+        let refused = foll.write && foll.longterm && foll.hold == FollRef::Pin && tracked;
+        if refused && self.machine().profile().longterm_refuses_files {
+            return Err(FaultError::NotPinnable(page));
         }
         let (mut now, mut cow) = (foll, false);
         loop {
@@ -288,7 +306,7 @@ impl Mm {
         if !pte.is_mapped() || (foll.write && !foll.may_write(self, vma, pte, cow)) {
             return Err(fault);
         }
-        if foll.must_unshare(self, pte) {
+        if foll.must_unshare(self, pte, vma.shared()) {
             return Err(FaultFlag::Unshare);
         }
         let references = foll.references(self.machine(), pte.pfn());

@@ -61,8 +61,11 @@ impl Mm {
         if vmas.exited {
             return Err(ChangeError::Exited);
         }
-        let pieces: Vec<Range> =
-            vmas.overlapping(range).filter_map(|vma| vma.range.intersection(range)).collect();
+        let pieces: Vec<Range> = vmas
+            .overlapping(range)
+            .filter(|vma| !vma.shared())
+            .filter_map(|vma| vma.range.intersection(range))
+            .collect();
         for piece in pieces {
             if !mergeable {
                 piece.iter_pages().try_for_each(|page| self.break_ksm(cx, &vmas, page))?;
@@ -71,6 +74,7 @@ impl Mm {
             if let Some(vma) = vmas.find(piece.start()) {
                 self.anon_vma_link(cx, vma);
             }
+            self.relink_files(cx, &vmas, piece, &[], false);
         }
         hole(&vmas, range).map_or(Ok(()), |page| Err(ChangeError::Hole(page)))
     }

@@ -48,6 +48,7 @@ impl Mm {
             if let Some(vma) = vmas.find(piece.start()) {
                 self.anon_vma_link(cx, vma);
             }
+            self.relink_files(cx, &vmas, piece, &[], false);
             self.change_protection(cx, piece, prot);
         }
         Ok(())

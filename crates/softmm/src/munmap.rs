@@ -23,13 +23,14 @@ impl Mm {
         if pieces.is_empty() {
             return;
         }
+        self.relink_files(cx, &vmas, range, &pieces, true);
         let neighbours = vmas.neighbours(range);
         if self.machine().profile().munmap_downgrades {
             let held = WriteGuard::downgrade(vmas);
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.unmap_region(cx, &held, range, &pieces, neighbours);
             drop(held);
         } else {
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.unmap_region(cx, &vmas, range, &pieces, neighbours);
             drop(vmas);
         }
     }
@@ -39,19 +40,29 @@ impl Mm {
         let pieces = vmas.detach(range);
         let neighbours = vmas.neighbours(range);
         if !pieces.is_empty() {
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.relink_files(cx, vmas, range, &pieces, true);
+            self.unmap_region(cx, vmas, range, &pieces, neighbours);
         }
     }
 
     /// unmap_vmas, free_pgtables and tlb_finish_mmu for vmas that are out of the tree. `neighbours`: see
     /// [`VmaTree::neighbours`].
-    fn unmap_region(&self, cx: &mut MaySleep<'_>, span: Range, pieces: &[Vma], neighbours: (u64, u64)) {
+    fn unmap_region(
+        &self,
+        cx: &mut MaySleep<'_>,
+        vmas: &VmaTree,
+        span: Range,
+        pieces: &[Vma],
+        neighbours: (u64, u64),
+    ) {
         let mut gather = MmuGather::new(self);
         self.invalidate(cx, span, Event::Unmap, |cx| {
             for piece in pieces {
                 self.zap(cx, &mut gather, piece.range, Zap::All);
             }
         });
+        // Before the tables go: nobody may find them through a file or an anon_vma any more.
+        self.relink_files(cx, vmas, span, pieces, false);
         for piece in pieces {
             self.unlink_anon_vmas(cx, piece);
         }

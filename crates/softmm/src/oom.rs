@@ -41,7 +41,8 @@ impl Mm {
         }
         self.unstable.store(true, Ordering::SeqCst);
         let mut left = Vec::new();
-        for vma in vmas.iter() {
+        // Pages of shared mappings would not become free.
+        for vma in vmas.iter().filter(|vma| !vma.shared()) {
             let mut gather = MmuGather::new(self);
             if reaper != OomReaper::NonBlock {
                 self.zap(cx, &mut gather, vma.range, Zap::All);

@@ -4,6 +4,7 @@
 //! A field comes into being with the first path that needs it, and says from which version to which a value holds.
 //! A profile is one point in time, so it says nothing of the versions between two of them.
 
+use crate::rmap_file::IMmapLock;
 use mmu_notifier::Rules;
 
 /// Who hears what where set_pte_at_notify stores a pte: copy-on-write, KSM, uprobes.
@@ -156,6 +157,10 @@ pub struct KernelProfile {
     // The file side.
     /// A dirty page of a file keeps its mapcount until the CPUs' TLBs are flushed (6.2).
     pub zap_delays_rmap: bool,
+    /// FOLL_LONGTERM | FOLL_WRITE refuses shared mappings of files with dirty accounting (6.5).
+    pub longterm_refuses_files: bool,
+    /// How the reverse map of a file is locked.
+    pub i_mmap: IMmapLock,
 }
 
 impl KernelProfile {
@@ -190,6 +195,8 @@ impl KernelProfile {
         madvise_batches: false,
         oom_reaper: OomReaper::None,
         zap_delays_rmap: false,
+        longterm_refuses_files: false,
+        i_mmap: IMmapLock::Mutex,
     };
     /// 3.16 without the pair around change_pte, and nothing in its place (V2a).
     pub const UNWRAPPED_A: KernelProfile = KernelProfile {
@@ -215,6 +222,7 @@ impl KernelProfile {
         rules: Rules::LINUX_3_19,
         secondary_tlbs: SecondaryTlbs::Mm,
         ksm_flushes_secondary: true,
+        i_mmap: IMmapLock::TruncateWrites,
         ..KernelProfile::V3_16
     };
     /// Linux 4.12: invalidate_page under the ptl.
@@ -271,6 +279,8 @@ impl KernelProfile {
         mprotect_upgrades: true,
         madvise_batches: true,
         zap_delays_rmap: true,
+        longterm_refuses_files: true,
+        i_mmap: IMmapLock::TruncateReads,
         ..KernelProfile::V5_10
     };
 

@@ -195,7 +195,7 @@ impl Mm {
     }
 
     /// ptep_clear_flush_young_notify. x86 leaves its own TLB alone.
-    fn clear_flush_young_notify(
+    pub(crate) fn clear_flush_young_notify(
         &self,
         ptes: &mut crate::page_table::Ptes<'_>,
         cx: &mut interleave::Atomic<'_>,

@@ -7,9 +7,11 @@
 //! The `anon_vma` matters to notifiers: fork copies page tables, and so notifies, only for vmas that have one, and
 //! two vmas with different ones stay apart, which makes two notified ranges out of one.
 
+use crate::page_cache::File;
 use interleave::{AtomicU64, Ordering};
-use mmu_notifier::Range;
+use mmu_notifier::{PAGE_SHIFT, PageAddr, Range};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// What the CPU may do with a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +36,23 @@ impl Prot {
     }
 }
 
-/// A private anonymous mapping. This slice has no other kind, so every vma is copy-on-write (is_cow_mapping).
+/// The file that a vma maps (vm_file, vm_pgoff, VM_SHARED).
+#[derive(Debug, Clone)]
+pub(crate) struct VmaFile {
+    pub(crate) file: Arc<File>,
+    /// Which page of the file the vma begins with.
+    pub(crate) pgoff: u64,
+    pub(crate) shared: bool,
+}
+
+impl VmaFile {
+    /// Which page of the file `page` shows (linear_page_index).
+    pub(crate) fn index(&self, vma: &Vma, page: PageAddr) -> u64 {
+        self.pgoff + ((page.get() - vma.range.start()) >> PAGE_SHIFT)
+    }
+}
+
+/// A mapping: of a file, or private and anonymous.
 #[derive(Debug)]
 pub(crate) struct Vma {
     pub(crate) range: Range,
@@ -46,11 +64,22 @@ pub(crate) struct Vma {
     inherited: Vec<u64>,
     /// KSM may merge its pages (VM_MERGEABLE).
     pub(crate) mergeable: bool,
+    /// What it maps; `None` is anonymous memory.
+    pub(crate) file: Option<VmaFile>,
 }
 
 impl Vma {
     pub(crate) fn new(range: Range, prot: Prot) -> Vma {
-        Vma { range, prot, anon_vma: AtomicU64::new(0), inherited: Vec::new(), mergeable: false }
+        Vma { range, prot, anon_vma: AtomicU64::new(0), inherited: Vec::new(), mergeable: false, file: None }
+    }
+
+    pub(crate) fn of_file(range: Range, prot: Prot, file: VmaFile) -> Vma {
+        Vma { file: Some(file), ..Vma::new(range, prot) }
+    }
+
+    /// Do writes reach others (VM_SHARED)? If not, the mapping is copy-on-write (is_cow_mapping).
+    pub(crate) fn shared(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.shared)
     }
 
     pub(crate) fn anon_vma(&self) -> Option<u64> {
@@ -74,13 +103,18 @@ impl Vma {
     /// A piece of this vma, with its anon_vma (__split_vma).
     fn piece(&self, range: Range) -> Vma {
         let anon_vma = AtomicU64::new(self.anon_vma.load(Ordering::SeqCst));
-        Vma { range, anon_vma, inherited: self.inherited.clone(), ..*self }
+        let file = self.file.as_ref().map(|file| VmaFile {
+            pgoff: file.pgoff + ((range.start() - self.range.start()) >> PAGE_SHIFT),
+            ..file.clone()
+        });
+        Vma { range, anon_vma, inherited: self.inherited.clone(), file, ..*self }
     }
 
     /// The child's copy at fork (anon_vma_fork), with `anon_vma` of its own if the parent has one.
     pub(crate) fn for_child(&self, anon_vma: impl FnOnce() -> u64) -> Vma {
         let own = self.anon_vma().map(|_| anon_vma());
-        Vma { anon_vma: AtomicU64::new(own.unwrap_or(0)), inherited: self.anon_vmas().collect(), ..*self }
+        let (anon_vma, inherited) = (AtomicU64::new(own.unwrap_or(0)), self.anon_vmas().collect());
+        Vma { anon_vma, inherited, file: self.file.clone(), ..*self }
     }
 
     /// Could `next`, which starts where this ends, be part of this one (can_vma_merge_after)?
@@ -91,7 +125,16 @@ impl Vma {
             (None, Some(_)) => !next.forked(),
             (None, None) => true,
         };
-        let alike = self.prot == next.prot && self.mergeable == next.mergeable;
+        let one_file = match (&self.file, &next.file) {
+            (None, None) => true,
+            (Some(a), Some(b)) => {
+                Arc::ptr_eq(&a.file, &b.file)
+                    && a.shared == b.shared
+                    && a.pgoff + self.range.pages() == b.pgoff
+            }
+            _ => false,
+        };
+        let alike = self.prot == next.prot && self.mergeable == next.mergeable && one_file;
         self.range.end() == next.range.start() && alike && anon_vmas_allow
     }
 }

@@ -14,7 +14,7 @@ use crate::mm::Mm;
 use crate::page_table::{PteGuard, Ptes, by_leaf};
 use crate::tlb::MmuGather;
 use interleave::MaySleep;
-use mmu_notifier::{PageAddr, Pfn, Range};
+use mmu_notifier::{Event, PageAddr, Pfn, Range};
 
 /// Which pages go (zap_details).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +34,13 @@ enum Zapped {
 }
 
 impl Mm {
+    /// zap_page_range_single: S(CLEAR, `range`); zap; E; flush; put.
+    pub(crate) fn zap_page_range_single(&self, cx: &mut MaySleep<'_>, range: Range, what: Zap) {
+        let mut gather = MmuGather::new(self);
+        self.invalidate(cx, range, Event::Clear, |cx| self.zap(cx, &mut gather, range, what));
+        gather.finish(cx);
+    }
+
     /// Clears the ptes of `range` and gathers their pages (zap_page_range). The caller is inside S..E.
     pub(crate) fn zap(&self, cx: &mut MaySleep<'_>, gather: &mut MmuGather<'_>, range: Range, what: Zap) {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
