@@ -7,7 +7,8 @@
 //! * write to a shared mapping: page_mkwrite, [ set RW dirty ], set_page_dirty.
 //!
 //! A write to a page of the cache that a private mapping shows read-only is a copy-on-write: [`crate::cow`].
-//! Past the end of the file: SIGBUS. Fault-around (pages beside the faulting one, if they are cached) is not modelled.
+//! Past the end of the file: SIGBUS. A read fault also maps the cached pages beside it, as many as `Config::fault_around`
+//! says: a later write to one of them in a private mapping is a copy-on-write, which is notified, and no first touch.
 //!
 //! Locks: mmap_lock for reading; the page lock from before the pte is set until after set_page_dirty, so that
 //! truncate and writeback come wholly before or wholly after; ptl.
@@ -20,7 +21,10 @@ use crate::page_table::{PteGuard, TableId};
 use crate::pte::Pte;
 use crate::vma::{Vma, VmaFile, VmaTree};
 use interleave::MaySleep;
-use mmu_notifier::PageAddr;
+use mmu_notifier::{PAGE_SHIFT, PageAddr, Range};
+
+/// What one leaf table maps.
+const LEAF_SPAN: u64 = 512 << PAGE_SHIFT;
 
 impl Mm {
     /// The pte was none.
@@ -47,11 +51,44 @@ impl Mm {
         leaf: TableId,
         page: PageAddr,
     ) -> Result<Faulted, FaultError> {
-        let mut found = file_page(cx, vma, file, page)?;
         let accounted = file.file.kind().dirty_accounted();
         let write = if file.shared && vma.prot.writable() && !accounted { Pte::WRITE } else { 0 };
+        self.do_fault_around(cx, (vma, file), leaf, page, write);
+        if !self.peek_pte(page).is_none() {
+            return Ok(Faulted::default());
+        }
+        let mut found = file_page(cx, vma, file, page)?;
         self.finish_fault(cx, vma, &mut found, leaf, page, write);
         Ok(Faulted::default())
+    }
+
+    /// Maps what is cached in an aligned block around `page`. The block is cut at the vma, and at the page table's end;
+    /// one that is cut in front reaches as much further behind.
+    fn do_fault_around(
+        &self,
+        cx: &mut MaySleep<'_>,
+        (vma, file): (&Vma, &VmaFile),
+        leaf: TableId,
+        page: PageAddr,
+        write: u64,
+    ) {
+        let pages = self.machine().config().fault_around;
+        if pages <= 1 {
+            return;
+        }
+        let size = pages << PAGE_SHIFT;
+        let table = page.get() & !(LEAF_SPAN - 1);
+        let start = (page.get() & !(size - 1)).max(vma.range.start()).max(table);
+        let end = (start + size).min(vma.range.end()).min(table + LEAF_SPAN);
+        let Ok(block) = Range::new(start, end - start) else { return };
+        let first = file.index(vma, block.first_page());
+        for index in file.file.cached_in(cx, first..first + block.pages()) {
+            let around = PageAddr::containing(start + ((index - first) << PAGE_SHIFT));
+            // Whoever holds the lock of a page changes it: such a page is left out.
+            if let (Ok(around), Ok(Some(mut found))) = (around, file.file.find_trylock(cx, index)) {
+                self.finish_fault(cx, vma, &mut found, leaf, around, write);
+            }
+        }
     }
 
     fn do_cow_fault(

@@ -32,6 +32,9 @@ pub struct Config {
     /// Pages that an mmu_gather holds before it flushes early. The kernel's is about 500 for each of up to 20
     /// batches.
     pub gather_batch: usize,
+    /// Pages of a file that one read fault may map, the faulting one included: a power of two. 1 is none beside it;
+    /// Linux has 16 (fault_around_bytes).
+    pub fault_around: u64,
     /// Which kernel this is.
     pub profile: KernelProfile,
 }
@@ -45,6 +48,7 @@ impl Default for Config {
             cpus: 2,
             words_per_page: 8,
             gather_batch: 64,
+            fault_around: 1,
             profile: KernelProfile::V6_18,
         }
     }
