@@ -44,7 +44,7 @@ impl Mm {
             if vma.prot == prot {
                 continue;
             }
-            vmas.modify(piece, |vma| vma.prot = prot);
+            vmas.modify(piece, |vma| vma.protect(prot, self.machine().profile().mprotect_unaccounts));
             if let Some(vma) = vmas.find(piece.start()) {
                 self.anon_vma_link(cx, vma);
             }

@@ -62,6 +62,9 @@ pub(crate) struct Vma {
     /// The anon_vmas of its ancestors, the oldest first: fork gave them. A vma that has any merges with nothing that
     /// has no anon_vma.
     inherited: Vec<u64>,
+    /// Its pages were charged to the commit limit (VM_ACCOUNT). Nothing here is limited, but two vmas of which one is
+    /// charged stay apart.
+    pub(crate) accounted: bool,
     /// KSM may merge its pages (VM_MERGEABLE).
     pub(crate) mergeable: bool,
     /// What it maps; `None` is anonymous memory.
@@ -70,11 +73,19 @@ pub(crate) struct Vma {
 
 impl Vma {
     pub(crate) fn new(range: Range, prot: Prot) -> Vma {
-        Vma { range, prot, anon_vma: AtomicU64::new(0), inherited: Vec::new(), mergeable: false, file: None }
+        Vma {
+            range,
+            prot,
+            anon_vma: AtomicU64::new(0),
+            inherited: Vec::new(),
+            accounted: prot.writable(),
+            mergeable: false,
+            file: None,
+        }
     }
 
     pub(crate) fn of_file(range: Range, prot: Prot, file: VmaFile) -> Vma {
-        Vma { file: Some(file), ..Vma::new(range, prot) }
+        Vma { accounted: prot.writable() && !file.shared, file: Some(file), ..Vma::new(range, prot) }
     }
 
     /// Do writes reach others (VM_SHARED)? If not, the mapping is copy-on-write (is_cow_mapping).
@@ -94,6 +105,17 @@ impl Vma {
     /// Its anon_vma and those of its ancestors, the oldest first.
     pub(crate) fn anon_vmas(&self) -> impl Iterator<Item = u64> {
         self.inherited.iter().copied().chain(self.anon_vma())
+    }
+
+    /// mprotect_fixup: private memory that becomes writable is charged, and never given back,
+    /// except (`unaccounts`) where no page was ever of its own.
+    pub(crate) fn protect(&mut self, prot: Prot, unaccounts: bool) {
+        if prot.writable() {
+            self.accounted |= !self.shared() && !self.prot.writable();
+        } else if unaccounts && self.file.is_none() && self.anon_vma().is_none() {
+            self.accounted = false;
+        }
+        self.prot = prot;
     }
 
     fn forked(&self) -> bool {
@@ -134,7 +156,8 @@ impl Vma {
             }
             _ => false,
         };
-        let alike = self.prot == next.prot && self.mergeable == next.mergeable && one_file;
+        let one_account = self.accounted == next.accounted;
+        let alike = self.prot == next.prot && self.mergeable == next.mergeable && one_account && one_file;
         self.range.end() == next.range.start() && alike && anon_vmas_allow
     }
 }

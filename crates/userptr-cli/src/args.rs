@@ -43,6 +43,19 @@ Examples:
   userptr live --race --rounds 1000000 --threads 1,2,4,8"
     )]
     Live(LiveArgs),
+    /// Compare the software mm with this kernel: the same operations on both, by hand and at random
+    #[command(
+        after_help = "Exit codes: 0 they agree and the kernel's own choices were under 1 % of the operations, 1 not so, \
+2 could not run.
+
+Examples:
+  userptr diff
+  userptr diff --seed 7 --ops 1000000 --json"
+    )]
+    Diff(DiffArgs),
+    /// Some scripts of `diff`, in a process of its own
+    #[command(hide = true)]
+    DiffBatch(DiffBatchArgs),
     /// One row of `live`, in a process of its own
     #[command(hide = true)]
     LiveRow(RowArgs),
@@ -106,6 +119,27 @@ fn threads(text: &str) -> Result<usize, String> {
         Ok(n @ 1..=1024) => Ok(n),
         _ => Err("give 1 to 1024 threads".into()),
     }
+}
+
+#[derive(Args)]
+pub(crate) struct DiffArgs {
+    /// The random scripts that are run
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// About how many operations at random, after those by hand
+    #[arg(long, default_value_t = 20_000)]
+    pub(crate) ops: u64,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DiffBatchArgs {
+    /// Seed of the first script
+    pub(crate) seed: u64,
+    /// How many scripts; 0 for those by hand
+    pub(crate) scripts: u64,
 }
 
 #[derive(Args)]

@@ -5,6 +5,7 @@
 
 mod args;
 mod child;
+mod diff;
 mod doctor;
 mod live;
 
@@ -26,6 +27,8 @@ enum Error {
     Machine(String),
     #[error(transparent)]
     Row(#[from] live::row::RowError),
+    #[error(transparent)]
+    Diff(#[from] diff::DiffRunError),
     #[error(transparent)]
     Race(#[from] live::race::RaceRowError),
     #[error("{path}: {source}", path = path.display())]
@@ -70,6 +73,8 @@ fn main() -> ExitCode {
         Command::Live(args) if args.race => live::race::run(&args),
         Command::Live(args) => live::run(&args),
         Command::LiveRow(args) => live::answer_row(&args),
+        Command::Diff(args) => diff::run(&args),
+        Command::DiffBatch(args) => diff::answer(&args),
         Command::LiveRace(args) => live::race::answer(&args),
     };
     done.unwrap_or_else(|e| {

@@ -10,6 +10,7 @@
 //! SIGBUS; what is announced about the child.
 
 pub mod model;
+pub mod paths;
 pub mod script;
 pub mod shrink;
 pub mod step;
