@@ -147,6 +147,11 @@ impl Vma {
             (None, Some(_)) => !next.forked(),
             (None, None) => true,
         };
+        self.prot == next.prot && self.alike(next) && anon_vmas_allow
+    }
+
+    /// Does `next` begin where this ends, and differ at most in protection and anon_vma (anon_vma_compatible)?
+    fn alike(&self, next: &Vma) -> bool {
         let one_file = match (&self.file, &next.file) {
             (None, None) => true,
             (Some(a), Some(b)) => {
@@ -157,8 +162,10 @@ impl Vma {
             _ => false,
         };
         let one_account = self.accounted == next.accounted;
-        let alike = self.prot == next.prot && self.mergeable == next.mergeable && one_account && one_file;
-        self.range.end() == next.range.start() && alike && anon_vmas_allow
+        self.range.end() == next.range.start()
+            && self.mergeable == next.mergeable
+            && one_account
+            && one_file
     }
 }
 
@@ -233,12 +240,13 @@ impl VmaTree {
         out
     }
 
-    /// The anon_vma of a neighbour that `vma` could merge with (find_mergeable_anon_vma).
+    /// The anon_vma of a neighbour that `vma`, which has none, could merge with once their protections were equal
+    /// (find_mergeable_anon_vma). Not one that came by fork, lest it get ever more users.
     pub(crate) fn mergeable_anon_vma(&self, vma: &Vma) -> Option<u64> {
         let next = self.vmas.get(&vma.range.end());
         let prev = self.vmas.range(..vma.range.start()).next_back().map(|(_, prev)| prev);
-        let of_next = next.filter(|next| vma.merges_with(next)).and_then(Vma::anon_vma);
-        let of_prev = prev.filter(|prev| prev.merges_with(vma)).and_then(Vma::anon_vma);
+        let of_next = next.filter(|next| vma.alike(next) && !next.forked()).and_then(Vma::anon_vma);
+        let of_prev = prev.filter(|prev| prev.alike(vma) && !prev.forked()).and_then(Vma::anon_vma);
         of_next.or(of_prev)
     }
 
