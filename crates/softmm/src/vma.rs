@@ -162,10 +162,7 @@ impl Vma {
             _ => false,
         };
         let one_account = self.accounted == next.accounted;
-        self.range.end() == next.range.start()
-            && self.mergeable == next.mergeable
-            && one_account
-            && one_file
+        self.range.end() == next.range.start() && self.mergeable == next.mergeable && one_account && one_file
     }
 }
 

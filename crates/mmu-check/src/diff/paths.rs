@@ -65,7 +65,7 @@ fn anonymous() -> Vec<Path> {
         ),
         path(
             "mprotect",
-            2,
+            4,
             vec![
                 anon(4, 8),
                 Op::Protect(Parent, span(4, 2), Read),
