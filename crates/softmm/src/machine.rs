@@ -7,10 +7,14 @@ use crate::frame::Frames;
 use crate::mm::{Mm, MmUser};
 use crate::page_table::Tables;
 use crate::profile::KernelProfile;
+use crate::rmap::AnonVmas;
+use crate::swap::Swap;
 use crate::tlb::Cpu;
-use interleave::{AtomicU64, Ordering};
+use interleave::{AtomicU64, LockClass, Mutex, Ordering};
 use mmu_notifier::PAGE_SIZE;
 use std::sync::Arc;
+
+static KSM_THREAD_MUTEX: LockClass = LockClass::new("ksm_thread_mutex");
 
 /// How big a machine is. Small by default, so that rare paths (a full batch, no frame left) are common.
 #[derive(Debug, Clone)]
@@ -19,6 +23,8 @@ pub struct Config {
     pub frames: u32,
     /// Page-table pages. An mm needs four as soon as it maps a page.
     pub tables: u32,
+    /// Pages that the swap area holds.
+    pub swap_slots: u32,
     /// CPUs.
     pub cpus: usize,
     /// 64-bit words that a page stores, at its start: 1 to 512.
@@ -35,6 +41,7 @@ impl Default for Config {
         Config {
             frames: 256,
             tables: 64,
+            swap_slots: 64,
             cpus: 2,
             words_per_page: 8,
             gather_batch: 64,
@@ -48,6 +55,9 @@ pub struct Machine {
     config: Config,
     frames: Frames,
     tables: Tables,
+    swap: Swap,
+    anon_vmas: AnonVmas,
+    ksm: Mutex<()>,
     cpus: Box<[Cpu]>,
     next_id: AtomicU64,
 }
@@ -61,6 +71,9 @@ impl Machine {
         Arc::new(Machine {
             frames: Frames::new(config.frames, words),
             tables: Tables::new(config.tables),
+            swap: Swap::new(config.swap_slots),
+            anon_vmas: AnonVmas::new(),
+            ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
             config,
@@ -95,11 +108,26 @@ impl Machine {
         self.tables.in_use()
     }
 
+    /// The swap area and the swap cache.
+    pub fn swap(&self) -> &Swap {
+        &self.swap
+    }
+
+    pub(crate) fn anon_vmas(&self) -> &AnonVmas {
+        &self.anon_vmas
+    }
+
+    /// One ksmd at a time.
+    pub(crate) fn ksm_thread_mutex(&self) -> &Mutex<()> {
+        &self.ksm
+    }
+
     pub(crate) fn tables(&self) -> &Tables {
         &self.tables
     }
 
-    pub(crate) fn profile(&self) -> &KernelProfile {
+    /// The kernel that runs on it.
+    pub fn profile(&self) -> &KernelProfile {
         &self.config.profile
     }
 

@@ -213,7 +213,8 @@ impl World {
             }
             Op::Pin { mm, at, len, write, get, longterm, fast } => {
                 let Some(i) = self.pick(mm) else { return };
-                let foll = Foll { write, longterm, hold: if get { FollRef::Get } else { FollRef::Pin } };
+                let hold = if get { FollRef::Get } else { FollRef::Pin };
+                let foll = Foll { write, longterm, force: false, hold };
                 self.pin(cx, i, at, len, foll, fast);
             }
             Op::Unpin { pin } if !self.pins.is_empty() => {
