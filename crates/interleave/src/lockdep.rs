@@ -16,6 +16,7 @@
 //! another, a good one for a lock under none (benches/locks.rs). Lock order: the graph, then nothing; the
 //! reports, then nothing; neither is held while a report is logged.
 
+mod cycles;
 mod graph;
 mod report;
 
@@ -24,7 +25,9 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 
 use crate::class::{LockClass, Node};
 use crate::task::{self, Held, Section};
+use crate::world::{self, World};
 
+pub(crate) use cycles::Cycles;
 pub use report::{Link, Policy, Report, ReportKind, reports_about, set_policy, take_reports, with_policy};
 
 /// A place in the source.
@@ -93,7 +96,15 @@ pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: 
 
 #[inline(never)]
 fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
+<<<<<<< HEAD
     let mut unknown = graph::bit(node);
+=======
+    if let Some(world) = world::active() {
+        return check_explored(world, t, node, lock, site);
+    }
+    // Orders from locks below the last one that was waited for follow from those already recorded.
+    let mut implied = false;
+>>>>>>> engine
     for slot in t.slots() {
         if suspicious(slot, node, lock, &mut unknown) {
             // The last thing that is done here, so that this frame saves no register for it.
@@ -102,6 +113,7 @@ fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
     }
 }
 
+<<<<<<< HEAD
 /// Whether the lock in `slot` is not known to be right. `unknown` is the bit to be looked for, and zero below the last
 /// lock that was waited for: orders from there follow from those already recorded.
 #[inline(always)]
@@ -112,6 +124,23 @@ fn suspicious(slot: &task::Slot, node: Node, lock: usize, unknown: &mut u64) -> 
         *unknown = 0;
     }
     unseen | (outer == node) | (slot.lock.get() == lock)
+=======
+/// Under exploration the orders belong to the exploration: the same schedule gives the same reports each time.
+#[cold]
+#[inline(never)]
+fn check_explored(world: &dyn World, t: &task::Task, node: Node, lock: usize, site: Site) {
+    if world.aborting() || node == Node::UNCHECKED {
+        return;
+    }
+    for held in t.held() {
+        if held.node != Node::UNCHECKED {
+            world.ordered(held, node, held.lock == lock && held.node == node, site);
+        }
+        if !held.tried {
+            break;
+        }
+    }
+>>>>>>> engine
 }
 
 #[cold]
@@ -207,5 +236,11 @@ pub(crate) fn register(name: &'static str, subclass: usize, slot: &AtomicU16) ->
 #[cold]
 #[inline(never)]
 pub(crate) fn sleep_in_atomic(section: Section, outer: Site, site: Site) {
+    if let Some(world) = world::active() {
+        if !world.aborting() {
+            world.reported(&report::sleep(section, outer, site, &held()));
+        }
+        return;
+    }
     report::emit_once((outer, site), || report::sleep(section, outer, site, &held()));
 }
