@@ -96,15 +96,10 @@ pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: 
 
 #[inline(never)]
 fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
-<<<<<<< HEAD
-    let mut unknown = graph::bit(node);
-=======
     if let Some(world) = world::active() {
         return check_explored(world, t, node, lock, site);
     }
-    // Orders from locks below the last one that was waited for follow from those already recorded.
-    let mut implied = false;
->>>>>>> engine
+    let mut unknown = graph::bit(node);
     for slot in t.slots() {
         if suspicious(slot, node, lock, &mut unknown) {
             // The last thing that is done here, so that this frame saves no register for it.
@@ -113,7 +108,6 @@ fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
     }
 }
 
-<<<<<<< HEAD
 /// Whether the lock in `slot` is not known to be right. `unknown` is the bit to be looked for, and zero below the last
 /// lock that was waited for: orders from there follow from those already recorded.
 #[inline(always)]
@@ -124,7 +118,8 @@ fn suspicious(slot: &task::Slot, node: Node, lock: usize, unknown: &mut u64) -> 
         *unknown = 0;
     }
     unseen | (outer == node) | (slot.lock.get() == lock)
-=======
+}
+
 /// Under exploration the orders belong to the exploration: the same schedule gives the same reports each time.
 #[cold]
 #[inline(never)]
@@ -140,7 +135,6 @@ fn check_explored(world: &dyn World, t: &task::Task, node: Node, lock: usize, si
             break;
         }
     }
->>>>>>> engine
 }
 
 #[cold]

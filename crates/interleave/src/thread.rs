@@ -241,7 +241,6 @@ impl Children {
 
 impl Drop for Children {
     fn drop(&mut self) {
-<<<<<<< HEAD
         let mut unwound = None;
         for (id, progress) in self.started.take() {
             self.wait(id, &progress, &mut unwound);
@@ -250,18 +249,10 @@ impl Drop for Children {
             && !std::thread::panicking()
         {
             resume_unwind(payload);
-=======
-        let left = Left(self);
-        if !left.0.world.aborting() {
-            for (id, _) in left.0.started.borrow().iter() {
-                left.0.world.point(&op(OpKind::Join(*id), left.0.site));
-            }
->>>>>>> engine
         }
     }
 }
 
-<<<<<<< HEAD
 /// Dies if a thread that borrows may have been made while nobody knows of it.
 struct Unlisted<'a>(&'a Progress);
 
@@ -270,23 +261,6 @@ impl Drop for Unlisted<'_> {
         if !self.0.gone.load(Ordering::Acquire) {
             tracing::error!("the start of a scoped virtual thread was unwound and its closure kept");
             std::process::abort();
-=======
-/// Lets nobody past who leaves a thread behind, also when waiting for it was cut short by unwinding.
-struct Left<'a>(&'a Children);
-
-impl Drop for Left<'_> {
-    /// Dies rather than leave behind a thread that still borrows.
-    fn drop(&mut self) {
-        let Children { world, site, started } = self.0;
-        for (id, progress) in started.borrow().iter() {
-            while !progress.gone.load(Ordering::Acquire) && world.aborting() {
-                world.point(&op(OpKind::Join(*id), site));
-            }
-            if !progress.gone.load(Ordering::Acquire) {
-                tracing::error!("virtual thread {id} outlives its scope at {site}");
-                std::process::abort();
-            }
->>>>>>> engine
         }
     }
 }

@@ -61,16 +61,13 @@ pub(crate) enum OpKind {
     Sleep(Duration),
     /// Own storage of the virtual thread: seen, but never a race.
     PerThread,
-<<<<<<< HEAD
     /// A lock map is entered or left; only ever [`noted`](World::noted).
     MapAcquire,
     MapRelease,
-=======
     /// A ghost is changed: seen and ordered, but never a point.
     Ghost,
     /// A ghost is read.
     GhostRead,
->>>>>>> engine
 }
 
 /// An operation that is about to happen.

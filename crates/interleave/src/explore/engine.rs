@@ -299,6 +299,8 @@ impl World for Engine {
         self.inner.borrow_mut().exec.birth(born)
     }
 
+    fn noted(&self, _: &Op) {}
+
     fn point(&self, op: &Op) -> bool {
         if self.aborting.get() || self.panicking() {
             // Somebody who is still to be unwound has what this thread wants.

@@ -385,6 +385,8 @@ impl OpKind {
             OpKind::PerThread => 26,
             OpKind::Ghost => 27,
             OpKind::GhostRead => 28,
+            OpKind::MapAcquire => 29,
+            OpKind::MapRelease => 30,
         }
     }
 }

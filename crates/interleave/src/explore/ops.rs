@@ -215,7 +215,13 @@ impl Exec {
             }
             OpKind::Ghost => self.access(id, Mode::Write),
             OpKind::GhostRead => self.access(id, Mode::Read),
-            OpKind::Fence | OpKind::Spawn | OpKind::Yield | OpKind::SpinHint | OpKind::PerThread => {}
+            OpKind::Fence
+            | OpKind::Spawn
+            | OpKind::Yield
+            | OpKind::SpinHint
+            | OpKind::PerThread
+            | OpKind::MapAcquire
+            | OpKind::MapRelease => {}
         }
         self.threads[tid].answer = answer;
         if applied == Applied::Runs {

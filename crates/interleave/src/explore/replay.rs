@@ -61,6 +61,8 @@ pub(super) fn op_name(exec: &Exec, op: &Op) -> String {
         OpKind::PerThread => "per_thread",
         OpKind::Ghost => "ghost",
         OpKind::GhostRead => "ghost_read",
+        OpKind::MapAcquire => "acquire",
+        OpKind::MapRelease => "release",
     };
     format!("{of}.{verb}")
 }

@@ -23,6 +23,8 @@ impl Cycles {
         }
         let new = (outer.node, outer.site?, node, site);
         let cycle = if first { self.edges.add(new)? } else { vec![new] };
-        Some(report::order(GRAPH.lock().links(&cycle), same_lock))
+        let mut links = GRAPH.lock().links(&cycle);
+        let again = same_lock && links.len() == 1;
+        if again { links.pop().map(report::same_lock) } else { Some(report::order(links)) }
     }
 }
