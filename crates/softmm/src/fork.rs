@@ -40,6 +40,7 @@ impl Mm {
     }
 
     fn dup_mmap(&self, cx: &mut MaySleep<'_>, child: &Mm) -> Result<(), ForkError> {
+        let _no_uprobes = self.machine().dup_mmap_sem().read(cx);
         let vmas = self.vmas.write(cx);
         if vmas.exited {
             return Err(ForkError::Exited);
@@ -49,7 +50,8 @@ impl Mm {
             let copy = vma.for_child(|| self.machine().fresh_id());
             child.anon_vma_fork(cx, &copy);
             let range = copy.range;
-            let (needs_copy, file) = (copy.anon_vma().is_some(), copy.file.is_some());
+            let file = copy.file.is_some();
+            let needs_copy = copy.anon_vma().is_some() || copy.is_mixed_map();
             copies.insert(copy);
             if file {
                 child.relink_files(cx, &copies, range, &[], false);
@@ -65,6 +67,10 @@ impl Mm {
 
     fn copy_page_range(&self, cx: &mut MaySleep<'_>, child: &Mm, copy: &Vma) -> Result<(), OutOfMemory> {
         let range = copy.range;
+        if copy.shared() {
+            // VM_MIXEDMAP: copied because its ptes cannot be faulted in again, and not changed.
+            return by_leaf(range).try_for_each(|piece| self.copy_leaf(cx, child, piece, copy));
+        }
         self.invalidate(cx, range, Event::ProtectionPage, |cx| {
             self.write_protect_seq.fetch_add(1, Ordering::SeqCst);
             let result = by_leaf(range).try_for_each(|piece| self.copy_leaf(cx, child, piece, copy));
@@ -130,7 +136,7 @@ impl Mm {
                 let write = if copy.prot.writable() { Pte::WRITE } else { 0 };
                 to.set(page, Pte::new(new, 0).modify(copy.prot).with(Pte::DIRTY | write));
             } else {
-                self.copy_present_pte(&mut from, to, page, pte);
+                self.copy_present_pte(&mut from, to, page, (pte, copy.shared()));
             }
         }
         None
@@ -142,12 +148,21 @@ impl Mm {
         profile.fork_copies_pinned && own && self.maybe_pinned(pfn)
     }
 
-    fn copy_present_pte(&self, from: &mut Ptes<'_>, to: &mut Ptes<'_>, page: PageAddr, pte: Pte) {
+    fn copy_present_pte(
+        &self,
+        from: &mut Ptes<'_>,
+        to: &mut Ptes<'_>,
+        page: PageAddr,
+        (pte, shared): (Pte, bool),
+    ) {
         if !pte.is_special() {
             let frames = self.machine().frames();
             frames.get(pte.pfn(), 1);
             frames.add_rmap(pte.pfn());
             frames.set_exclusive(pte.pfn(), false);
+        }
+        if shared {
+            return to.set(page, pte.without(Pte::DIRTY | Pte::ACCESSED));
         }
         if pte.is_writable() {
             from.write_protect(page);

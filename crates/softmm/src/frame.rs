@@ -168,6 +168,13 @@ impl Frames {
         Ok(pfn)
     }
 
+    /// The same, not anonymous and of no file in particular.
+    pub(crate) fn alloc_file_zeroed(&self) -> Result<Pfn, OutOfMemory> {
+        let pfn = self.alloc_zeroed()?;
+        self.set_mapping(pfn, 0, 0);
+        Ok(pfn)
+    }
+
     /// Copies the contents of `from`, on which the caller holds a reference, into a frame that nobody sees yet
     /// (copy_user_highpage).
     pub(crate) fn copy_contents(&self, to: Pfn, from: Pfn) {

@@ -255,7 +255,7 @@ impl Mm {
         })
     }
 
-    fn gup_page(
+    pub(crate) fn gup_page(
         &self,
         cx: &mut MaySleep<'_>,
         vmas: &VmaTree,
@@ -275,7 +275,8 @@ impl Mm {
         let (mut now, mut cow) = (foll, false);
         loop {
             let flag = match self.follow_page(cx, vma, page, now, cow) {
-                Ok(pfn) => return Ok(pfn),
+                Ok(Some(pfn)) => return Ok(pfn),
+                Ok(None) => return Err(FaultError::NotPinnable(page)),
                 Err(flag) => flag,
             };
             let faulted = self.handle_mm_fault(cx, vmas, page, flag)?;
@@ -289,7 +290,7 @@ impl Mm {
         }
     }
 
-    /// follow_page_pte: the page with its reference, or the fault that is needed first.
+    /// follow_page_pte: the page with its reference; `None`: memory that has no page (-EFAULT); or the fault that is needed first.
     fn follow_page(
         &self,
         cx: &mut MaySleep<'_>,
@@ -297,7 +298,7 @@ impl Mm {
         page: PageAddr,
         foll: Foll,
         cow: bool,
-    ) -> Result<Pfn, FaultFlag> {
+    ) -> Result<Option<Pfn>, FaultFlag> {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
         let fault = if foll.write { FaultFlag::Write } else { FaultFlag::Read };
         let leaf = self.page_table.leaf(tables, page).ok_or(fault)?;
@@ -309,6 +310,9 @@ impl Mm {
         if foll.must_unshare(self, pte, vma.shared()) {
             return Err(FaultFlag::Unshare);
         }
+        if pte.is_special() && pte.pfn() != ZERO_PAGE {
+            return Ok(None);
+        }
         let references = foll.references(self.machine(), pte.pfn());
         if references > 0 {
             frames.get(pte.pfn(), references);
@@ -317,7 +321,7 @@ impl Mm {
             frames.set_dirty(pte.pfn());
         }
         guard.set_bits(page, Pte::ACCESSED);
-        Ok(pte.pfn())
+        Ok(Some(pte.pfn()))
     }
 }
 

@@ -66,11 +66,15 @@ pub mod swap;
 pub mod swap_fault;
 pub mod tlb;
 pub mod truncate;
+pub mod uprobes;
 pub mod vma;
 pub mod writeback;
+pub mod xip;
 pub mod zap;
 
-pub use error::{AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, OutOfMemory};
+pub use error::{
+    AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, OutOfMemory, UprobeError,
+};
 pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};
 pub use gup::{Foll, FollRef, UserPages};
 pub use ksm::Merge;

@@ -10,10 +10,11 @@ use crate::profile::KernelProfile;
 use crate::rmap::AnonVmas;
 use crate::swap::Swap;
 use crate::tlb::Cpu;
-use interleave::{AtomicU64, LockClass, Mutex, Ordering};
+use interleave::{AtomicU64, LockClass, Mutex, Ordering, RwLock};
 use mmu_notifier::PAGE_SIZE;
 use std::sync::Arc;
 
+static DUP_MMAP_SEM: LockClass = LockClass::new("dup_mmap_sem");
 static KSM_THREAD_MUTEX: LockClass = LockClass::new("ksm_thread_mutex");
 
 /// How big a machine is. Small by default, so that rare paths (a full batch, no frame left) are common.
@@ -58,6 +59,7 @@ pub struct Machine {
     swap: Swap,
     anon_vmas: AnonVmas,
     ksm: Mutex<()>,
+    dup_mmap_sem: RwLock<()>,
     cpus: Box<[Cpu]>,
     next_id: AtomicU64,
 }
@@ -74,6 +76,7 @@ impl Machine {
             swap: Swap::new(config.swap_slots),
             anon_vmas: AnonVmas::new(),
             ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
+            dup_mmap_sem: RwLock::new(&DUP_MMAP_SEM, ()),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
             config,
@@ -120,6 +123,11 @@ impl Machine {
     /// One ksmd at a time.
     pub(crate) fn ksm_thread_mutex(&self) -> &Mutex<()> {
         &self.ksm
+    }
+
+    /// Fork reads it, uprobes write it.
+    pub(crate) fn dup_mmap_sem(&self) -> &RwLock<()> {
+        &self.dup_mmap_sem
     }
 
     pub(crate) fn tables(&self) -> &Tables {

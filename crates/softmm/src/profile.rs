@@ -95,6 +95,17 @@ pub enum OomReaper {
     NonBlock,
 }
 
+/// How uprobes change a word of a private mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Uprobes {
+    /// Replace the page by a changed copy, both ways (until 5.3).
+    Replace,
+    /// The same; a restored page that is as in the file goes, and the file's page is faulted in (5.4 to 6.15).
+    ReplaceOrZap,
+    /// Break copy-on-write as a forced write would, and write the word where it is (6.16 and later).
+    InPlace,
+}
+
 /// One kernel version's choices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KernelProfile {
@@ -159,6 +170,10 @@ pub struct KernelProfile {
     pub zap_delays_rmap: bool,
     /// FOLL_LONGTERM | FOLL_WRITE refuses shared mappings of files with dirty accounting (6.5).
     pub longterm_refuses_files: bool,
+    /// Execute in place (until 3.19; DAX since).
+    pub xip: bool,
+    /// Breakpoints.
+    pub uprobes: Uprobes,
     /// How the reverse map of a file is locked.
     pub i_mmap: IMmapLock,
 }
@@ -196,6 +211,8 @@ impl KernelProfile {
         oom_reaper: OomReaper::None,
         zap_delays_rmap: false,
         longterm_refuses_files: false,
+        xip: true,
+        uprobes: Uprobes::Replace,
         i_mmap: IMmapLock::Mutex,
     };
     /// 3.16 without the pair around change_pte, and nothing in its place (V2a).
@@ -229,6 +246,7 @@ impl KernelProfile {
     pub const V4_12: KernelProfile = KernelProfile {
         name: "v4_12",
         unmap: Unmap::PageUnderPtl,
+        xip: false,
         unmap_defers_flush: true,
         clear_young: true,
         force: Force::DirtyAfterCow,
@@ -253,6 +271,7 @@ impl KernelProfile {
         cow_only_ends: true,
         unmap_flushes_secondary: false,
         reuse: Reuse::SoleReference,
+        uprobes: Uprobes::ReplaceOrZap,
         foll_pin: true,
         fork_copies_pinned: true,
         munmap_downgrades: true,
@@ -280,6 +299,7 @@ impl KernelProfile {
         madvise_batches: true,
         zap_delays_rmap: true,
         longterm_refuses_files: true,
+        uprobes: Uprobes::InPlace,
         i_mmap: IMmapLock::TruncateReads,
         ..KernelProfile::V5_10
     };

@@ -241,7 +241,9 @@ impl World {
                 let hole = (at..at + len).find(|page| !model.prot.contains_key(page));
                 let expected = hole.map_or(Ok(()), |page| Err(ChangeError::Hole(page_addr(page))));
                 assert_eq!(user.mprotect(cx, window(at, len), prot), expected);
-                (at..hole.unwrap_or(at + len)).for_each(|page| drop(model.prot.insert(page, prot)));
+                (at..hole.unwrap_or(at + len)).for_each(|page| {
+                    let _ = model.prot.insert(page, prot);
+                });
             }
             Op::Dontneed { mm, at, len } => {
                 let Some(i) = self.pick(mm) else { return };
@@ -269,11 +271,8 @@ impl World {
                     let done = process.user.madvise_mergeable(cx, window(page, 1), true);
                     assert_eq!(done.is_ok(), mapped);
                 }
-                let merge = self.machine.ksm_merge(
-                    cx,
-                    (&a.user, page_addr(page)),
-                    (&b.user, page_addr(other)),
-                );
+                let merge =
+                    self.machine.ksm_merge(cx, (&a.user, page_addr(page)), (&b.user, page_addr(other)));
                 let same = a.model.contents(page) == b.model.contents(other);
                 assert!(same || merge != Merge::Merged, "merged what differs");
             }
@@ -342,7 +341,13 @@ impl World {
                 "longterm pins never hold the zero page"
             );
             let zero = frame.pfn == ZERO_PAGE && profile.zero_page_unpinned;
-            let references = if !counts { 1 } else if zero { 0 } else { GUP_PIN_COUNTING_BIAS };
+            let references = if !counts {
+                1
+            } else if zero {
+                0
+            } else {
+                GUP_PIN_COUNTING_BIAS
+            };
             Held { frame, follows: follows.then_some((*name, page)), pinned, references }
         });
         let held = held.collect();
