@@ -164,13 +164,16 @@ pub struct Oracle {
     holds: Holds,
     /// The program itself gives the memory up: a binding that follows its pages keeps them, by design.
     explicit: bool,
+    /// Are the moments known at which the driver's callbacks return and begin?
+    windows: bool,
     state: Ghost<State>,
 }
 
 impl Oracle {
-    /// An oracle for one execution. `explicit`: the program gives the memory up of its own will.
-    pub fn new(holds: Holds, explicit: bool) -> Oracle {
-        Oracle { holds, explicit, state: Ghost::new(State::default()) }
+    /// An oracle for one execution. `explicit`: the program gives the memory up of its own will. `windows`: somebody
+    /// tells of starts and ends.
+    pub fn new(holds: Holds, explicit: bool, windows: bool) -> Oracle {
+        Oracle { holds, explicit, windows, state: Ghost::new(State::default()) }
     }
 
     /// Says that `rule` is broken. Ends the execution under exploration.
@@ -258,7 +261,7 @@ impl Oracle {
                 if access.access == Access::Write && !writable && shared && !late {
                     return broken(Rule::WritePermission, "the CPU may not write it, and it is shared");
                 }
-                if open && self.holds == Holds::Nothing {
+                if open && self.windows && self.holds == Holds::Nothing {
                     return broken(Rule::Retry, "between the return of the start callback and the end");
                 }
                 None

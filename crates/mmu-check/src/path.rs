@@ -46,7 +46,7 @@ impl Stage {
     pub(crate) fn new(machine: Arc<Machine>, user: MmUser, kind: FileKind) -> Stage {
         let file = machine.new_file(kind, 1);
         let children = Mutex::new(&USER, Vec::new());
-        Stage { mm: Arc::clone(&user), machine, file, user: Mutex::new(&USER, Some(user)), children }
+        Stage { mm: (*user).clone(), machine, file, user: Mutex::new(&USER, Some(user)), children }
     }
 
     fn store(&self, cx: &mut MaySleep<'_>, page: u64, value: u64) {
@@ -80,7 +80,7 @@ impl Stage {
     }
 
     fn child_stores(&self, cx: &mut MaySleep<'_>, value: u64) {
-        let child = self.children.lock(cx).first().map(|child| Arc::clone(child));
+        let child = self.children.lock(cx).first().map(|child| (**child).clone());
         if let Some(child) = child {
             let _ = self.machine.cpus()[1].store(cx, &child, X << 12, value);
         }
@@ -120,8 +120,6 @@ pub struct Path {
     pub explicit: bool,
     /// The process can use the page afterwards.
     pub leaves_memory: bool,
-    /// The process can write the page, so that a device may be given write access.
-    pub writable: bool,
     /// Before the driver binds the page.
     pub prepare: Step,
     /// After the device has used it once.
@@ -142,7 +140,6 @@ const ANON: Path = Path {
     file: FileKind::Regular,
     explicit: false,
     leaves_memory: true,
-    writable: true,
     prepare: |cx, s| s.filled(cx),
     bound: |_, _| {},
     run: |_, _| {},
@@ -242,7 +239,7 @@ pub static PATHS: &[Path] = &[
         explicit: true,
         run: |cx, s| {
             s.mm.munmap(cx, range(X));
-            s.filled(cx);
+            let _ = s.mm.mmap(cx, Placement::FixedNoReplace(range(X)), Prot::ReadWrite);
             s.store(cx, X, 2);
         },
         ..ANON

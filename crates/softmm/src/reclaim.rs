@@ -22,7 +22,7 @@
 //! Pinned pages: until v5_10 they are unmapped and written like all others, and kept by the reference; v6_18 leaves them alone
 //! before it unmaps, and finds out at each pte if a pin came meanwhile.
 //!
-//! What is not here: KSM's pages (rmap_walk_ksm), lists of pages and the choice among them; the caller names the page.
+//! What is not here: KSM's pages while they are mapped (rmap_walk_ksm), lists of pages and the choice among them; the caller names the page.
 //!
 //! Locks: page lock; anon_vma for reading around each walk; S..E; ptl. No mmap_lock, so none that a process holds keeps this
 //! away from its mm.
@@ -52,7 +52,7 @@ pub enum Reclaim {
     Busy,
     /// No free slot in the swap area.
     NoSwap,
-    /// Not a page that this can reclaim: free, the zero page, the page cache's, KSM's.
+    /// Not a page that this can reclaim: free, the zero page, the page cache's, KSM's while it is mapped.
     NotAnonymous,
 }
 
@@ -81,7 +81,8 @@ impl Machine {
         }
         let held = Held::adopt(frames, pfn);
         let anon = frames.anon_vma(pfn).is_some() || frames.swap_slot(pfn).is_some();
-        if frames.id(pfn) != frame || !anon || frames.is_ksm(pfn) {
+        let ksm = frames.is_ksm(pfn) && frames.mapcount(pfn) > 0;
+        if frames.id(pfn) != frame || !anon || ksm {
             return Reclaim::NotAnonymous;
         }
         let Some(lock) = frames.trylock_page(cx, pfn) else { return Reclaim::Busy };

@@ -242,7 +242,7 @@ impl World {
                 let expected = hole.map_or(Ok(()), |page| Err(ChangeError::Hole(page_addr(page))));
                 assert_eq!(user.mprotect(cx, window(at, len), prot), expected);
                 (at..hole.unwrap_or(at + len)).for_each(|page| {
-                    let _ = model.prot.insert(page, prot);
+                    model.prot.insert(page, prot);
                 });
             }
             Op::Dontneed { mm, at, len } => {
@@ -443,7 +443,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
     fn softmm_is_the_model(ops in ops(), profile in prop::sample::select(&KernelProfile::ALL[..])) {
