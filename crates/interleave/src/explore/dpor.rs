@@ -12,7 +12,7 @@
 //! before it have made.
 
 use super::access::{Access, Mode};
-use super::exec::{Exec, Set, Status, Tid};
+use super::exec::{Exec, Phase, Set, Status, Tid};
 use super::path::Node;
 use crate::world::OpKind;
 
@@ -68,7 +68,9 @@ pub(super) fn reverse_races(exec: &Exec, nodes: &mut [Node]) {
         analysis.step(index, nodes);
     }
     for tid in 0..threads {
-        analysis.waiting(tid, nodes);
+        if let Some(access) = analysis.next_take(tid, analysis.after.len()) {
+            analysis.waiting(tid, access, nodes);
+        }
     }
 }
 
@@ -76,6 +78,14 @@ impl Analysis<'_> {
     fn step(&mut self, index: usize, nodes: &mut [Node]) {
         let exec = self.exec;
         let tid = exec.steps[index].tid;
+        if exec.footprint(index).iter().any(|access| access.mode == Mode::Barrier) {
+            // What waits for a lock now comes after this step, but could have had the lock before.
+            for other in (0..self.threads).filter(|&other| other != tid) {
+                if let Some(access) = self.next_take(other, index) {
+                    self.waiting(other, access, nodes);
+                }
+            }
+        }
         self.clocks[tid][tid] = index as u32 + 1;
         let mut races: Vec<u32> = Vec::new();
         for &access in exec.footprint(index) {
@@ -88,17 +98,29 @@ impl Analysis<'_> {
         }
     }
 
-    /// A thread that waits for ever, or is left behind: what it waits for may race as well.
-    fn waiting(&mut self, tid: Tid, nodes: &mut [Node]) {
-        let thread = &self.exec.threads[tid];
-        let (Status::Pending, Some(object)) = (thread.status, thread.op.object) else { return };
+    /// The lock that `tid` waits for, or is about to take, after step `index`.
+    fn next_take(&self, tid: Tid, index: usize) -> Option<Access> {
+        let exec = self.exec;
+        if let Some(next) = (index + 1..exec.steps.len()).find(|&k| exec.steps[k].tid == tid) {
+            let first = exec.footprint(next).first().copied();
+            return first.filter(|access| matches!(access.mode, Mode::Take | Mode::TakeShared));
+        }
+        let thread = &exec.threads[tid];
+        if thread.status != Status::Pending || thread.phase != Phase::First {
+            return None;
+        }
         let mode = match thread.op.kind {
             OpKind::Lock => Mode::Take,
             OpKind::LockShared => Mode::TakeShared,
-            _ => return,
+            _ => return None,
         };
+        thread.op.object.map(|object| Access { object, mode })
+    }
+
+    /// `tid` waits for a lock, perhaps for ever: it races with who has it.
+    fn waiting(&mut self, tid: Tid, access: Access, nodes: &mut [Node]) {
         let mut races = Vec::new();
-        self.races(tid, Access { object, mode }, &mut races);
+        self.races(tid, access, &mut races);
         let index = self.after.len();
         self.after.push(self.clocks[tid].clone());
         for race in races {

@@ -8,7 +8,7 @@ use std::panic::Location;
 use std::time::Instant;
 
 use super::config::{Config, Strategy};
-use super::engine::{Engine, Inside};
+use super::engine::{Engine, Inside, Watched};
 use super::exec::{Fault, Tid};
 use super::fiber::Job;
 use super::hooks;
@@ -63,6 +63,8 @@ struct Found {
     exact: Vec<Tid>,
     history: u64,
     preemptions: usize,
+    /// Without it there would be other steps.
+    watched: Watched,
 }
 
 impl<'a> Explorer<'a> {
@@ -139,6 +141,11 @@ impl<'a> Explorer<'a> {
                 self.report.steps += inner.exec.steps.len() as u64;
                 self.report.pruned += u64::from(inner.draining);
             }
+            if std::mem::take(&mut engine.inner.borrow_mut().stale) {
+                // Its schedule has not all the steps that the same one will have from now on.
+                engine.inner.borrow_mut().search.restart();
+                continue;
+            }
             let nondeterminism =
                 found.as_ref().is_some_and(|found| found.fault.kind == FailureKind::Nondeterminism);
             if let Some(found) = found {
@@ -148,9 +155,7 @@ impl<'a> Explorer<'a> {
                 }
             }
             let inner = &mut *engine.inner.borrow_mut();
-            if std::mem::take(&mut inner.stale) {
-                inner.search.restart();
-            } else if !inner.search.next(&inner.exec) {
+            if !inner.search.next(&inner.exec) {
                 self.report.exhausted = true;
                 break;
             }
@@ -172,13 +177,15 @@ impl<'a> Explorer<'a> {
         // SAFETY: `engine` outlives this function, and `execute` leaves no thread behind.
         let _inside = unsafe { Inside::new(engine) };
         engine.execute(main, Op { kind: OpKind::Spawn, object: None, class: None, site: self.site });
-        let exec = &mut engine.inner.borrow_mut().exec;
+        let inner = &mut *engine.inner.borrow_mut();
+        let exec = &mut inner.exec;
         let fault = exec.fault.take()?;
         Some(Found {
             fault,
             exact: exec.steps.iter().map(|s| s.tid).collect(),
             history: exec.history,
             preemptions: exec.steps.iter().filter(|s| s.preempts).count(),
+            watched: inner.watched.clone(),
         })
     }
 
@@ -230,6 +237,10 @@ impl<'a> Explorer<'a> {
             while left > 0 {
                 left -= 1;
                 let better = self.execute(&engine);
+                if std::mem::take(&mut engine.inner.borrow_mut().stale) {
+                    engine.inner.borrow_mut().search.restart();
+                    continue;
+                }
                 if let Some(better) = better
                     && better.fault.kind == found.fault.kind
                     && (better.fault.kind == FailureKind::Deadlock
@@ -238,9 +249,7 @@ impl<'a> Explorer<'a> {
                     return Some(better);
                 }
                 let inner = &mut *engine.inner.borrow_mut();
-                if std::mem::take(&mut inner.stale) {
-                    inner.search.restart();
-                } else if !inner.search.next(&inner.exec) {
+                if !inner.search.next(&inner.exec) {
                     break;
                 }
             }
@@ -251,7 +260,11 @@ impl<'a> Explorer<'a> {
     /// Runs a schedule again, and writes everything down.
     fn again(&self, found: &Found) -> Again {
         let engine = self.engine(Search::Exact(Exact::new(found.exact.clone())));
-        engine.inner.borrow_mut().exec.events = Some(Vec::new());
+        {
+            let inner = &mut *engine.inner.borrow_mut();
+            inner.exec.events = Some(Vec::new());
+            inner.watched.clone_from(&found.watched);
+        }
         let found = self.execute(&engine);
         let exec = &mut engine.inner.borrow_mut().exec;
         Again {
@@ -263,9 +276,14 @@ impl<'a> Explorer<'a> {
     }
 
     fn replay(self, turns: Vec<replay::Turn>) -> Replay {
-        let engine = self.engine(Search::Follow(Follow::new(turns)));
+        let engine = self.engine(Search::Follow(Follow::new(turns.clone())));
         engine.inner.borrow_mut().exec.events = Some(Vec::new());
-        let found = self.execute(&engine);
+        let mut found = self.execute(&engine);
+        while std::mem::take(&mut engine.inner.borrow_mut().stale) {
+            // It takes a run to learn which unlocks are steps.
+            engine.inner.borrow_mut().search = Search::Follow(Follow::new(turns.clone()));
+            found = self.execute(&engine);
+        }
         let inner = &mut *engine.inner.borrow_mut();
         let failure = found.map(|found| Failure {
             kind: found.fault.kind,

@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::panic::resume_unwind;
 use std::time::Duration;
 
-use super::exec::{Exec, Status, Tid};
+use super::exec::{Exec, Set, Status, Tid};
 use super::fiber::{self, Fiber, Job, Paused};
 use super::hooks;
 use super::ops::Applied;
@@ -32,14 +32,17 @@ pub(super) struct Inner {
     pub(super) search: Search,
     pub(super) max_steps: usize,
     pub(super) lockdep: bool,
-    /// Kinds of objects that are tried, by class and birthplace: their unlocks are steps.
-    watched: HashSet<(usize, usize)>,
+    /// Objects that are tried: their unlocks are steps.
+    pub(super) watched: Watched,
     /// A kind was added to `watched`: earlier executions had too few steps.
     pub(super) stale: bool,
     /// The rest of the execution is not looked at.
     pub(super) draining: bool,
     cycles: Cycles,
 }
+
+/// Kinds of objects, by class and birthplace.
+pub(super) type Watched = HashSet<(usize, usize)>;
 
 /// A virtual thread's stack, and its part of the thread-locals while it does not run.
 struct Slot {
@@ -53,6 +56,8 @@ pub(crate) struct Engine {
     pub(super) inner: RefCell<Inner>,
     slots: RefCell<Vec<Slot>>,
     aborting: Cell<bool>,
+    /// Threads that have been unwound; in the [`Exec`] they stay as they were when the execution failed.
+    unwound: Cell<Set>,
     /// Who goes on when a fiber pauses; `None`: the execution is over.
     next: Cell<Option<Tid>>,
     stack: usize,
@@ -61,7 +66,7 @@ pub(crate) struct Engine {
 impl Engine {
     pub(super) fn new(search: Search, max_steps: usize, lockdep: bool, stack: usize) -> Engine {
         let inner = Inner {
-            exec: Exec::new(),
+            exec: Exec::new(search.hashes()),
             search,
             max_steps,
             lockdep,
@@ -74,6 +79,7 @@ impl Engine {
             inner: RefCell::new(inner),
             slots: RefCell::default(),
             aborting: Cell::new(false),
+            unwound: Cell::new(0),
             next: Cell::new(None),
             stack: stack.max(256 << 10),
         }
@@ -87,6 +93,7 @@ impl Engine {
             inner.exec.reset(op);
         }
         self.aborting.set(false);
+        self.unwound.set(0);
         self.give(0, main);
         self.next.set(Some(0));
         while let Some(tid) = self.next.get() {
@@ -144,10 +151,13 @@ impl Engine {
         }
         let inner = &mut *self.inner.borrow_mut();
         inner.exec.current = tid;
-        inner.exec.finish();
         if self.aborting.get() {
+            self.unwound.set(self.unwound.get() | 1 << tid);
             self.next.set(None);
-        } else if let Some(starter) = inner.exec.started() {
+            return drop(storage);
+        }
+        inner.exec.finish();
+        if let Some(starter) = inner.exec.started() {
             self.next.set(Some(starter));
         } else {
             self.next.set(inner.decide());
@@ -164,6 +174,7 @@ impl Engine {
                 (0..exec.threads.len())
                     .rev()
                     .filter(|&tid| exec.threads[tid].status != Status::Finished)
+                    .filter(|&tid| self.unwound.get() & (1 << tid) == 0)
                     .collect()
             };
             if left.is_empty() {

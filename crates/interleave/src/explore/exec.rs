@@ -137,13 +137,14 @@ pub(super) struct Exec {
     pub(super) events: Option<Vec<Event>>,
     /// Sum of the objects' parts in the hash of the state.
     pub(super) parts: u64,
-    pub(super) hashing: bool,
+    hashing: bool,
     /// A hash of all that happened, to compare two runs of one schedule.
     pub(super) history: u64,
 }
 
 impl Exec {
-    pub(super) fn new() -> Exec {
+    /// `hashing`: somebody will ask for the hash of a state.
+    pub(super) fn new(hashing: bool) -> Exec {
         Exec {
             threads: Vec::new(),
             objects: Vec::new(),
@@ -156,7 +157,7 @@ impl Exec {
             fault: None,
             events: None,
             parts: 0,
-            hashing: false,
+            hashing,
             history: 0,
         }
     }

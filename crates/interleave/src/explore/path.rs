@@ -78,6 +78,10 @@ impl Path {
         self.bound.filter(|_| self.cut)
     }
 
+    pub(super) fn cached(&self) -> bool {
+        self.cache.is_some()
+    }
+
     /// States seen, with a cache.
     pub(super) fn states(&self) -> u64 {
         self.cache.as_ref().map_or(0, |cache| cache.len() as u64)

@@ -45,6 +45,11 @@ pub(super) enum Search {
 }
 
 impl Search {
+    /// Whether it looks at the hash of a state.
+    pub(super) fn hashes(&self) -> bool {
+        matches!(self, Search::Path(path) if path.cached())
+    }
+
     pub(super) fn pick(&mut self, choice: &Choice<'_>) -> Pick {
         match self {
             Search::Path(path) => path.pick(choice),
