@@ -5,7 +5,9 @@
 //! steps; the [`oracle`] judges each access of the device.
 #![forbid(unsafe_code)]
 
+pub mod answer;
 pub mod diff;
+pub mod explain;
 pub mod oracle;
 pub mod path;
 pub mod scenario;

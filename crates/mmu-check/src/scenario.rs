@@ -244,7 +244,9 @@ fn judge_end(
     binding: Binding,
     oracle: &Oracle,
 ) {
-    let last = turn(cx, cell, driver, binding, 102);
+    // A worker's error of before is told once.
+    let last = (0..3).map(|_| turn(cx, cell, driver, binding, 102)).find(Result::is_ok);
+    let last = last.unwrap_or_else(|| turn(cx, cell, driver, binding, 102));
     if cell.path.leaves_memory
         && let Err(
             error @ (DriverError::Device(DeviceFault::GaveUp { .. } | DeviceFault::Refused { .. })
@@ -291,7 +293,7 @@ struct Behind(Arc<Oracle>);
 
 impl MmuNotifier for Behind {
     fn ops(&self) -> Ops {
-        Ops::START | Ops::PAGE | Ops::CHANGE_PTE
+        Ops::START | Ops::PAGE | Ops::CHANGE_PTE | Ops::RELEASE
     }
 
     fn invalidate_range_start(&self, _: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
@@ -305,6 +307,10 @@ impl MmuNotifier for Behind {
 
     fn change_pte(&self, _: &mut Atomic<'_>, page: PageAddr, _: Pte) {
         self.0.told("change_pte", Range::page(page));
+    }
+
+    fn release(&self, _: &mut MaySleep<'_>) {
+        self.0.told("release", Range::ALL);
     }
 }
 
@@ -326,18 +332,42 @@ mod tests {
     use super::*;
     use crate::path;
 
-    #[test]
-    fn smoke() {
-        for kind in drivers::DRIVERS {
-            for path in path::PATHS {
-                for profile in [KernelProfile::V3_16, KernelProfile::UNWRAPPED_A] {
-                    let cell = Cell { kind, access: Access::Write, path, profile, callbacks: Callbacks::ALL };
-                    let outcome = explore(&cell, Strategy::Preemptions(1), Some(Duration::from_millis(100)));
-                    let rules: Vec<_> = outcome.failures.iter().map(|(r, f)| format!("{r}/{}", f.preemptions)).collect();
-                    let odd = outcome.odd.first().map(|f| f.message.clone());
-                    println!("{cell}: {rules:?} {odd:?} exec {} steps {} exh {} bound {:?} {:?} ref {:?}", outcome.report.executions, outcome.report.steps, outcome.report.exhausted, outcome.report.bound, outcome.report.elapsed, outcome.facts.refused);
-                }
-            }
+    fn cell(kind: &'static Kind, access: Access, path: &str, profile: KernelProfile) -> Cell {
+        let path = path::named(path).expect("a path");
+        Cell { kind, access, path, profile, callbacks: Callbacks::ALL }
+    }
+
+    fn rules(cell: &Cell, bound: u32) -> Vec<Rule> {
+        let outcome = explore(cell, Strategy::Preemptions(bound), None);
+        assert!(outcome.odd.is_empty(), "{cell}: {}", outcome.odd[0]);
+        assert!(outcome.facts.accesses > 0, "{cell}: {:?}", outcome.facts);
+        if let Some((_, failure)) = outcome.failures.first() {
+            let again = replay(cell, &failure.replay).flatten().expect("the schedule fails again");
+            assert_eq!(again.message, failure.message, "{cell}");
         }
+        outcome.failures.iter().map(|(rule, _)| *rule).collect()
+    }
+
+    #[test]
+    fn the_start_gap_is_found_and_a_sequence_closes_it() {
+        let gap = |kind| rules(&cell(kind, Access::Write, "dontneed", KernelProfile::V3_16), 1);
+        assert_eq!(gap(&drivers::i915_v3_16::MENDED), [Rule::Coherence]);
+        assert_eq!(gap(&drivers::i915_v5_13::KIND), []);
+    }
+
+    #[test]
+    fn without_the_pair_a_clean_pinned_page_is_lost_to_ksm() {
+        let kind = &drivers::i915_v3_16::MENDED;
+        let lost = |profile| rules(&cell(kind, Access::Write, "ksm-clean", profile), 0);
+        assert_eq!(lost(KernelProfile::UNWRAPPED_A), [Rule::Coherence]);
+        assert_eq!(lost(KernelProfile::V3_16), []);
+    }
+
+    #[test]
+    fn what_is_not_pinned_and_has_no_change_pte_needs_the_pair() {
+        let kind = &drivers::kvm_v6_18::KIND;
+        let used = |profile| rules(&cell(kind, Access::Write, "ksm-replace", profile), 0);
+        assert!(used(KernelProfile::UNWRAPPED_A).contains(&Rule::MemorySafety));
+        assert_eq!(used(KernelProfile::V3_16), []);
     }
 }
