@@ -2,15 +2,16 @@
 //! fork(2): dup_mmap and copy_page_range (all versions).
 //!
 //! Sequence, for each vma that has an anon_vma (others have nothing that the child could not fault in):
-//! S(PROTECTION_PAGE, the parent's vma); write_protect_seq odd (5.11); per leaf table [ [ per pte: wrprotect the parent's, set
-//! the child's; or copy a pinned page at once ] ]; seq even; **E**. After the last vma: flush of the parent's TLB,
-//! which is therefore after every E. The child's range is never notified: nothing of it was visible.
+//! S(PROTECTION_PAGE, the parent's vma); write_protect_seq odd (5.11); per leaf table [ [ per pte: wrprotect the
+//! parent's, set the child's; or copy a pinned page at once ] ]; seq even; **E**. After the last vma: flush of the
+//! parent's TLB, which is therefore after every E. The child's range is never notified: nothing of it was visible.
 //!
 //! R goes with E (v3_19 .. v5_10), A with the flush (v6_18): nobody else flushes secondary TLBs.
 //!
 //! v3_16 .. v4_14: every page becomes shared, also one that a device holds. v5_10 and later: a page that may be pinned
-//! (FOLL_PIN) and is exclusive (v6_18) stays the parent's, writable, and the child gets a copy. gup_fast takes no lock that fork holds, so it checks `write_protect_seq` (5.11) and
-//! lets go of what it pinned if fork ran meanwhile. FOLL_GET references are not protected.
+//! (FOLL_PIN) and is exclusive (v6_18) stays the parent's, writable, and the child gets a copy. gup_fast takes no
+//! lock that fork holds, so it checks `write_protect_seq` (5.11) and lets go of what it pinned if fork ran
+//! meanwhile. FOLL_GET references are not protected.
 //!
 //! Locks: mmap_lock of the parent for writing, of the child for writing (subclass 1); ptl of the child, then of the
 //! parent (subclass 1).

@@ -2,8 +2,10 @@
 //! A machine: frames, page-table pages, CPUs and the kernel version that runs on it. Its mms share these and nothing
 //! else. There is no global state: two machines do not know of each other, so that tests and explorations do not.
 
+use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use crate::frame::Frames;
+use crate::ksm::StableNodes;
 use crate::mm::{Mm, MmUser};
 use crate::page_table::Tables;
 use crate::profile::KernelProfile;
@@ -59,6 +61,7 @@ pub struct Machine {
     swap: Swap,
     anon_vmas: AnonVmas,
     ksm: Mutex<()>,
+    stable_nodes: StableNodes,
     dup_mmap_sem: RwLock<()>,
     cpus: Box<[Cpu]>,
     next_id: AtomicU64,
@@ -76,6 +79,7 @@ impl Machine {
             swap: Swap::new(config.swap_slots),
             anon_vmas: AnonVmas::new(),
             ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
+            stable_nodes: StableNodes::new(),
             dup_mmap_sem: RwLock::new(&DUP_MMAP_SEM, ()),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
@@ -111,6 +115,24 @@ impl Machine {
         self.tables.in_use()
     }
 
+    /// Makes the `n`th allocation from now (1 is the next) fail once, though there is enough (the kernel's
+    /// fail-nth). 0: none.
+    pub fn fail_nth(&self, what: OutOfMemory, n: u64) {
+        self.free_list(what).fail_nth(n);
+    }
+
+    /// Is the failure that was asked for still to come?
+    pub fn failure_is_due(&self, what: OutOfMemory) -> bool {
+        self.free_list(what).failure_is_due()
+    }
+
+    fn free_list(&self, what: OutOfMemory) -> &Bitmap {
+        match what {
+            OutOfMemory::Frames => self.frames.bitmap(),
+            OutOfMemory::Tables => self.tables.bitmap(),
+        }
+    }
+
     /// The swap area and the swap cache.
     pub fn swap(&self) -> &Swap {
         &self.swap
@@ -118,6 +140,10 @@ impl Machine {
 
     pub(crate) fn anon_vmas(&self) -> &AnonVmas {
         &self.anon_vmas
+    }
+
+    pub(crate) fn stable_nodes(&self) -> &StableNodes {
+        &self.stable_nodes
     }
 
     /// One ksmd at a time.

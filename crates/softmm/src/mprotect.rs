@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! mprotect(2): mprotect_fixup and change_protection.
 //!
-//! Sequence, per vma in the range whose protection differs: split and merge vmas; then per slice of the page table that has
-//! anything in it: S(PROTECTION_VMA, from the first entry that has a page table, to the end of the slice); per leaf
-//! table [ clr', **set** per pte ]; **E**; and after the last slice: flush.
+//! Sequence, per vma in the range whose protection differs: split and merge vmas; then per slice of the page table
+//! that has anything in it: S(PROTECTION_VMA, from the first entry that has a page table, to the end of the slice);
+//! per leaf table [ clr', **set** per pte ]; **E**; and after the last slice: flush.
 //!
 //! | profile | slice | entry | flush, after E |
 //! |---|---|---|---|
 //! | v3_16 .. v5_10 | 1 GiB | 2 MiB | the whole vma part, if a pte was changed; no R but E's |
 //! | v6_18 | 512 GiB | 1 GiB | the ptes that lost or gained something, and A |
 //!
-//! A range without page tables is not notified at all. Swap entries stay. A pte gets no write permission from a private mapping:
-//! the next store faults and [`crate::cow`] decides, but v6_18 decides for exclusive pages here. In a shared mapping it gets it
-//! where no file system wants to hear of the first store.
+//! A range without page tables is not notified at all. Swap entries stay. A pte gets no write permission from a
+//! private mapping: the next store faults and [`crate::cow`] decides, but v6_18 decides for exclusive pages here.
+//! In a shared mapping it gets it where no file system wants to hear of the first store.
 //!
 //! Locks: mmap_lock for writing; ptl.
 

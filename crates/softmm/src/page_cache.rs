@@ -134,6 +134,11 @@ impl File {
         self.pages.lock(cx).iter().map(|(&index, &pfn)| (index, pfn)).collect()
     }
 
+    /// The page that private mappings of an XIP file show where it has no block, once there is one: for oracles.
+    pub fn xip_sparse_page(&self, cx: &mut MaySleep<'_>) -> Option<Pfn> {
+        *self.xip_sparse.lock(cx)
+    }
+
     /// What the disk holds of page `index`; `None`: never written out, or dropped since.
     pub fn on_disk(&self, cx: &mut MaySleep<'_>, index: u64) -> Option<Vec<u64>> {
         self.disk.lock(cx).get(&index).map(|contents| contents.to_vec())

@@ -76,9 +76,9 @@ pub enum Force {
 /// How far S of mprotect reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mprotect {
-    /// From the first 2 MiB that has a page table to the end of the range, for each GiB (until 6.12).
+    /// From the first 2 MiB that has a page table to the end of the range, for each GiB (6.10 and before).
     FromFirstPmd,
-    /// From the first GiB that has one to the end of the range, for each 512 GiB (6.13, perhaps before).
+    /// From the first GiB that has one to the end of the range, for each 512 GiB (6.13 and later).
     FromFirstPud,
 }
 
@@ -161,7 +161,7 @@ pub struct KernelProfile {
     pub mprotect_upgrades: bool,
     /// MADV_DONTNEED flushes inside S..E too (4.14 to 4.18).
     pub dontneed_flushes_inside: bool,
-    /// One madvise call flushes and frees once, after the last vma (6.15, perhaps before).
+    /// One madvise call flushes and frees once, after the last vma (6.15).
     pub madvise_batches: bool,
     /// The oom reaper.
     pub oom_reaper: OomReaper,

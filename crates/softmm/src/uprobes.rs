@@ -130,7 +130,9 @@ impl File {
     fn mappings_of(&self, cx: &mut MaySleep<'_>, index: u64) -> Vec<(MmUser, PageAddr)> {
         let i_mmap = self.i_mmap_lock_read(cx);
         let private = i_mmap.iter().filter(|rmap| !rmap.shared);
-        private.filter_map(|rmap| Some((rmap.mm()?.mmget()?, rmap.address(index)?))).collect()
+        let covering = private.filter_map(|rmap| Some((rmap.mm()?, rmap.address(index)?)));
+        // The address first: a user that is taken must be given back.
+        covering.filter_map(|(mm, page)| Some((mm.mmget()?, page))).collect()
     }
 
     fn change_in(

@@ -11,143 +11,13 @@
 
 mod common;
 
-use common::{range, register};
-use interleave::{Atomic, LockClass, MaySleep, PageContext, Sleep, SpinLock};
-use mmu_notifier::{Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
+use common::log::{COPY, Log, covers, watched};
+use common::range;
+use interleave::MaySleep;
 use softmm::{
-    Config, Foll, FrameId, KernelProfile, Machine, Merge, Mm, MmUser, Placement, Prot, Reclaim, UserPages,
+    Config, Foll, FrameId, KernelProfile, Machine, Merge, MmUser, Placement, Prot, Reclaim, UserPages,
 };
-use std::sync::{Arc, Weak};
-
-static LOG: LockClass = LockClass::new("test log");
-
-/// What was mapped at page 16 when the operation began.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Before {
-    pte: softmm::Pte,
-    frame: Option<FrameId>,
-}
-
-struct Log {
-    mm: Weak<Mm>,
-    before: SpinLock<Option<Before>>,
-    tokens: SpinLock<Vec<String>>,
-}
-
-fn watched() -> PageAddr {
-    PageAddr::new(16 << 12).unwrap()
-}
-
-impl Log {
-    fn begin(&self, cx: &mut MaySleep<'_>) {
-        let Some(mm) = self.mm.upgrade() else { return };
-        let pte = mm.peek_pte(watched());
-        let frame = pte.is_mapped().then(|| mm.machine().frames().id(pte.pfn()));
-        *self.before.lock(cx) = Some(Before { pte, frame });
-        self.tokens.lock(cx).clear();
-    }
-
-    fn note<C: interleave::Context + ?Sized>(&self, cx: &mut C, what: &str, range: Range) {
-        let Some(before) = *self.before.lock(cx) else { return };
-        let mut token = what.to_owned();
-        if let Some(mm) = self.mm.upgrade() {
-            let now = mm.peek_pte(watched());
-            let same = now.is_swap() == before.pte.is_swap()
-                && now.is_mapped() == before.pte.is_mapped()
-                && now.is_present() == before.pte.is_present()
-                && now.pfn() == before.pte.pfn()
-                && now.is_writable() == before.pte.is_writable();
-            token.push(if now.is_none() {
-                '-'
-            } else if same {
-                '='
-            } else {
-                '*'
-            });
-            if before.frame.is_some_and(|frame| !mm.machine().frames().is_live(frame)) {
-                token.push('!');
-            }
-        }
-        if range == Range::ALL {
-            token.push_str("all");
-        } else if range != Range::page(watched()) {
-            token.push_str(&format!("{}+{}", range.start() >> 12, range.pages()));
-        }
-        self.tokens.lock(cx).push(token);
-    }
-}
-
-/// Mirrors a page table and has a change_pte, as KVM.
-struct Mirror(Arc<Log>);
-/// Has invalidate_page alone.
-struct PageOnly(Arc<Log>);
-/// Shares the page table.
-struct Tlb(Arc<Log>);
-
-impl MmuNotifier for Mirror {
-    fn ops(&self) -> Ops {
-        let young = Ops::CLEAR_FLUSH_YOUNG | Ops::CLEAR_YOUNG | Ops::TEST_YOUNG;
-        Ops::START | Ops::END | Ops::PAGE | Ops::CHANGE_PTE | Ops::RELEASE | young
-    }
-
-    fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
-        self.0.note(&mut cx, "S", inv.range);
-        Ok(())
-    }
-
-    fn invalidate_range_end(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) {
-        self.0.note(&mut cx, "E", inv.range);
-    }
-
-    fn invalidate_page(&self, mut cx: PageContext<'_, '_>, page: PageAddr) {
-        let what = if matches!(cx, PageContext::May(_)) { "P" } else { "p" };
-        self.0.note(&mut cx, what, Range::page(page));
-    }
-
-    fn change_pte(&self, cx: &mut Atomic<'_>, page: PageAddr, _: Pte) {
-        self.0.note(cx, "C", Range::page(page));
-    }
-
-    fn clear_flush_young(&self, cx: &mut Atomic<'_>, range: Range) -> bool {
-        self.0.note(cx, "Y", range);
-        false
-    }
-
-    fn clear_young(&self, cx: &mut Atomic<'_>, range: Range) -> bool {
-        self.0.note(cx, "y", range);
-        false
-    }
-
-    fn test_young(&self, cx: &mut Atomic<'_>, range: Range) -> bool {
-        self.0.note(cx, "T", range);
-        true
-    }
-
-    fn release(&self, cx: &mut MaySleep<'_>) {
-        self.0.note(cx, "X", Range::page(watched()));
-    }
-}
-
-impl MmuNotifier for PageOnly {
-    fn ops(&self) -> Ops {
-        Ops::PAGE
-    }
-
-    fn invalidate_page(&self, mut cx: PageContext<'_, '_>, page: PageAddr) {
-        let what = if matches!(cx, PageContext::May(_)) { "P~" } else { "p~" };
-        self.0.note(&mut cx, what, Range::page(page));
-    }
-}
-
-impl MmuNotifier for Tlb {
-    fn ops(&self) -> Ops {
-        Ops::SECONDARY_TLBS
-    }
-
-    fn arch_invalidate_secondary_tlbs(&self, cx: &mut Atomic<'_>, range: Range) {
-        self.0.note(cx, "R", range);
-    }
-}
+use std::sync::Arc;
 
 /// A process with pages 16 to 23 mapped read-write, page 16 written with 1, watched; and another one.
 struct Scene {
@@ -162,14 +32,7 @@ impl Scene {
     fn new(cx: &mut MaySleep<'_>, profile: KernelProfile) -> Scene {
         let machine = Machine::new(Config { profile, ..Config::default() });
         let user = machine.new_mm().unwrap();
-        let log = Arc::new(Log {
-            mm: Arc::downgrade(&user),
-            before: SpinLock::new(&LOG, None),
-            tokens: SpinLock::new(&LOG, Vec::new()),
-        });
-        register(cx, &user, Arc::new(PageOnly(log.clone())));
-        register(cx, &user, Arc::new(Mirror(log.clone())));
-        register(cx, &user, Arc::new(Tlb(log.clone())));
+        let log = Log::of(cx, &user);
         user.mmap(cx, Placement::Fixed(range(16, 8)), Prot::ReadWrite).unwrap();
         let scene = Scene { machine, user, log, others: Vec::new(), pages: None };
         scene.store(cx, 1);
@@ -237,28 +100,7 @@ struct Path {
     heard: &'static [(&'static str, &'static str)],
 }
 
-/// The profiles whose copy-on-write, reclaim and so on are alike: `a..b` by the order of [`KernelProfile::ALL`].
-fn covers(names: &str, profile: &KernelProfile) -> bool {
-    let place =
-        |name: &str| KernelProfile::ALL.iter().position(|p| p.name == name).expect("a profile's name");
-    let at = place(profile.name);
-    names.split(' ').any(|part| match part.split_once("..") {
-        Some((first, last)) => (place(first)..=place(last)).contains(&at),
-        None => place(part) == at,
-    })
-}
-
 const NOTHING: &[(&str, &str)] = &[("v3_16..v6_18", "")];
-/// Where one page is replaced under set_pte_at_notify.
-const COPY: &[(&str, &str)] = &[
-    ("v3_16", "S= C- E*"),
-    ("unwrapped_a", "C-"),
-    ("unwrapped_b", "C- P~*"),
-    ("unwrapped_c", "C- p~-"),
-    ("v3_19..v4_14", "S= R- C- R* E*"),
-    ("v5_10", "S= R- C- E*"),
-    ("v6_18", "S= R- E*"),
-];
 /// A zap of the whole vma: flush and free after E.
 const ZAP: &[(&str, &str)] = &[
     ("v3_16..unwrapped_c", "S=16+8 E-16+8"),
@@ -451,6 +293,28 @@ const PATHS: &[Path] = &[
         },
         run: |cx, s| s.store(cx, 2),
         heard: COPY,
+    },
+    Path {
+        name: "reclaim of a merged page",
+        prepare: |cx, s| {
+            s.twin(cx);
+            s.merge(cx);
+            s.fork(cx);
+        },
+        run: |cx, s| {
+            assert_eq!(s.reclaim(cx), Reclaim::Reclaimed);
+            // Read back for one family and copied for the other.
+            assert_eq!(s.machine.cpus()[1].load(cx, &s.others[0], 16 << 12), Ok(1));
+            assert_eq!(s.load(cx), 1);
+            assert_eq!(s.machine.cpus()[1].load(cx, &s.others[1], 16 << 12), Ok(1));
+        },
+        heard: &[
+            ("v3_16..v3_19", "P* P~*"),
+            ("v4_12", "p* p~*"),
+            ("v4_14", "S= R* R* E*"),
+            ("v5_10", "S= R* E*"),
+            ("v6_18", "S= R-all E*"),
+        ],
     },
     Path {
         name: "ageing",

@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod log;
+
 use interleave::{Atomic, LockClass, MaySleep, PageContext, Sleep, SpinLock};
 use mmu_notifier::{Event, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
 use softmm::{FrameId, Mm};
