@@ -193,8 +193,21 @@ impl I915 {
         options: Options,
         config: Config,
     ) -> Result<Arc<I915>, OpenError> {
+        let driver = I915::unregistered(cx, mm, device, options, config);
+        driver.registered.register(cx, &driver, options)?;
+        Ok(driver)
+    }
+
+    /// For a driver that adds callbacks and registers them all by itself.
+    pub(crate) fn unregistered(
+        cx: &mut MaySleep<'_>,
+        mm: &Arc<Mm>,
+        device: &Arc<Device>,
+        options: Options,
+        config: Config,
+    ) -> Arc<I915> {
         let context = DeviceContext::open(cx, device, mm, config.kind.name, Root::Own).flushing_at_start();
-        let driver = Arc::new_cyclic(|me| I915 {
+        Arc::new_cyclic(|me| I915 {
             me: me.clone(),
             config,
             options,
@@ -204,9 +217,7 @@ impl I915 {
             work: WorkQueue::new("i915 worker", &GET_PAGES_WORK, options.work),
             registered: Registered::not_yet(),
             leaked: SpinLock::new(&LEAKED, Vec::new()),
-        });
-        driver.registered.register(cx, &driver, options)?;
-        Ok(driver)
+        })
     }
 
     fn foll(access: Access) -> Foll {
@@ -348,6 +359,35 @@ impl I915 {
         }
     }
 
+    /// Cancels, unbinds and puts what overlaps `range`; the whole of the start callback.
+    pub(crate) fn invalidate(&self, cx: &mut MaySleep<'_>, range: Range, by: Callback) {
+        let mut start = range.start();
+        while start < range.end()
+            && let Ok(rest) = Range::new(start, range.end() - start)
+        {
+            let mn = self.mn.lock(cx);
+            let Some(object) = mn.overlaps(rest).next().map(|(_, _, object)| object.clone()) else { break };
+            let usable = self.reference(&object);
+            drop(mn);
+            start = object.range.end();
+            if !usable {
+                continue;
+            }
+            let mut gem = self.struct_mutex.lock(cx);
+            match gem.objects.get_mut(&object.binding) {
+                None => self.context.bug(DriverBug::UsedFreedObject),
+                Some(state) => {
+                    if state.pages.is_some() || state.work != Work::None {
+                        self.context.effect(by);
+                    }
+                    state.work = Work::None;
+                    self.unbind_and_put(cx, state);
+                }
+            }
+            self.unreference(cx, &mut gem, &object);
+        }
+    }
+
     fn drop_handle(&self, cx: &mut MaySleep<'_>, gem: &mut Gem, binding: Binding) -> Result<(), SubmitError> {
         let state = gem.objects.get_mut(&binding).filter(|state| state.has_handle);
         let state = state.ok_or(SubmitError::NotBound(binding))?;
@@ -378,31 +418,7 @@ impl MmuNotifier for I915 {
     fn invalidate_range_start(&self, cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
         // Kernels of its time never ask for this: until 4.18 the oom reaper leaves an mm with notifiers alone.
         let Sleep::May(cx) = cx else { return Err(WouldBlock) };
-        let mut start = inv.range.start();
-        while start < inv.range.end()
-            && let Ok(rest) = Range::new(start, inv.range.end() - start)
-        {
-            let mn = self.mn.lock(cx);
-            let Some(object) = mn.overlaps(rest).next().map(|(_, _, object)| object.clone()) else { break };
-            let usable = self.reference(&object);
-            drop(mn);
-            start = object.range.end();
-            if !usable {
-                continue;
-            }
-            let mut gem = self.struct_mutex.lock(cx);
-            match gem.objects.get_mut(&object.binding) {
-                None => self.context.bug(DriverBug::UsedFreedObject),
-                Some(state) => {
-                    if state.pages.is_some() || state.work != Work::None {
-                        self.context.effect(Callback::Start);
-                    }
-                    state.work = Work::None;
-                    self.unbind_and_put(cx, state);
-                }
-            }
-            self.unreference(cx, &mut gem, &object);
-        }
+        self.invalidate(cx, inv.range, Callback::Start);
         Ok(())
     }
 }

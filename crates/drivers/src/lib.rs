@@ -10,16 +10,28 @@ pub mod amd_iommu_invalidate_range;
 pub mod amd_iommu_v2_3_16;
 mod callbacks;
 mod counters;
+mod design;
+pub mod design_atomic_change_pte;
+pub mod design_drop_everything;
+pub mod design_exact_start_only;
+pub mod design_flag_change_pte;
+pub mod design_start_with_seq;
 pub mod device;
 mod driver;
 mod engine;
 mod hmm;
+pub mod i915_sleeping;
 pub mod i915_v3_16;
+pub mod i915_v3_16_ro;
+pub mod i915_v4_19;
+pub mod i915_v5_13;
+pub mod kvm_v3_16;
 pub mod kvm_v6_18;
 mod listener;
 mod observer;
 mod pasid;
 pub mod rdma_odp;
+mod sequence;
 pub mod vfio;
 mod work;
 
@@ -35,9 +47,24 @@ pub use work::WorkMode;
 pub static DRIVERS: &[&Kind] = &[
     &i915_v3_16::KIND,
     &i915_v3_16::MENDED,
+    &i915_v3_16_ro::KIND,
+    &i915_v3_16_ro::UNENFORCED,
+    &i915_v4_19::KIND,
+    &i915_v5_13::KIND,
+    &i915_v5_13::KIND_6_10,
+    &kvm_v3_16::KIND,
+    &kvm_v3_16::KIND_5_13,
+    &kvm_v3_16::NO_BUMP,
     &kvm_v6_18::KIND,
     &amd_iommu_v2_3_16::KIND,
     &amd_iommu_invalidate_range::KIND,
     &rdma_odp::KIND,
+    &i915_sleeping::CHANGE_PTE,
+    &i915_sleeping::INVALIDATE_PAGE,
     &vfio::KIND,
+    &design_drop_everything::KIND,
+    &design_exact_start_only::KIND,
+    &design_start_with_seq::KIND,
+    &design_atomic_change_pte::KIND,
+    &design_flag_change_pte::KIND,
 ];

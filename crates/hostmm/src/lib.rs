@@ -78,6 +78,7 @@
 //! uffd_callback                    no lock: stands for the wait for a running callback
 //!   (application)
 //!     uffd_registrations           pages by how many watches hold them; held over UFFDIO_REGISTER
+//! kvm_notices                      records on their way to the callbacks
 //! kvm_monitor_stage                is the monitor up or gone; with its wait queue kvm_monitor_stage_changed
 //! pin_device                       our ring's submission side
 //! race_cache, race_handover        of the races

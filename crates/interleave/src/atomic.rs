@@ -78,7 +78,7 @@ macro_rules! atomic {
             #[track_caller]
             #[inline]
             pub fn new(value: $value) -> Self {
-                let birth = Birth::here(ObjectKind::Atomic, None, Location::caller(), || value.word());
+                let birth = Birth::here(ObjectKind::Atomic, None, Location::caller(), || Some(value.word()));
                 Self { value: plain::$name::new(value), birth }
             }
 

@@ -27,17 +27,17 @@ pub(crate) enum ObjectKind {
     WaitQueue,
     Atomic,
     Once,
+    Ghost,
 }
 
 /// A new object.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
 pub(crate) struct Born {
     pub(crate) kind: ObjectKind,
     pub(crate) class: Option<&'static LockClass>,
     pub(crate) site: Site,
-    /// The permits of a semaphore, the value of an atomic, the digest of guarded data.
-    pub(crate) value: u64,
+    /// The permits of a semaphore, the value of an atomic, the digest of guarded data; `None` if it has no digest.
+    pub(crate) value: Option<u64>,
 }
 
 /// Where an object was born.
@@ -54,7 +54,7 @@ impl Birth {
         kind: ObjectKind,
         class: Option<&'static LockClass>,
         site: Site,
-        value: impl FnOnce() -> u64,
+        value: impl FnOnce() -> Option<u64>,
     ) -> Birth {
         match world::active() {
             None => Birth(place(site)),

@@ -66,6 +66,7 @@ mod birth;
 mod class;
 mod context;
 mod digest;
+pub mod explore;
 mod lock_map;
 pub mod lockdep;
 mod mutex;

@@ -16,6 +16,7 @@
 //! another, a good one for a lock under none (benches/locks.rs). Lock order: the graph, then nothing; the
 //! reports, then nothing; neither is held while a report is logged.
 
+mod cycles;
 mod graph;
 mod report;
 
@@ -24,7 +25,9 @@ use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 
 use crate::class::{LockClass, Node};
 use crate::task::{self, Held, Section};
+use crate::world::{self, World};
 
+pub(crate) use cycles::Cycles;
 pub use report::{Link, Policy, Report, ReportKind, reports_about, set_policy, take_reports, with_policy};
 
 /// A place in the source.
@@ -93,6 +96,9 @@ pub(crate) fn check(class: &'static LockClass, subclass: u8, lock: usize, site: 
 
 #[inline(never)]
 fn check_order(t: &task::Task, node: Node, lock: usize, site: Site) {
+    if let Some(world) = world::active() {
+        return check_explored(world, t, node, lock, site);
+    }
     let mut unknown = graph::bit(node);
     for slot in t.slots() {
         if suspicious(slot, node, lock, &mut unknown) {
@@ -112,6 +118,23 @@ fn suspicious(slot: &task::Slot, node: Node, lock: usize, unknown: &mut u64) -> 
         *unknown = 0;
     }
     unseen | (outer == node) | (slot.lock.get() == lock)
+}
+
+/// Under exploration the orders belong to the exploration: the same schedule gives the same reports each time.
+#[cold]
+#[inline(never)]
+fn check_explored(world: &dyn World, t: &task::Task, node: Node, lock: usize, site: Site) {
+    if world.aborting() || node == Node::UNCHECKED {
+        return;
+    }
+    for held in t.held() {
+        if held.node != Node::UNCHECKED {
+            world.ordered(held, node, held.lock == lock && held.node == node, site);
+        }
+        if !held.tried {
+            break;
+        }
+    }
 }
 
 #[cold]
@@ -207,5 +230,11 @@ pub(crate) fn register(name: &'static str, subclass: usize, slot: &AtomicU16) ->
 #[cold]
 #[inline(never)]
 pub(crate) fn sleep_in_atomic(section: Section, outer: Site, site: Site) {
+    if let Some(world) = world::active() {
+        if !world.aborting() {
+            world.reported(&report::sleep(section, outer, site, &held()));
+        }
+        return;
+    }
     report::emit_once((outer, site), || report::sleep(section, outer, site, &held()));
 }

@@ -20,7 +20,6 @@ thread_local! {
 }
 
 /// Exchanges the values of the running thread for those of another virtual thread.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
 pub(crate) fn swap(other: &Slots) {
     SLOTS.with(|slots| slots.0.swap(&other.0));
 }

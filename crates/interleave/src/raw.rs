@@ -25,7 +25,7 @@ impl RawLock {
         kind: ObjectKind,
         class: Option<&'static LockClass>,
         site: Site,
-        digest: impl FnOnce() -> u64,
+        digest: impl FnOnce() -> Option<u64>,
     ) -> RawLock {
         RawLock { raw: parking_lot::RawMutex::INIT, birth: Birth::here(kind, class, site, digest) }
     }
@@ -95,11 +95,14 @@ pub(crate) fn grant(
     site: Site,
     take: &dyn Fn() -> bool,
 ) {
-    // While aborting, most locks are free, and the world is asked only about one that is not.
-    if world.aborting() && take() {
+    let op = birth.op(kind, class, site);
+    if world.aborting() {
+        // Most locks are free; one that is not will be when its holder has been unwound.
+        while !take() {
+            world.point(&op);
+        }
         return;
     }
-    let op = birth.op(kind, class, site);
     world.point(&op);
     assert!(take(), "the world granted {op:?}, which cannot be taken");
 }

@@ -41,7 +41,7 @@ impl<T> RwLock<T> {
     #[track_caller]
     #[inline]
     pub fn new(class: &'static LockClass, data: T) -> Self {
-        let birth = Birth::here(ObjectKind::RwLock, Some(class), Location::caller(), || 0);
+        let birth = Birth::here(ObjectKind::RwLock, Some(class), Location::caller(), || None);
         RwLock { birth, ..Self::const_new(class, data) }
     }
 
@@ -53,7 +53,7 @@ impl<T> RwLock<T> {
     /// A lock whose data an explorer can hash, to recognise a state.
     #[track_caller]
     pub fn with_digest(class: &'static LockClass, data: T, digest: fn(&T) -> u64) -> Self {
-        let birth = Birth::here(ObjectKind::RwLock, Some(class), Location::caller(), || digest(&data));
+        let birth = Birth::here(ObjectKind::RwLock, Some(class), Location::caller(), || Some(digest(&data)));
         RwLock { birth, digest: Some(digest), ..Self::const_new(class, data) }
     }
 

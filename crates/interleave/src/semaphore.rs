@@ -33,7 +33,8 @@ impl Semaphore {
     /// A semaphore with `permits` to give, in the world of the calling thread.
     #[track_caller]
     pub fn new(class: &'static LockClass, permits: usize) -> Self {
-        let birth = Birth::here(ObjectKind::Semaphore, Some(class), Location::caller(), || permits as u64);
+        let birth =
+            Birth::here(ObjectKind::Semaphore, Some(class), Location::caller(), || Some(permits as u64));
         Semaphore { birth, ..Self::const_new(class, permits) }
     }
 

@@ -257,7 +257,6 @@ pub(crate) fn policy() -> Option<Policy> {
 }
 
 /// Exchanges the state of the running thread for that of another virtual thread.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
 pub(crate) fn swap(other: &Task) {
     current(|t| {
         let copied = t.depth.get().max(other.depth.get());

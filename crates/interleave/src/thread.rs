@@ -190,6 +190,9 @@ impl<F: FnOnce(&mut MaySleep<'_>) -> T, T> Body<F, T> {
             // The engine unwinds this very thread, and waits for its own payload at the bottom of the stack.
             resume_unwind(payload);
         }
+        if let (Some(world), Err(payload)) = (world::active(), &result) {
+            world.panicked(&**payload);
+        }
         self.end.0.panicked.store(result.is_err(), Ordering::Relaxed);
         *self.outcome.lock() = Some(result);
     }
@@ -237,7 +240,6 @@ impl Children {
 }
 
 impl Drop for Children {
-    /// Waits for all; dies rather than leave behind one that still borrows.
     fn drop(&mut self) {
         let mut unwound = None;
         for (id, progress) in self.started.take() {

@@ -34,7 +34,7 @@ impl WaitQueue {
     /// An empty queue, in the world of the calling thread.
     #[track_caller]
     pub fn new(class: &'static LockClass) -> Self {
-        let birth = Birth::here(ObjectKind::WaitQueue, Some(class), Location::caller(), || 0);
+        let birth = Birth::here(ObjectKind::WaitQueue, Some(class), Location::caller(), || None);
         WaitQueue { birth, ..Self::const_new(class) }
     }
 

@@ -13,13 +13,16 @@
 //!   never two `&mut` to the same data.
 //! * An object belongs to the world that it was born in; a constant initialiser makes it plain.
 
+use std::any::Any;
 use std::cell::Cell;
 use std::panic::Location;
 use std::time::Duration;
 
 use crate::birth::Born;
-use crate::class::LockClass;
+use crate::class::{LockClass, Node};
+use crate::explore::Engine;
 use crate::lockdep::{Report, Site};
+use crate::task::Held;
 
 /// The number of an object or of a virtual thread within one execution.
 pub(crate) type Id = u32;
@@ -61,11 +64,14 @@ pub(crate) enum OpKind {
     /// A lock map is entered or left; only ever [`noted`](World::noted).
     MapAcquire,
     MapRelease,
+    /// A ghost is changed: seen and ordered, but never a point.
+    Ghost,
+    /// A ghost is read.
+    GhostRead,
 }
 
 /// An operation that is about to happen.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
 pub(crate) struct Op {
     pub(crate) kind: OpKind,
     pub(crate) object: Option<Id>,
@@ -105,6 +111,21 @@ pub(crate) trait World {
 
     /// lockdep has found a broken rule.
     fn reported(&self, report: &Report);
+
+    /// `inner` is about to be waited for, at `site`, while `outer` is held. `same_lock`: they are one lock.
+    fn ordered(&self, outer: Held, inner: Node, same_lock: bool, site: Site) {
+        let _ = (outer, inner, same_lock, site);
+    }
+
+    /// The calling virtual thread has panicked, and ends.
+    fn panicked(&self, payload: &(dyn Any + Send)) {
+        let _ = payload;
+    }
+
+    /// The exploring engine, if this is one.
+    fn engine(&self) -> Option<&Engine> {
+        None
+    }
 }
 
 thread_local! {
@@ -118,7 +139,6 @@ pub(crate) fn active() -> Option<&'static dyn World> {
 }
 
 /// Puts this OS thread into `world`, or back; returns where it was.
-#[cfg_attr(not(test), expect(dead_code, reason = "for the exploring engine"))]
 pub(crate) fn install(world: Option<&'static dyn World>) -> Option<&'static dyn World> {
     WORLD.replace(world)
 }

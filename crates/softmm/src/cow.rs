@@ -23,8 +23,8 @@
 //! FAULT_FLAG_UNSHARE (5.19) takes the same path for a FOLL_PIN read pin, and maps the copy read-only. So does a
 //! FOLL_FORCE write to a mapping that is not writable.
 //!
-//! Locks: mmap_lock for reading; page lock, tried for under the ptl; ptl; an extra reference on the old page from the first
-//! ptl section until after E, so that nobody reuses the frame while it is being copied.
+//! Locks: mmap_lock for reading; page lock, tried for under the ptl; ptl; an extra reference on the old page from
+//! the first ptl section until after E, so that nobody reuses the frame while it is being copied.
 
 use crate::error::FaultError;
 use crate::fault::{FaultFlag, Faulted};

@@ -102,6 +102,29 @@ impl FileError {
     pub const PAGES_MAX: u64 = 1 << 51;
 }
 
+/// Why a breakpoint was not set or taken out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum UprobeError {
+    /// There is a probe already.
+    #[error("there is a probe at this place already")]
+    Exists,
+    /// There is no probe.
+    #[error("there is no probe at this place")]
+    Missing,
+    /// The file holds a breakpoint there itself (-ENOTSUPP).
+    #[error("the word is a breakpoint already")]
+    IsBreakpoint,
+    /// The file has no page cache (-EIO).
+    #[error("an XIP file cannot be probed")]
+    NoPageCache,
+    /// The word cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// No memory for the copy of a page.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
+}
+
 /// Why there is no child.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ForkError {

@@ -62,8 +62,8 @@ impl Mm {
         self.handle_mm_fault(cx, &vmas, page, flag).map(drop)
     }
 
-    /// `vmas` is proof that mmap_lock is held. Whether the mapping allows the access is the caller's business: FOLL_FORCE
-    /// comes here all the same.
+    /// `vmas` is proof that mmap_lock is held. Whether the mapping allows the access is the caller's business:
+    /// FOLL_FORCE comes here all the same.
     pub(crate) fn handle_mm_fault(
         &self,
         cx: &mut MaySleep<'_>,

@@ -16,7 +16,7 @@
 use crate::error::FaultError;
 use crate::fault::{FaultFlag, Faulted};
 use crate::mm::Mm;
-use crate::page_cache::{LockedPage, NoPage};
+use crate::page_cache::{FileKind, LockedPage, NoPage};
 use crate::page_table::{PteGuard, TableId};
 use crate::pte::Pte;
 use crate::vma::{Vma, VmaFile, VmaTree};
@@ -37,6 +37,9 @@ impl Mm {
         page: PageAddr,
         flag: FaultFlag,
     ) -> Result<Faulted, FaultError> {
+        if file.file.kind() == FileKind::Xip {
+            return self.xip_fault(cx, (vma, file), leaf, page).map(|()| Faulted::default());
+        }
         match flag {
             FaultFlag::Write if file.shared => self.do_shared_fault(cx, (vma, file), leaf, page),
             FaultFlag::Write => self.do_cow_fault(cx, vmas, (vma, file), leaf, page),
@@ -189,8 +192,13 @@ impl Mm {
         seen: Pte,
     ) -> Result<Faulted, FaultError> {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
-        let guard = PteGuard::lock(tables, leaf, cx);
+        let mut guard = PteGuard::lock(tables, leaf, cx);
         if guard.get(page) != seen {
+            return Ok(Faulted::default());
+        }
+        if seen.is_special() {
+            // A block of an XIP file: no page to lock, and nothing to write back (wp_pfn_shared).
+            guard.set_bits(page, Pte::WRITE | Pte::ACCESSED | Pte::DIRTY);
             return Ok(Faulted::default());
         }
         frames.get(seen.pfn(), 1);

@@ -2,15 +2,16 @@
 //! fork(2): dup_mmap and copy_page_range (all versions).
 //!
 //! Sequence, for each vma that has an anon_vma (others have nothing that the child could not fault in):
-//! S(PROTECTION_PAGE, the parent's vma); write_protect_seq odd (5.11); per leaf table [ [ per pte: wrprotect the parent's, set
-//! the child's; or copy a pinned page at once ] ]; seq even; **E**. After the last vma: flush of the parent's TLB,
-//! which is therefore after every E. The child's range is never notified: nothing of it was visible.
+//! S(PROTECTION_PAGE, the parent's vma); write_protect_seq odd (5.11); per leaf table [ [ per pte: wrprotect the
+//! parent's, set the child's; or copy a pinned page at once ] ]; seq even; **E**. After the last vma: flush of the
+//! parent's TLB, which is therefore after every E. The child's range is never notified: nothing of it was visible.
 //!
 //! R goes with E (v3_19 .. v5_10), A with the flush (v6_18): nobody else flushes secondary TLBs.
 //!
 //! v3_16 .. v4_14: every page becomes shared, also one that a device holds. v5_10 and later: a page that may be pinned
-//! (FOLL_PIN) and is exclusive (v6_18) stays the parent's, writable, and the child gets a copy. gup_fast takes no lock that fork holds, so it checks `write_protect_seq` (5.11) and
-//! lets go of what it pinned if fork ran meanwhile. FOLL_GET references are not protected.
+//! (FOLL_PIN) and is exclusive (v6_18) stays the parent's, writable, and the child gets a copy. gup_fast takes no
+//! lock that fork holds, so it checks `write_protect_seq` (5.11) and lets go of what it pinned if fork ran
+//! meanwhile. FOLL_GET references are not protected.
 //!
 //! Locks: mmap_lock of the parent for writing, of the child for writing (subclass 1); ptl of the child, then of the
 //! parent (subclass 1).
@@ -40,6 +41,7 @@ impl Mm {
     }
 
     fn dup_mmap(&self, cx: &mut MaySleep<'_>, child: &Mm) -> Result<(), ForkError> {
+        let _no_uprobes = self.machine().dup_mmap_sem().read(cx);
         let vmas = self.vmas.write(cx);
         if vmas.exited {
             return Err(ForkError::Exited);
@@ -49,7 +51,8 @@ impl Mm {
             let copy = vma.for_child(|| self.machine().fresh_id());
             child.anon_vma_fork(cx, &copy);
             let range = copy.range;
-            let (needs_copy, file) = (copy.anon_vma().is_some(), copy.file.is_some());
+            let file = copy.file.is_some();
+            let needs_copy = copy.anon_vma().is_some() || copy.is_mixed_map();
             copies.insert(copy);
             if file {
                 child.relink_files(cx, &copies, range, &[], false);
@@ -65,6 +68,10 @@ impl Mm {
 
     fn copy_page_range(&self, cx: &mut MaySleep<'_>, child: &Mm, copy: &Vma) -> Result<(), OutOfMemory> {
         let range = copy.range;
+        if copy.shared() {
+            // VM_MIXEDMAP: copied because its ptes cannot be faulted in again, and not changed.
+            return by_leaf(range).try_for_each(|piece| self.copy_leaf(cx, child, piece, copy));
+        }
         self.invalidate(cx, range, Event::ProtectionPage, |cx| {
             self.write_protect_seq.fetch_add(1, Ordering::SeqCst);
             let result = by_leaf(range).try_for_each(|piece| self.copy_leaf(cx, child, piece, copy));
@@ -130,7 +137,7 @@ impl Mm {
                 let write = if copy.prot.writable() { Pte::WRITE } else { 0 };
                 to.set(page, Pte::new(new, 0).modify(copy.prot).with(Pte::DIRTY | write));
             } else {
-                self.copy_present_pte(&mut from, to, page, pte);
+                self.copy_present_pte(&mut from, to, page, (pte, copy.shared()));
             }
         }
         None
@@ -142,12 +149,21 @@ impl Mm {
         profile.fork_copies_pinned && own && self.maybe_pinned(pfn)
     }
 
-    fn copy_present_pte(&self, from: &mut Ptes<'_>, to: &mut Ptes<'_>, page: PageAddr, pte: Pte) {
+    fn copy_present_pte(
+        &self,
+        from: &mut Ptes<'_>,
+        to: &mut Ptes<'_>,
+        page: PageAddr,
+        (pte, shared): (Pte, bool),
+    ) {
         if !pte.is_special() {
             let frames = self.machine().frames();
             frames.get(pte.pfn(), 1);
             frames.add_rmap(pte.pfn());
             frames.set_exclusive(pte.pfn(), false);
+        }
+        if shared {
+            return to.set(page, pte.without(Pte::DIRTY | Pte::ACCESSED));
         }
         if pte.is_writable() {
             from.write_protect(page);

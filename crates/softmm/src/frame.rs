@@ -16,10 +16,11 @@
 //! * The generation counts allocations: a device that kept a [`FrameId`] over a free is told so even if the frame
 //!   number has a new owner.
 //! * Frame 0 is the zero page: never freed, never counted in a mapcount, never written.
-//! * A frame that belongs to a file (page cache) is never anonymous again in this life; `mapping` says whose page it is and
-//!   is none once truncate or reclaim has taken it out of the cache. It changes under the page lock.
+//! * A frame that belongs to a file (page cache) is never anonymous again in this life; `mapping` says whose page
+//!   it is and is none once truncate or reclaim has taken it out of the cache. It changes under the page lock.
 //!
-//! * `anon_vma` says whose an anonymous page is: rmap starts there. A page in the swap cache has one reference for that.
+//! * `anon_vma` says whose an anonymous page is: rmap starts there. A page in the swap cache has one reference for
+//!   that.
 //!
 //! The page lock (PG_locked) may sleep and belongs to whoever works on the page as a whole: faults on files, truncate,
 //! writeback, swap, reclaim, KSM, uprobes. Lock order: mmap_lock, page lock, i_mmap, ptl.
@@ -81,8 +82,8 @@ struct Frame {
     file: AtomicBool,
     /// The file whose page cache holds the frame; 0 is none.
     mapping: AtomicU64,
-    /// Whose page it is, for rmap: 0 not anonymous, [`KSM`], else the name of an anon_vma. Changes under the page lock, or
-    /// while nobody else knows the page.
+    /// Whose page it is, for rmap: 0 not anonymous, [`KSM`], else the name of an anon_vma. Changes under the page
+    /// lock, or while nobody else knows the page.
     anon_vma: AtomicU64,
     /// Which page of that file, or the page number at which the anon_vma has it.
     index: AtomicU64,
@@ -130,6 +131,11 @@ impl Frames {
         this
     }
 
+    /// The free list, to make it fail.
+    pub(crate) fn bitmap(&self) -> &Bitmap {
+        &self.allocated
+    }
+
     /// 64-bit words that a frame stores.
     pub fn words_per_page(&self) -> usize {
         self.words_per_page
@@ -165,6 +171,13 @@ impl Frames {
         for word in self.words_of(pfn) {
             word.store(0, Ordering::SeqCst);
         }
+        Ok(pfn)
+    }
+
+    /// The same, not anonymous and of no file in particular.
+    pub(crate) fn alloc_file_zeroed(&self) -> Result<Pfn, OutOfMemory> {
+        let pfn = self.alloc_zeroed()?;
+        self.set_mapping(pfn, 0, 0);
         Ok(pfn)
     }
 

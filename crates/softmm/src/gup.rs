@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! get_user_pages: pages of an address space, held for somebody who is not the CPU (all versions).
 //!
-//! Sequence: none of its own. Faults that it causes notify as [`crate::cow`] says, **inside** the caller's gup: a driver
-//! whose callback takes a lock that it holds around gup deadlocks, and one that cancels on invalidation cancels itself.
+//! Sequence: none of its own. Faults that it causes notify as [`crate::cow`] says, **inside** the caller's gup: a
+//! driver whose callback takes a lock that it holds around gup deadlocks, and one that cancels on invalidation
+//! cancels itself.
 //!
 //! Slow: mmap_lock for reading; under the ptl of each page: is it present; FOLL_WRITE: is it writable; FOLL_PIN of an
 //! anonymous page that is not exclusive, for reading: un-share it first (v6_18); else fault and look again; take the
@@ -12,16 +13,16 @@
 //! let go if it changed. FOLL_PIN lets go of everything if fork's `write_protect_seq` is odd or moved (5.11).
 //! Falls back to the slow way for the rest.
 //!
-//! By version: v3_16 .. v4_14 have no FOLL_PIN, it is a FOLL_GET there; v3_16 .. v4_12 do not look at the pte again in the fast
-//! way; only v6_18 un-shares and watches fork.
+//! By version: v3_16 .. v4_14 have no FOLL_PIN, it is a FOLL_GET there; v3_16 .. v4_12 do not look at the pte again
+//! in the fast way; only v6_18 un-shares and watches fork.
 //!
-//! FOLL_FORCE writes to a private mapping that is not writable: copy-on-write is broken as for a store and the pte stays
-//! read-only. What then counts as the caller's own page: v3_16, v3_19 whatever is mapped, FOLL_WRITE is dropped (so a
-//! MADV_DONTNEED in between gives the caller somebody else's page for writing: dirty COW); v4_12 .. v5_10 a dirty pte,
-//! after such a fault; v6_18 an exclusive anonymous page.
+//! FOLL_FORCE writes to a private mapping that is not writable: copy-on-write is broken as for a store and the pte
+//! stays read-only. What then counts as the caller's own page: v3_16, v3_19 whatever is mapped, FOLL_WRITE is
+//! dropped (so a MADV_DONTNEED in between gives the caller somebody else's page for writing: dirty COW); v4_12 ..
+//! v5_10 a dirty pte, after such a fault; v6_18 an exclusive anonymous page.
 //!
-//! What the references do: FOLL_GET 1, FOLL_PIN [`GUP_PIN_COUNTING_BIAS`], the zero page none with FOLL_PIN (6.5). Both keep
-//! the frame from being freed, neither keeps the pte from being unmapped or, for FOLL_GET, copied away.
+//! What the references do: FOLL_GET 1, FOLL_PIN [`GUP_PIN_COUNTING_BIAS`], the zero page none with FOLL_PIN (6.5).
+//! Both keep the frame from being freed, neither keeps the pte from being unmapped or, for FOLL_GET, copied away.
 
 use crate::error::FaultError;
 use crate::fault::FaultFlag;
@@ -161,6 +162,29 @@ impl UserPages {
             .for_each(|&pfn| self.machine.frames().set_dirty(pfn));
     }
 
+    /// The same with each page locked meanwhile, one after the other (set_page_dirty_lock): whoever works on the page as a
+    /// whole does not see it become dirty in between. Not from a callback: reclaim and truncate call with a page locked.
+    pub fn set_dirty_lock(&self, cx: &mut MaySleep<'_>) {
+        for &pfn in self.pages.iter().filter(|&&pfn| pfn != ZERO_PAGE) {
+            let lock = self.machine.frames().lock_page(cx, pfn);
+            self.machine.frames().set_dirty(pfn);
+            drop(lock);
+        }
+    }
+
+    /// The same where the page lock is free, in any context (trylock_page). How many pages were locked and have lost their
+    /// dirty bit.
+    pub fn try_set_dirty<C: Context + ?Sized>(&self, cx: &mut C) -> usize {
+        let mut lost = 0;
+        for &pfn in self.pages.iter().filter(|&&pfn| pfn != ZERO_PAGE) {
+            match self.machine.frames().trylock_page(cx, pfn) {
+                Some(_lock) => self.machine.frames().set_dirty(pfn),
+                None => lost += 1,
+            }
+        }
+        lost
+    }
+
     /// How they are held.
     pub fn foll(&self) -> Foll {
         self.foll
@@ -255,7 +279,7 @@ impl Mm {
         })
     }
 
-    fn gup_page(
+    pub(crate) fn gup_page(
         &self,
         cx: &mut MaySleep<'_>,
         vmas: &VmaTree,
@@ -275,7 +299,8 @@ impl Mm {
         let (mut now, mut cow) = (foll, false);
         loop {
             let flag = match self.follow_page(cx, vma, page, now, cow) {
-                Ok(pfn) => return Ok(pfn),
+                Ok(Some(pfn)) => return Ok(pfn),
+                Ok(None) => return Err(FaultError::NotPinnable(page)),
                 Err(flag) => flag,
             };
             let faulted = self.handle_mm_fault(cx, vmas, page, flag)?;
@@ -289,7 +314,8 @@ impl Mm {
         }
     }
 
-    /// follow_page_pte: the page with its reference, or the fault that is needed first.
+    /// follow_page_pte: the page with its reference; `None`: memory that has no page (-EFAULT); or the fault that
+    /// is needed first.
     fn follow_page(
         &self,
         cx: &mut MaySleep<'_>,
@@ -297,7 +323,7 @@ impl Mm {
         page: PageAddr,
         foll: Foll,
         cow: bool,
-    ) -> Result<Pfn, FaultFlag> {
+    ) -> Result<Option<Pfn>, FaultFlag> {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
         let fault = if foll.write { FaultFlag::Write } else { FaultFlag::Read };
         let leaf = self.page_table.leaf(tables, page).ok_or(fault)?;
@@ -309,6 +335,9 @@ impl Mm {
         if foll.must_unshare(self, pte, vma.shared()) {
             return Err(FaultFlag::Unshare);
         }
+        if pte.is_special() && pte.pfn() != ZERO_PAGE {
+            return Ok(None);
+        }
         let references = foll.references(self.machine(), pte.pfn());
         if references > 0 {
             frames.get(pte.pfn(), references);
@@ -317,7 +346,7 @@ impl Mm {
             frames.set_dirty(pte.pfn());
         }
         guard.set_bits(page, Pte::ACCESSED);
-        Ok(pte.pfn())
+        Ok(Some(pte.pfn()))
     }
 }
 

@@ -12,25 +12,33 @@
 //! | v6_18 | S; [ if writable, dirty or exclusive: clr A; count?; pinned?; **set** ]; E | S; [ clr A; **set**; put ]; E |
 //!
 //! *count?*: mapcount + 1 + (in the swap cache?) must be all references; else somebody else may write the page: the old
-//! pte is put back, without a word. The count is **only** looked at if the pte is writable or dirty (or the page exclusive,
-//! v6_18): a page that is read-only and clean already is merged away under whoever pins it.
+//! pte is put back, without a word. The count is **only** looked at if the pte is writable or dirty (or the page
+//! exclusive, v6_18): a page that is read-only and clean already is merged away under whoever pins it.
 //!
 //! Afterwards the contents are compared, and no CPU can write them any more. A store un-merges by [`crate::cow`].
 //!
-//! What is not here: the trees and the scanner that find candidates, and reclaim of merged pages. [`Machine::ksm_merge`]
-//! is what ksmd does with a pair that it has found.
+//! A merged page has no anon_vma but a list of those of the places that were merged into it: reclaim looks at the
+//! mms that were merged first, then at those that fork has made of them since.
+//!
+//! What is not here: the trees and the scanner that find candidates. [`Machine::ksm_merge`] is what ksmd does with
+//! a pair that it has found.
 //!
 //! Locks: `ksm_thread_mutex` -> mmap_lock for reading -> page lock (tried for) -> S..E -> ptl.
 
 use crate::frame::{FrameId, Held};
 use crate::machine::Machine;
-use crate::mm::Mm;
+use crate::mm::{Mm, MmId};
 use crate::notify::End;
 use crate::page_table::Ptes;
 use crate::pte::Pte;
+use crate::rmap::Visit;
 use crate::vma::Vma;
-use interleave::{Atomic, MaySleep};
+use interleave::{Atomic, LockClass, MaySleep, SpinLock};
 use mmu_notifier::{PageAddr, Pfn};
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+
+static STABLE_NODE: LockClass = LockClass::new("ksm_stable_node");
 
 /// What came of an attempt to merge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,7 +55,55 @@ pub enum Merge {
     Differs,
 }
 
+/// One place that was merged (rmap_item).
+#[derive(Clone, Copy)]
+struct RmapItem {
+    anon_vma: u64,
+    page: PageAddr,
+    mm: MmId,
+}
+
+/// What was merged into which page, by the life of the page; that of a page which is gone is forgotten at the next
+/// merge.
+pub(crate) struct StableNodes {
+    nodes: SpinLock<BTreeMap<FrameId, Vec<RmapItem>>>,
+}
+
+impl StableNodes {
+    pub(crate) fn new() -> StableNodes {
+        StableNodes { nodes: SpinLock::new(&STABLE_NODE, BTreeMap::new()) }
+    }
+}
+
 impl Machine {
+    /// stable_tree_append.
+    fn stable_tree_append(&self, cx: &mut MaySleep<'_>, kpage: Pfn, item: RmapItem) {
+        let (frames, kpage) = (self.frames(), self.frames().id(kpage));
+        let mut nodes = self.stable_nodes().nodes.lock(cx);
+        nodes.retain(|frame, _| frames.is_live(*frame));
+        nodes.entry(kpage).or_default().push(item);
+    }
+
+    /// rmap_walk_ksm: the mms that were merged first, then their forks.
+    pub(crate) fn rmap_walk_ksm(&self, cx: &mut MaySleep<'_>, pfn: Pfn, visit: &mut Visit<'_>) {
+        let id = self.frames().id(pfn);
+        let items = self.stable_nodes().nodes.lock(cx).get(&id).cloned().unwrap_or_default();
+        for forks in [false, true] {
+            for item in &items {
+                let walked = self.anon_vma_walk(cx, item.anon_vma, item.page, &mut |cx, mm, page| {
+                    if (mm.id() != item.mm) == forks {
+                        visit(cx, mm, page)
+                    } else {
+                        ControlFlow::Continue(())
+                    }
+                });
+                if walked.is_break() {
+                    return;
+                }
+            }
+        }
+    }
+
     /// try_to_merge_two_pages: the page at `a` becomes KSM's and stands for the one at `b` too. If `b` then cannot be
     /// merged, `a` gets a page of its own again (break_cow).
     pub fn ksm_merge(&self, cx: &mut MaySleep<'_>, a: (&Mm, PageAddr), b: (&Mm, PageAddr)) -> Merge {
@@ -104,7 +160,12 @@ impl Machine {
         let pfn = mm.anon_page_at(cx, at).ok_or(Merge::NotMergeable)?;
         let held = Held::adopt(frames, pfn);
         if kpage != Some(pfn) {
+            let was_merged = frames.is_ksm(pfn);
             mm.try_to_merge_one_page(cx, vma, at, pfn, kpage)?;
+            if !was_merged {
+                let item = RmapItem { anon_vma: vma.anon_vma().unwrap_or_default(), page: at, mm: mm.id() };
+                self.stable_tree_append(cx, kpage.unwrap_or(pfn), item);
+            }
         }
         std::mem::forget(held);
         Ok(pfn)

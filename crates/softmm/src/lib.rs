@@ -6,30 +6,38 @@
 //! number, as DMA does. Whoever mirrors an mm registers with it and is told what Linux tells.
 //!
 //! One path, one file, named as in the kernel, and each file begins with the notifier sequence that it fires, the locks
-//! it holds and what kernels do differently; a [`KernelProfile`] chooses. In those lines: `S`, `E` invalidate_range_start, _end;
-//! `C` change_pte; `P` invalidate_page; `Y` clear_flush_young; `X` release; `Xi` the interval notifiers' RELEASE; `R`
-//! invalidate_range; `A` arch_invalidate_secondary_tlbs; `clr` pte cleared and TLB flushed; `clr'` cleared, flush deferred; `set` new
-//! pte stored; `[ ... ]` under the ptl, must not sleep; `put` the mm drops its reference.
+//! it holds and what kernels do differently; a [`KernelProfile`] chooses. In those lines: `S`, `E`
+//! invalidate_range_start, _end; `C` change_pte; `P` invalidate_page; `Y` clear_flush_young; `X` release; `Xi` the
+//! interval notifiers' RELEASE; `R` invalidate_range; `A` arch_invalidate_secondary_tlbs; `clr` pte cleared and TLB
+//! flushed; `clr'` cleared, flush deferred; `set` new pte stored; `[ ... ]` under the ptl, must not sleep; `put`
+//! the mm drops its reference.
 //!
-//! This slice is private anonymous memory on base pages: mmap, fault, copy-on-write, munmap, mprotect, madvise, fork,
-//! get_user_pages, KSM, page ageing, reclaim and swap, the oom reaper, exit.
+//! What there is, on base pages: private anonymous memory and files (page cache, shared, private and XIP mappings); mmap, fault,
+//! copy-on-write, munmap, mprotect, madvise, fork, get_user_pages, KSM, page ageing, reclaim and swap, truncate and hole
+//! punch, writeback, uprobes, the oom reaper, exit.
 //!
 //! Lock order (outer first; the same names are the lock classes):
 //! ```text
-//! ksm_thread_mutex                KSM
-//!   mmap_lock                     parent's; every system call
-//!     mmap_lock/1                 fork: the child's
-//!       page_lock                 swap-in, KSM, reclaim (without mmap_lock); elsewhere only tried for
-//!         anon_vma                one per family of forks; writing: link, unlink; reading: rmap walks
-//!           mmu_notifier_invalidate_range_start
-//!             locks of drivers    callbacks
-//!           page_table_lock       leaf
-//!           ptl                   one per page-table page; fork: the child's
-//!             ptl/1               fork: the parent's
-//!               swap_lock         leaf; also taken with no ptl
-//!               cpu_irq           interrupts off; one CPU at a time; leaf; also taken with no ptl (loads, gup_fast)
-//!               locks of drivers  arch_invalidate_secondary_tlbs, change_pte, clear_flush_young: with the ptl held
-//!           anon_vma_rcu          leaf
+//! ksm_thread_mutex                    KSM
+//! register_rwsem                      uprobes, one per file
+//!   dup_mmap_sem                      uprobes write; fork reads
+//!     mmap_lock                       parent's; every system call on an mm
+//!       mmap_lock/1                   fork: the child's
+//! inode_lock                          write(2), truncate, hole punch: without mmap_lock
+//!         invalidate_lock             under mmap_lock: file faults, reading; under inode_lock: truncate, hole punch, writing
+//!           xip_sparse_mutex          XIP
+//!           page_lock                 file faults, swap-in, KSM, writeback, reclaim, truncate, uprobes; elsewhere only tried for
+//!             i_mmap                  one per file; writing: link, unlink; who finds ptes by a page: see rmap_file
+//!             anon_vma                one per family of forks; writing: link, unlink; reading: rmap walks
+//!               mmu_notifier_invalidate_range_start
+//!                 locks of drivers    callbacks
+//!               page_table_lock       leaf
+//!               ptl                   one per page-table page; fork: the child's
+//!                 ptl/1               fork: the parent's
+//!                   swap_lock         leaf; also taken with no ptl
+//!                   cpu_irq           interrupts off; one CPU at a time; leaf; also taken with no ptl (loads, gup_fast)
+//!                   locks of drivers  arch_invalidate_secondary_tlbs, change_pte, clear_flush_young: with the ptl held
+//!               i_pages, disk, uprobes_treelock, anon_vma_rcu, ksm_stable_node   leaves
 //! ```
 //! Frames, page-table entries and reference counts are atomics and have no lock. No callback runs under `cpu_irq`,
 //! `page_table_lock` or `swap_lock`.
@@ -66,11 +74,15 @@ pub mod swap;
 pub mod swap_fault;
 pub mod tlb;
 pub mod truncate;
+pub mod uprobes;
 pub mod vma;
 pub mod writeback;
+pub mod xip;
 pub mod zap;
 
-pub use error::{AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, OutOfMemory};
+pub use error::{
+    AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, OutOfMemory, UprobeError,
+};
 pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};
 pub use gup::{Foll, FollRef, UserPages};
 pub use ksm::Merge;

@@ -2,18 +2,21 @@
 //! A machine: frames, page-table pages, CPUs and the kernel version that runs on it. Its mms share these and nothing
 //! else. There is no global state: two machines do not know of each other, so that tests and explorations do not.
 
+use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use crate::frame::Frames;
+use crate::ksm::StableNodes;
 use crate::mm::{Mm, MmUser};
 use crate::page_table::Tables;
 use crate::profile::KernelProfile;
 use crate::rmap::AnonVmas;
 use crate::swap::Swap;
 use crate::tlb::Cpu;
-use interleave::{AtomicU64, LockClass, Mutex, Ordering};
+use interleave::{AtomicU64, LockClass, Mutex, Ordering, RwLock};
 use mmu_notifier::PAGE_SIZE;
 use std::sync::Arc;
 
+static DUP_MMAP_SEM: LockClass = LockClass::new("dup_mmap_sem");
 static KSM_THREAD_MUTEX: LockClass = LockClass::new("ksm_thread_mutex");
 
 /// How big a machine is. Small by default, so that rare paths (a full batch, no frame left) are common.
@@ -62,6 +65,8 @@ pub struct Machine {
     swap: Swap,
     anon_vmas: AnonVmas,
     ksm: Mutex<()>,
+    stable_nodes: StableNodes,
+    dup_mmap_sem: RwLock<()>,
     cpus: Box<[Cpu]>,
     next_id: AtomicU64,
 }
@@ -78,6 +83,8 @@ impl Machine {
             swap: Swap::new(config.swap_slots),
             anon_vmas: AnonVmas::new(),
             ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
+            stable_nodes: StableNodes::new(),
+            dup_mmap_sem: RwLock::new(&DUP_MMAP_SEM, ()),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
             config,
@@ -112,6 +119,24 @@ impl Machine {
         self.tables.in_use()
     }
 
+    /// Makes the `n`th allocation from now (1 is the next) fail once, though there is enough (the kernel's
+    /// fail-nth). 0: none.
+    pub fn fail_nth(&self, what: OutOfMemory, n: u64) {
+        self.free_list(what).fail_nth(n);
+    }
+
+    /// Is the failure that was asked for still to come?
+    pub fn failure_is_due(&self, what: OutOfMemory) -> bool {
+        self.free_list(what).failure_is_due()
+    }
+
+    fn free_list(&self, what: OutOfMemory) -> &Bitmap {
+        match what {
+            OutOfMemory::Frames => self.frames.bitmap(),
+            OutOfMemory::Tables => self.tables.bitmap(),
+        }
+    }
+
     /// The swap area and the swap cache.
     pub fn swap(&self) -> &Swap {
         &self.swap
@@ -121,9 +146,18 @@ impl Machine {
         &self.anon_vmas
     }
 
+    pub(crate) fn stable_nodes(&self) -> &StableNodes {
+        &self.stable_nodes
+    }
+
     /// One ksmd at a time.
     pub(crate) fn ksm_thread_mutex(&self) -> &Mutex<()> {
         &self.ksm
+    }
+
+    /// Fork reads it, uprobes write it.
+    pub(crate) fn dup_mmap_sem(&self) -> &RwLock<()> {
+        &self.dup_mmap_sem
     }
 
     pub(crate) fn tables(&self) -> &Tables {

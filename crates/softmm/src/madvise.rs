@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! madvise(2): MADV_DONTNEED, MADV_MERGEABLE, MADV_UNMERGEABLE.
 //!
-//! MADV_DONTNEED, per vma in the range: S(CLEAR, the part of the vma); zap as in [`crate::munmap`]; E; flush; put. v4_14
-//! flushes inside S..E once more. v6_18 flushes and puts once, after the last vma. Swap entries are given back. Vmas stay: the
-//! next touch finds zeros. Two of them may run in one range at the same time: mmap_lock is held for reading only.
+//! MADV_DONTNEED, per vma in the range: S(CLEAR, the part of the vma); zap as in [`crate::munmap`]; E; flush; put.
+//! v4_14 flushes inside S..E once more. v6_18 flushes and puts once, after the last vma. Swap entries are given
+//! back. Vmas stay: the next touch finds zeros. Two of them may run in one range at the same time: mmap_lock is
+//! held for reading only.
 //!
 //! MADV_UNMERGEABLE: every page of KSM's is replaced by a write fault (v6_18: by un-sharing), each with the sequence of
 //! [`crate::cow`]; mmap_lock for writing.
 //!
-//! Locks: mmap_lock for reading (DONTNEED; v6_18 takes the lock of a single vma instead, which excludes the same writers)
-//! or writing; ptl.
+//! Locks: mmap_lock for reading (DONTNEED; v6_18 takes the lock of a single vma instead, which excludes the same
+//! writers) or writing; ptl.
 
 use crate::error::ChangeError;
 use crate::fault::FaultFlag;

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! mprotect(2): mprotect_fixup and change_protection.
 //!
-//! Sequence, per vma in the range whose protection differs: split and merge vmas; then per slice of the page table that has
-//! anything in it: S(PROTECTION_VMA, from the first entry that has a page table, to the end of the slice); per leaf
-//! table [ clr', **set** per pte ]; **E**; and after the last slice: flush.
+//! Sequence, per vma in the range whose protection differs: split and merge vmas; then per slice of the page table
+//! that has anything in it: S(PROTECTION_VMA, from the first entry that has a page table, to the end of the slice);
+//! per leaf table [ clr', **set** per pte ]; **E**; and after the last slice: flush.
 //!
 //! | profile | slice | entry | flush, after E |
 //! |---|---|---|---|
 //! | v3_16 .. v5_10 | 1 GiB | 2 MiB | the whole vma part, if a pte was changed; no R but E's |
 //! | v6_18 | 512 GiB | 1 GiB | the ptes that lost or gained something, and A |
 //!
-//! A range without page tables is not notified at all. Swap entries stay. A pte gets no write permission from a private mapping:
-//! the next store faults and [`crate::cow`] decides, but v6_18 decides for exclusive pages here.
+//! A range without page tables is not notified at all. Swap entries stay. A pte gets no write permission from a
+//! private mapping: the next store faults and [`crate::cow`] decides, but v6_18 decides for exclusive pages here.
+//! In a shared mapping it gets it where no file system wants to hear of the first store.
 //!
 //! Locks: mmap_lock for writing; ptl.
 
@@ -21,7 +22,7 @@ use crate::page_table::{PteGuard, by_leaf, entry_span};
 use crate::profile::{Mprotect, SecondaryTlbs};
 use crate::pte::Pte;
 use crate::tlb::MmuGather;
-use crate::vma::Prot;
+use crate::vma::{Prot, Vma};
 use interleave::MaySleep;
 use mmu_notifier::{Event, PageAddr, Range};
 
@@ -45,16 +46,15 @@ impl Mm {
                 continue;
             }
             vmas.modify(piece, |vma| vma.protect(prot, self.machine().profile().mprotect_unaccounts));
-            if let Some(vma) = vmas.find(piece.start()) {
-                self.anon_vma_link(cx, vma);
-            }
             self.relink_files(cx, &vmas, piece, &[], false);
-            self.change_protection(cx, piece, prot);
+            let Some(vma) = vmas.find(piece.start()) else { continue };
+            self.anon_vma_link(cx, vma);
+            self.change_protection(cx, vma, piece);
         }
         Ok(())
     }
 
-    fn change_protection(&self, cx: &mut MaySleep<'_>, range: Range, prot: Prot) {
+    fn change_protection(&self, cx: &mut MaySleep<'_>, vma: &Vma, range: Range) {
         let (profile, tables) = (self.machine().profile(), self.machine().tables());
         let level = match profile.mprotect {
             Mprotect::FromFirstPmd => 1,
@@ -70,7 +70,7 @@ impl Mm {
                 continue;
             };
             self.invalidate(cx, from, Event::ProtectionVma, |cx| {
-                by_leaf(from).for_each(|piece| self.change_ptes(cx, piece, prot, &mut gather));
+                by_leaf(from).for_each(|piece| self.change_ptes(cx, vma, piece, &mut gather));
             });
         }
         match profile.secondary_tlbs {
@@ -82,19 +82,31 @@ impl Mm {
     }
 
     /// change_pte_range: `piece` lies under one leaf table.
-    fn change_ptes(&self, cx: &mut MaySleep<'_>, piece: Range, prot: Prot, gather: &mut MmuGather<'_>) {
-        let (tables, frames) = (self.machine().tables(), self.machine().frames());
+    fn change_ptes(&self, cx: &mut MaySleep<'_>, vma: &Vma, piece: Range, gather: &mut MmuGather<'_>) {
+        let tables = self.machine().tables();
         let leaf = piece.iter_pages().next().and_then(|first| self.page_table.leaf(tables, first));
         let Some(leaf) = leaf else { return };
         let mut guard = PteGuard::lock(tables, leaf, cx);
         for page in piece.iter_pages().filter(|&page| self.peek_pte(page).is_mapped()) {
             let old = guard.get_and_clear(page);
-            let exclusive = !old.is_special() && frames.is_anon(old.pfn()) && frames.exclusive(old.pfn());
-            let upgrade = self.machine().profile().mprotect_upgrades && exclusive && prot.writable();
-            let new = old.modify(prot).with(if upgrade { Pte::WRITE } else { 0 });
+            let upgrade = vma.prot.writable() && self.can_change_pte_writable(vma, old);
+            let new = old.modify(vma.prot).with(if upgrade { Pte::WRITE } else { 0 });
             guard.set(page, new);
             if new != old {
                 gather.cover(Range::page(page));
+            }
+        }
+    }
+
+    /// Need no store fault to say that it may be written (can_change_pte_writable).
+    fn can_change_pte_writable(&self, vma: &Vma, pte: Pte) -> bool {
+        let frames = self.machine().frames();
+        match &vma.file {
+            // A clean pte of a file with accounting must fault, so that the file system hears of the store.
+            Some(file) if file.shared => pte.is_dirty() || !file.file.kind().dirty_accounted(),
+            _ => {
+                let exclusive = frames.is_anon(pte.pfn()) && frames.exclusive(pte.pfn());
+                self.machine().profile().mprotect_upgrades && !pte.is_special() && exclusive
             }
         }
     }

@@ -2,8 +2,9 @@
 //! munmap(2) (all versions).
 //!
 //! Sequence: detach the vmas; downgrade mmap_lock; S(UNMAP, the whole span asked for, holes included);
-//! per leaf table [ clr' ; remove rmap; gather the page ], and if the batch fills up: flush; put; **E**; unlink from rmap;
-//! free_pgtables; flush; put. With the flush go R (v3_19 .. v5_10) and A (v6_18), so they come after E. Nothing fires if no vma lies in the span.
+//! per leaf table [ clr' ; remove rmap; gather the page ], and if the batch fills up: flush; put; **E**; unlink
+//! from rmap; free_pgtables; flush; put. With the flush go R (v3_19 .. v5_10) and A (v6_18), so they come after E.
+//! Nothing fires if no vma lies in the span.
 //!
 //! Locks: mmap_lock for writing, then for reading (v5_10 and later; there only munmap(2) itself downgrades, a
 //! MAP_FIXED overlay does not); ptl around each batch; S and E with mmap_lock alone.

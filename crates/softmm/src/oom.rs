@@ -3,8 +3,9 @@
 //!
 //! v3_16, v3_19: there is none. v4_12: zaps, and tells nobody. v4_14: leaves an mm alone that has a list notifier.
 //!
-//! Sequence of v5_10 and later, per vma: S(UNMAP, the vma, **non-blockable**). If a callback would block: no zap, no E, next vma. Else
-//! [ clr' ] per pte; E, non-blockable too; flush; put. Vmas stay; every fault from the first moment on is a SIGBUS.
+//! Sequence of v5_10 and later, per vma: S(UNMAP, the vma, **non-blockable**). If a callback would block: no zap,
+//! no E, next vma. Else [ clr' ] per pte; E, non-blockable too; flush; put. Vmas stay; every fault from the first
+//! moment on is a SIGBUS.
 //!
 //! Locks: mmap_lock for reading, by trylock.
 

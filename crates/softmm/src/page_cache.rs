@@ -28,6 +28,7 @@ use crate::error::{FileError, OutOfMemory};
 use crate::frame::Frames;
 use crate::machine::Machine;
 use crate::rmap_file::IMmap;
+use crate::uprobes::Place;
 use interleave::{AtomicU64, LockClass, MaySleep, Mutex, MutexGuard, Ordering, RwLock, SpinLock};
 use mmu_notifier::Pfn;
 use std::collections::BTreeMap;
@@ -39,6 +40,9 @@ static INVALIDATE_LOCK: LockClass = LockClass::new("invalidate_lock");
 static I_MMAP: LockClass = LockClass::new("i_mmap");
 static I_PAGES: LockClass = LockClass::new("i_pages");
 static DISK: LockClass = LockClass::new("disk");
+static XIP_SPARSE: LockClass = LockClass::new("xip_sparse_mutex");
+static REGISTER_RWSEM: LockClass = LockClass::new("register_rwsem");
+static UPROBES: LockClass = LockClass::new("uprobes_treelock");
 
 /// What is behind a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +52,8 @@ pub enum FileKind {
     /// Memory (tmpfs, memfd, MAP_SHARED|MAP_ANONYMOUS): no dirty accounting, so a read of a writable shared mapping maps
     /// the page writable at once.
     Shmem,
+    /// Blocks that are memory and are mapped themselves: see [`crate::xip`].
+    Xip,
 }
 
 impl FileKind {
@@ -75,6 +81,12 @@ pub struct File {
     pub(crate) i_mmap: RwLock<IMmap>,
     /// Pages that have been written out; others read as zeros.
     disk: SpinLock<BTreeMap<u64, Box<[u64]>>>,
+    /// What private mappings show where an XIP file has no block (xip_sparse_mutex).
+    pub(crate) xip_sparse: Mutex<Option<Pfn>>,
+    /// One registration at a time.
+    pub(crate) register_rwsem: Mutex<()>,
+    /// The probes, with what the file had there.
+    pub(crate) uprobes: SpinLock<BTreeMap<Place, u64>>,
 }
 
 /// The page is not there and cannot be.
@@ -86,8 +98,9 @@ pub(crate) enum NoPage {
 }
 
 impl Machine {
-    /// A file of `pages` pages, all zero.
+    /// A file of `pages` pages, all zero. [`FileKind::Xip`] on a kernel without it is [`FileKind::Regular`].
     pub fn new_file(self: &Arc<Machine>, kind: FileKind, pages: u64) -> Arc<File> {
+        let kind = if kind == FileKind::Xip && !self.profile().xip { FileKind::Regular } else { kind };
         Arc::new(File {
             id: self.fresh_id(),
             kind,
@@ -98,6 +111,9 @@ impl Machine {
             pages: SpinLock::new(&I_PAGES, BTreeMap::new()),
             i_mmap: RwLock::new(&I_MMAP, IMmap::default()),
             disk: SpinLock::new(&DISK, BTreeMap::new()),
+            xip_sparse: Mutex::new(&XIP_SPARSE, None),
+            register_rwsem: Mutex::new(&REGISTER_RWSEM, ()),
+            uprobes: SpinLock::new(&UPROBES, BTreeMap::new()),
         })
     }
 }
@@ -118,6 +134,11 @@ impl File {
         self.pages.lock(cx).iter().map(|(&index, &pfn)| (index, pfn)).collect()
     }
 
+    /// The page that private mappings of an XIP file show where it has no block, once there is one: for oracles.
+    pub fn xip_sparse_page(&self, cx: &mut MaySleep<'_>) -> Option<Pfn> {
+        *self.xip_sparse.lock(cx)
+    }
+
     /// What the disk holds of page `index`; `None`: never written out, or dropped since.
     pub fn on_disk(&self, cx: &mut MaySleep<'_>, index: u64) -> Option<Vec<u64>> {
         self.disk.lock(cx).get(&index).map(|contents| contents.to_vec())
@@ -129,6 +150,15 @@ impl File {
     /// [`FileError`].
     pub fn read(&self, cx: &mut MaySleep<'_>, index: u64, word: usize) -> Result<u64, FileError> {
         self.check_word(word)?;
+        if self.kind == FileKind::Xip {
+            let _truncate_waits = self.invalidate_lock.read(cx);
+            let block = if index < self.pages() {
+                self.xip_block(cx, index)
+            } else {
+                return Err(FileError::PastEnd(index));
+            };
+            return Ok(block.map_or(0, |block| self.frames().contents(block)[word]));
+        }
         let page = self.read_page(cx, index)?;
         Ok(self.frames().contents(page.pfn())[word])
     }
@@ -146,10 +176,33 @@ impl File {
         if index >= self.pages() {
             self.set_pages(index + 1);
         }
+        if self.kind == FileKind::Xip {
+            let block = self.xip_create(cx, index)?;
+            self.frames().store_word(block, word, value);
+            return Ok(());
+        }
         let page = self.read_page(cx, index)?;
         self.frames().store_word(page.pfn(), word, value);
         self.frames().set_dirty(page.pfn());
         Ok(())
+    }
+
+    pub(crate) fn cached_pfn(&self, cx: &mut MaySleep<'_>, index: u64) -> Option<Pfn> {
+        self.pages.lock(cx).get(&index).copied()
+    }
+
+    /// A block of an XIP file: its frame belongs to the file, and no mapping counts.
+    pub(crate) fn insert_block(&self, cx: &mut MaySleep<'_>, index: u64, block: Pfn) {
+        self.frames().set_mapping(block, self.id, index);
+        self.pages.lock(cx).insert(index, block);
+    }
+
+    /// Frees the blocks of an XIP file; nobody maps them any more.
+    pub(crate) fn free_xip_blocks(&self, cx: &mut MaySleep<'_>, indices: std::ops::Range<u64>) {
+        for index in self.cached_in(cx, indices) {
+            let block = self.pages.lock(cx).remove(&index);
+            block.into_iter().for_each(|block| self.frames().put(block, 1));
+        }
     }
 
     fn read_page(&self, cx: &mut MaySleep<'_>, index: u64) -> Result<LockedPage<'_>, FileError> {
@@ -300,6 +353,9 @@ impl Drop for File {
         for (_, pfn) in std::mem::take(self.pages.get_mut()) {
             self.machine.frames().clear_mapping(pfn);
             self.machine.frames().put(pfn, 1);
+        }
+        if let Some(sparse) = self.xip_sparse.get_mut().take() {
+            self.machine.frames().put(sparse, 1);
         }
     }
 }

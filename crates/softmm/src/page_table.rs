@@ -53,6 +53,11 @@ impl Tables {
         Tables { tables: (0..count).map(|_| table()).collect(), allocated: Bitmap::new(count as usize) }
     }
 
+    /// The free list, to make it fail.
+    pub(crate) fn bitmap(&self) -> &Bitmap {
+        &self.allocated
+    }
+
     pub(crate) fn in_use(&self) -> usize {
         self.allocated.bits() - self.allocated.zeros()
     }

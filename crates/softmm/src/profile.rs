@@ -76,9 +76,9 @@ pub enum Force {
 /// How far S of mprotect reaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mprotect {
-    /// From the first 2 MiB that has a page table to the end of the range, for each GiB (until 6.12).
+    /// From the first 2 MiB that has a page table to the end of the range, for each GiB (6.10 and before).
     FromFirstPmd,
-    /// From the first GiB that has one to the end of the range, for each 512 GiB (6.13, perhaps before).
+    /// From the first GiB that has one to the end of the range, for each 512 GiB (6.13 and later).
     FromFirstPud,
 }
 
@@ -93,6 +93,17 @@ pub enum OomReaper {
     SparesNotified,
     /// Notifies, and the callbacks must not block (4.19 and later).
     NonBlock,
+}
+
+/// How uprobes change a word of a private mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Uprobes {
+    /// Replace the page by a changed copy, both ways (until 5.3).
+    Replace,
+    /// The same; a restored page that is as in the file goes, and the file's page is faulted in (5.4 to 6.15).
+    ReplaceOrZap,
+    /// Break copy-on-write as a forced write would, and write the word where it is (6.16 and later).
+    InPlace,
 }
 
 /// One kernel version's choices.
@@ -153,7 +164,7 @@ pub struct KernelProfile {
     pub mprotect_unaccounts: bool,
     /// MADV_DONTNEED flushes inside S..E too (4.14 to 4.18).
     pub dontneed_flushes_inside: bool,
-    /// One madvise call flushes and frees once, after the last vma (6.15, perhaps before).
+    /// One madvise call flushes and frees once, after the last vma (6.15).
     pub madvise_batches: bool,
     /// The oom reaper.
     pub oom_reaper: OomReaper,
@@ -162,6 +173,10 @@ pub struct KernelProfile {
     pub zap_delays_rmap: bool,
     /// FOLL_LONGTERM | FOLL_WRITE refuses shared mappings of files with dirty accounting (6.5).
     pub longterm_refuses_files: bool,
+    /// Execute in place (until 3.19; DAX since).
+    pub xip: bool,
+    /// Breakpoints.
+    pub uprobes: Uprobes,
     /// How the reverse map of a file is locked.
     pub i_mmap: IMmapLock,
 }
@@ -200,6 +215,8 @@ impl KernelProfile {
         oom_reaper: OomReaper::None,
         zap_delays_rmap: false,
         longterm_refuses_files: false,
+        xip: true,
+        uprobes: Uprobes::Replace,
         i_mmap: IMmapLock::Mutex,
     };
     /// 3.16 without the pair around change_pte, and nothing in its place (V2a).
@@ -233,6 +250,7 @@ impl KernelProfile {
     pub const V4_12: KernelProfile = KernelProfile {
         name: "v4_12",
         unmap: Unmap::PageUnderPtl,
+        xip: false,
         unmap_defers_flush: true,
         clear_young: true,
         force: Force::DirtyAfterCow,
@@ -257,6 +275,7 @@ impl KernelProfile {
         cow_only_ends: true,
         unmap_flushes_secondary: false,
         reuse: Reuse::SoleReference,
+        uprobes: Uprobes::ReplaceOrZap,
         foll_pin: true,
         fork_copies_pinned: true,
         munmap_downgrades: true,
@@ -285,6 +304,7 @@ impl KernelProfile {
         madvise_batches: true,
         zap_delays_rmap: true,
         longterm_refuses_files: true,
+        uprobes: Uprobes::InPlace,
         i_mmap: IMmapLock::TruncateReads,
         ..KernelProfile::V5_10
     };

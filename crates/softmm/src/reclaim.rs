@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Page ageing, and reclaim of an anonymous page: shrink_page_list for one page, try_to_unmap_one.
 //!
-//! Ageing (page_referenced), per place where rmap finds the page: [ pte young test and clear; Y ]. Idle tracking calls clear_young
-//! instead (v4_12 and later), which flushes nothing.
+//! Ageing (page_referenced), per place where rmap finds the page: [ pte young test and clear; Y ]. Idle tracking
+//! calls clear_young instead (v4_12 and later), which flushes nothing.
 //!
-//! Reclaim: trylock_page; ageing (a page that was used is left alone); add_to_swap; unmap everywhere; write out if dirty; take
-//! it out of the swap cache and free it, **if nobody else holds a reference**; else it stays in the swap cache and the next
-//! fault finds it there. One place:
+//! Reclaim: trylock_page; ageing (a page that was used is left alone); add_to_swap; unmap everywhere; write out if
+//! dirty; take it out of the swap cache and free it, **if nobody else holds a reference**; else it stays in the
+//! swap cache and the next fault finds it there. One place:
 //!
 //! | profile | sequence |
 //! |---|---|
@@ -19,13 +19,13 @@
 //! If Y says that the page was used, the place is left as it is and reclaim gives up; a P comes only for a pte that was
 //! changed, S and E always.
 //!
-//! Pinned pages: until v5_10 they are unmapped and written like all others, and kept by the reference; v6_18 leaves them alone
-//! before it unmaps, and finds out at each pte if a pin came meanwhile.
+//! Pinned pages: until v5_10 they are unmapped and written like all others, and kept by the reference; v6_18 leaves
+//! them alone before it unmaps, and finds out at each pte if a pin came meanwhile.
 //!
-//! What is not here: KSM's pages (rmap_walk_ksm), lists of pages and the choice among them; the caller names the page.
+//! What is not here: lists of pages and the choice among them; the caller names the page.
 //!
-//! Locks: page lock; anon_vma for reading around each walk; S..E; ptl. No mmap_lock, so none that a process holds keeps this
-//! away from its mm.
+//! Locks: page lock (tried for); anon_vma for reading around each walk; S..E; ptl. No mmap_lock, so none that a
+//! process holds keeps this away from its mm.
 
 use crate::frame::{FrameId, Held};
 use crate::machine::Machine;
@@ -52,7 +52,7 @@ pub enum Reclaim {
     Busy,
     /// No free slot in the swap area.
     NoSwap,
-    /// Not a page that this can reclaim: free, the zero page, the page cache's, KSM's.
+    /// Not a page that this can reclaim: free, the zero page, the page cache's.
     NotAnonymous,
 }
 
@@ -80,8 +80,8 @@ impl Machine {
             return Reclaim::NotAnonymous;
         }
         let held = Held::adopt(frames, pfn);
-        let anon = frames.anon_vma(pfn).is_some() || frames.swap_slot(pfn).is_some();
-        if frames.id(pfn) != frame || !anon || frames.is_ksm(pfn) {
+        let anon = frames.is_anon(pfn) || frames.swap_slot(pfn).is_some();
+        if frames.id(pfn) != frame || !anon {
             return Reclaim::NotAnonymous;
         }
         let Some(lock) = frames.trylock_page(cx, pfn) else { return Reclaim::Busy };
@@ -126,15 +126,15 @@ impl Machine {
         self.age(cx, frame, |machine, cx, pfn| machine.referenced(cx, pfn)).unwrap_or(false)
     }
 
-    /// The same for idle tracking (page_idle_clear_pte_refs), which flushes no secondary TLB. None: this kernel has none, or
-    /// there is no such page.
+    /// The same for idle tracking (page_idle_clear_pte_refs), which flushes no secondary TLB. None: this kernel has
+    /// none, or there is no such page.
     pub fn page_idle_clear_refs(&self, cx: &mut MaySleep<'_>, frame: FrameId) -> Option<bool> {
         if !self.profile().clear_young {
             return None;
         }
         self.age(cx, frame, |machine, cx, pfn| {
             let mut young = false;
-            machine.rmap_walk_anon(cx, pfn, |cx, mm, page| {
+            machine.rmap_walk(cx, pfn, |cx, mm, page| {
                 if let Some(mut guard) = mm.mapped_pte(cx, page, pfn) {
                     let (ptes, cx) = guard.split();
                     young |= ptes.test_and_clear_young(page);
@@ -161,7 +161,7 @@ impl Machine {
 
     fn referenced(&self, cx: &mut MaySleep<'_>, pfn: Pfn) -> bool {
         let mut young = false;
-        self.rmap_walk_anon(cx, pfn, |cx, mm, page| {
+        self.rmap_walk(cx, pfn, |cx, mm, page| {
             if let Some(mut guard) = mm.mapped_pte(cx, page, pfn) {
                 let (ptes, cx) = guard.split();
                 young |= mm.clear_flush_young_notify(ptes, cx, page);
@@ -174,7 +174,7 @@ impl Machine {
     fn try_to_unmap(&self, cx: &mut MaySleep<'_>, mut unmapping: Unmapping<'_>) {
         let frames = self.frames();
         let pfn = unmapping.pfn;
-        self.rmap_walk_anon(cx, pfn, |cx, mm, page| {
+        self.rmap_walk(cx, pfn, |cx, mm, page| {
             let done = mm.try_to_unmap_one(cx, page, &mut unmapping);
             if done == Unmapped::Failed || frames.mapcount(pfn) == 0 {
                 ControlFlow::Break(())

@@ -25,7 +25,7 @@
 //! thread that allocates may be the caller (direct reclaim).
 
 use crate::mm::Mm;
-use crate::page_cache::{File, LockedPage};
+use crate::page_cache::{File, FileKind, LockedPage};
 use crate::profile::{SecondaryTlbs, Unmap};
 use interleave::{MaySleep, PageContext};
 use mmu_notifier::{Event, PageAddr, Pfn, Range};
@@ -65,6 +65,9 @@ struct Walk<'w> {
 impl File {
     /// Asks once whether page `index` has been accessed, by CPUs or devices, and forgets it (folio_referenced).
     pub fn referenced(&self, cx: &mut MaySleep<'_>, index: u64) -> bool {
+        if self.kind() == FileKind::Xip {
+            return false;
+        }
         let Some(page) = self.find_lock(cx, index) else { return false };
         self.folio_referenced(cx, index, &page)
     }
@@ -72,6 +75,9 @@ impl File {
     /// Tries to reclaim page `index` (shrink_page_list for one page). `ignore_references`: whether it was used does not
     /// matter (MADV_PAGEOUT).
     pub fn reclaim(&self, cx: &mut MaySleep<'_>, index: u64, ignore_references: bool) -> Reclaimed {
+        if self.kind() == FileKind::Xip {
+            return Reclaimed::Absent;
+        }
         let page = match self.find_trylock(cx, index) {
             Ok(Some(page)) => page,
             Ok(None) => return Reclaimed::Absent,

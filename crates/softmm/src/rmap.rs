@@ -14,8 +14,8 @@
 //!
 //! Notifiers: a walk visits a vma, and so notifies, also where the page turns out not to be mapped.
 //!
-//! Lock order: `mmap_lock`, `page_lock` -> `anon_vma` -> S..E, `ptl`. `anon_vma_rcu` is a leaf; it stands for the RCU section in
-//! which the kernel goes from a page to its anon_vma.
+//! Lock order: `mmap_lock`, `page_lock` -> `anon_vma` -> S..E, `ptl`. `anon_vma_rcu` is a leaf; it stands for the
+//! RCU section in which the kernel goes from a page to its anon_vma.
 
 use crate::machine::Machine;
 use crate::mm::{Mm, MmId};
@@ -29,6 +29,9 @@ use std::sync::{Arc, Weak};
 
 static ANON_VMA: LockClass = LockClass::new("anon_vma");
 static ANON_VMA_RCU: LockClass = LockClass::new("anon_vma_rcu");
+
+/// What a walk does at each place where a page may be mapped.
+pub(crate) type Visit<'v> = dyn FnMut(&mut MaySleep<'_>, &Arc<Mm>, PageAddr) -> ControlFlow<()> + 'v;
 
 /// Addresses of one mm under an anon_vma.
 struct Link {
@@ -164,25 +167,35 @@ fn subtract(links: &mut Vec<Link>, mm: MmId, range: Range) {
 }
 
 impl Machine {
-    /// rmap_walk_anon: calls `visit` for each place where the anonymous page may be mapped, until it breaks. The caller
-    /// holds a reference on the page.
-    pub(crate) fn rmap_walk_anon<'m>(
+    /// rmap_walk: calls `visit` for each place where the anonymous page may be mapped, until it breaks. The caller
+    /// holds a reference on the page. [`crate::ksm`] says what a page of KSM's has instead of an anon_vma.
+    pub(crate) fn rmap_walk(
         &self,
         cx: &mut MaySleep<'_>,
         pfn: Pfn,
-        mut visit: impl FnMut(&mut MaySleep<'_>, &Arc<Mm>, PageAddr) -> ControlFlow<()> + 'm,
+        mut visit: impl FnMut(&mut MaySleep<'_>, &Arc<Mm>, PageAddr) -> ControlFlow<()>,
     ) {
-        let Some((anon_vma, page)) = self.frames().anon_vma(pfn) else { return };
-        let Some(family) = self.anon_vmas().family(cx, anon_vma) else { return };
-        let trees = family.trees.read(cx);
-        for link in trees.get(&anon_vma).into_iter().flatten() {
-            let Some(mm) = link.mm.upgrade().filter(|_| link.range.contains(Range::page(page))) else {
-                continue;
-            };
-            if visit(cx, &mm, page).is_break() {
-                break;
-            }
+        if self.frames().is_ksm(pfn) {
+            self.rmap_walk_ksm(cx, pfn, &mut visit);
+        } else if let Some((anon_vma, page)) = self.frames().anon_vma(pfn) {
+            let _ = self.anon_vma_walk(cx, anon_vma, page, &mut visit);
         }
-        drop(trees);
+    }
+
+    /// The places under one anon_vma.
+    pub(crate) fn anon_vma_walk(
+        &self,
+        cx: &mut MaySleep<'_>,
+        anon_vma: u64,
+        page: PageAddr,
+        visit: &mut Visit<'_>,
+    ) -> ControlFlow<()> {
+        let Some(family) = self.anon_vmas().family(cx, anon_vma) else { return ControlFlow::Continue(()) };
+        let trees = family.trees.read(cx);
+        let mut links = trees.get(&anon_vma).into_iter().flatten();
+        links.try_for_each(|link| match link.mm.upgrade() {
+            Some(mm) if link.range.contains(Range::page(page)) => visit(cx, &mm, page),
+            _ => ControlFlow::Continue(()),
+        })
     }
 }

@@ -6,8 +6,8 @@
 //!
 //! Invariants:
 //! * A slot is free exactly if no pte holds it and no page is cached for it.
-//! * Every fault on an entry meets the same page as long as it is cached, so that whoever pinned that page before it was
-//!   swapped out is still on it afterwards.
+//! * Every fault on an entry meets the same page as long as it is cached, so that whoever pinned that page before
+//!   it was swapped out is still on it afterwards.
 //! * The cache of a slot and [`Frames::swap_slot`](crate::Frames) of its page change together, under the page lock.
 //!
 //! Lock order: `page_lock`, `ptl` -> `swap_lock`, a leaf.
@@ -156,8 +156,8 @@ impl Machine {
         frames.put(pfn, 1);
     }
 
-    /// The page for `slot`, with a reference: from the cache, or read into a new one (swapin_readahead). None: no swap entry
-    /// holds the slot any more.
+    /// The page for `slot`, with a reference: from the cache, or read into a new one (swapin_readahead). None: no
+    /// swap entry holds the slot any more.
     pub(crate) fn swap_in(&self, cx: &mut MaySleep<'_>, slot: Slot) -> Result<Option<Pfn>, OutOfMemory> {
         let frames = self.frames();
         let mut new = None;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! A fault on a swap entry: do_swap_page.
 //!
-//! Sequence: read the page unless it is cached; lock_page; [ pte_same? **set**; swap_free ]; unlock. No notifier: nothing
-//! becomes present where something was. A write that may not have the page for itself goes on to [`crate::cow`].
+//! Sequence: read the page unless it is cached; lock_page; [ pte_same? **set**; swap_free ]; unlock. No notifier:
+//! nothing becomes present where something was. A write that may not have the page for itself goes on to
+//! [`crate::cow`].
 //!
 //! | profile | mapped writable if |
 //! |---|---|
@@ -115,7 +116,8 @@ impl Mm {
         at != page || !anon_vma.is_some_and(|own| self.machine().anon_vmas().related(cx, own, of_page))
     }
 
-    /// reuse_swap_page before the entry is freed: the entry is the only way to the page. Takes the page out of the cache.
+    /// reuse_swap_page before the entry is freed: the entry is the only way to the page. Takes the page out of the
+    /// cache.
     fn reuse_swap_page(&self, cx: &mut interleave::Atomic<'_>, pfn: Pfn, slot: Slot) -> bool {
         let (machine, frames) = (self.machine(), self.machine().frames());
         if frames.is_ksm(pfn) {

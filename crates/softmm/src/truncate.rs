@@ -32,15 +32,20 @@ impl File {
             return Err(FileError::TooBig(pages));
         }
         let _inode = self.inode_lock.lock(cx);
-        let regular = self.kind() == FileKind::Regular;
+        let regular = self.kind() != FileKind::Shmem;
         let _filling = regular.then(|| self.invalidate_lock.write(cx));
         let shrinks = pages < self.pages();
         self.set_pages(pages);
         if regular || shrinks {
             let gone = pages..u64::MAX;
             self.unmap_mapping_range(cx, gone.clone(), Zap::All);
-            self.empty(cx, gone.clone());
-            self.unmap_mapping_range(cx, gone, Zap::All);
+            if self.kind() != FileKind::Xip {
+                self.empty(cx, gone.clone());
+            }
+            self.unmap_mapping_range(cx, gone.clone(), Zap::All);
+            if self.kind() == FileKind::Xip {
+                self.free_xip_blocks(cx, gone);
+            }
         }
         Ok(())
     }
@@ -51,9 +56,12 @@ impl File {
             return;
         }
         let _inode = self.inode_lock.lock(cx);
-        let _filling = (self.kind() == FileKind::Regular).then(|| self.invalidate_lock.write(cx));
+        let _filling = (self.kind() != FileKind::Shmem).then(|| self.invalidate_lock.write(cx));
         self.unmap_mapping_range(cx, pages.clone(), Zap::FilePages);
-        self.empty(cx, pages);
+        match self.kind() {
+            FileKind::Xip => self.free_xip_blocks(cx, pages),
+            FileKind::Regular | FileKind::Shmem => self.empty(cx, pages),
+        }
     }
 
     /// truncate_inode_pages_range, and the blocks behind.

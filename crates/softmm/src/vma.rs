@@ -7,7 +7,7 @@
 //! The `anon_vma` matters to notifiers: fork copies page tables, and so notifies, only for vmas that have one, and
 //! two vmas with different ones stay apart, which makes two notified ranges out of one.
 
-use crate::page_cache::File;
+use crate::page_cache::{File, FileKind};
 use interleave::{AtomicU64, Ordering};
 use mmu_notifier::{PAGE_SHIFT, PageAddr, Range};
 use std::collections::BTreeMap;
@@ -91,6 +91,11 @@ impl Vma {
     /// Do writes reach others (VM_SHARED)? If not, the mapping is copy-on-write (is_cow_mapping).
     pub(crate) fn shared(&self) -> bool {
         self.file.as_ref().is_some_and(|file| file.shared)
+    }
+
+    /// Do some of its ptes lead to memory that has no page (VM_MIXEDMAP)?
+    pub(crate) fn is_mixed_map(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.file.kind() == FileKind::Xip)
     }
 
     pub(crate) fn anon_vma(&self) -> Option<u64> {

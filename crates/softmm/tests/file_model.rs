@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Random operations on files and on two or three address spaces that map them, against a model that knows what each page
+//! Random operations on files and on two or three address spaces that map them, under every kernel profile, against a model that knows what each page
 //! of a file and each private copy holds.
 //!
 //! After every operation: contents, SIGBUS and SIGSEGV are the model's; a regular file's clean pages are on the disk as they
@@ -13,9 +13,10 @@ use interleave::MaySleep;
 use mmu_notifier::{PageAddr, Range};
 use proptest::prelude::*;
 use softmm::frame::GUP_PIN_COUNTING_BIAS;
+use softmm::uprobes::BREAKPOINT;
 use softmm::{
     AccessError, Config, FaultError, File, FileError, FileKind, Foll, FollRef, KernelProfile, Machine,
-    MapKind, MmUser, Placement, Prot, UserPages, ZERO_PAGE,
+    MapKind, MmUser, Placement, Prot, Reclaim, UprobeError, UserPages, ZERO_PAGE,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -43,13 +44,18 @@ enum Op {
     Fsync { file: usize },
     Reclaim { file: usize, page: u64 },
     Age { file: usize, page: u64 },
+    Mprotect { mm: usize, at: u64, len: u64, write: bool },
+    Dontneed { mm: usize, at: u64, len: u64 },
+    SwapOut { mm: usize, page: u64 },
+    Probe { file: usize, page: u64, word: usize },
+    Unprobe { probe: usize },
     Pin { mm: usize, page: u64, write: bool, get: bool, longterm: bool, fast: bool },
     Unpin { pin: usize },
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
     let span = || (0..PAGES).prop_flat_map(|at| (Just(at), 1..=PAGES - at));
-    let (mm, file, index) = (0..3_usize, 0..2_usize, 0..FILE_PAGES);
+    let (mm, file, index) = (0..3_usize, 0..3_usize, 0..FILE_PAGES);
     // Half of all accesses go to the pages at the edge of a page-table page, so that they meet.
     let page = || prop_oneof![0..PAGES, 4..6_u64];
     let op = prop_oneof![
@@ -71,7 +77,13 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         1 => (file.clone(), index.clone(), 1..4_u64).prop_map(|(file, at, len)| Op::Punch { file, at, len }),
         2 => file.clone().prop_map(|file| Op::Fsync { file }),
         2 => (file.clone(), index.clone()).prop_map(|(file, page)| Op::Reclaim { file, page }),
-        1 => (file, index).prop_map(|(file, page)| Op::Age { file, page }),
+        1 => (file.clone(), index.clone()).prop_map(|(file, page)| Op::Age { file, page }),
+        1 => (mm.clone(), span(), any::<bool>())
+            .prop_map(|(mm, (at, len), write)| Op::Mprotect { mm, at, len, write }),
+        1 => (mm.clone(), span()).prop_map(|(mm, (at, len))| Op::Dontneed { mm, at, len }),
+        2 => (mm.clone(), page()).prop_map(|(mm, page)| Op::SwapOut { mm, page }),
+        2 => (file, index, 0..WORDS).prop_map(|(file, page, word)| Op::Probe { file, page, word }),
+        1 => any::<usize>().prop_map(|probe| Op::Unprobe { probe }),
         3 => (mm, page(), any::<[bool; 4]>()).prop_map(
             |(mm, page, [write, get, longterm, fast])| Op::Pin { mm, page, write, get, longterm, fast }
         ),
@@ -111,6 +123,8 @@ struct World {
     files: Vec<(Arc<File>, FileModel)>,
     processes: Vec<Process>,
     pins: Vec<UserPages>,
+    /// File, page, word, and what was there.
+    probes: Vec<(usize, u64, usize, u64)>,
 }
 
 fn page_addr(page: u64) -> PageAddr {
@@ -123,12 +137,19 @@ fn window(at: u64, len: u64) -> Range {
 
 impl World {
     fn new(cx: &mut MaySleep<'_>, profile: KernelProfile) -> World {
-        let machine =
-            Machine::new(Config { words_per_page: WORDS, gather_batch: 5, profile, ..Config::default() });
-        let files = [FileKind::Regular, FileKind::Shmem]
+        let config =
+            Config { words_per_page: WORDS, gather_batch: 5, swap_slots: 8, profile, ..Config::default() };
+        let machine = Machine::new(config);
+        let files = [FileKind::Regular, FileKind::Shmem, FileKind::Xip]
             .map(|kind| (machine.new_file(kind, 4), FileModel { pages: 4, contents: BTreeMap::new() }));
         let user = machine.new_mm().unwrap();
-        let mut world = World { machine, files: files.into(), processes: Vec::new(), pins: Vec::new() };
+        let mut world = World {
+            machine,
+            files: files.into(),
+            processes: Vec::new(),
+            pins: Vec::new(),
+            probes: Vec::new(),
+        };
         world.add(cx, user, Model::new());
         world
     }
@@ -167,6 +188,11 @@ impl World {
                 for page in at..at + len {
                     let file = Some((file, pgoff + page - at));
                     model.insert(page, Mapped { prot, file, shared, copy: None });
+                }
+                for (of, index, word, _) in self.probes.clone() {
+                    for page in (at..at + len).filter(|page| (of, index) == (file, pgoff + page - at)) {
+                        self.probed(i, page, word);
+                    }
                 }
             }
             Op::MapAnon { mm, at, len } => {
@@ -244,6 +270,35 @@ impl World {
             Op::Fsync { file } => self.files[file].0.fsync(cx),
             Op::Reclaim { file, page } => drop(self.files[file].0.reclaim(cx, page, page % 2 == 0)),
             Op::Age { file, page } => drop(self.files[file].0.referenced(cx, page)),
+            Op::Mprotect { mm, at, len, write } => {
+                let Some(i) = self.pick(mm) else { return };
+                let Process { user, model, .. } = &mut self.processes[i];
+                if (at..at + len).all(|page| model.contains_key(&page)) {
+                    let prot = if write { Prot::ReadWrite } else { Prot::Read };
+                    user.mprotect(cx, window(at, len), prot).unwrap();
+                    (at..at + len).for_each(|page| model.get_mut(&page).unwrap().prot = prot);
+                }
+            }
+            Op::Dontneed { mm, at, len } => {
+                let Some(i) = self.pick(mm) else { return };
+                let Process { user, model, .. } = &mut self.processes[i];
+                let mapped = (at..at + len).all(|page| model.contains_key(&page));
+                assert_eq!(user.madvise_dontneed(cx, window(at, len)).is_ok(), mapped);
+                model.range_mut(at..at + len).for_each(|(_, mapped)| mapped.copy = None);
+            }
+            Op::SwapOut { mm, page } => {
+                let Some(i) = self.pick(mm) else { return };
+                let pte = self.processes[i].user.peek_pte(page_addr(page));
+                if pte.is_mapped() && !self.machine.frames().is_file(pte.pfn()) {
+                    self.machine.reclaim_page(cx, self.machine.frames().id(pte.pfn()), true);
+                }
+            }
+            Op::Probe { file, page, word } => self.probe(cx, file, page, word),
+            Op::Unprobe { probe } if !self.probes.is_empty() => {
+                let probe = self.probes.swap_remove(probe % self.probes.len());
+                self.unprobe(cx, probe);
+            }
+            Op::Unprobe { .. } => {}
             Op::Pin { mm, page, write, get, longterm, fast } => {
                 let Some(i) = self.pick(mm) else { return };
                 let hold = if get { FollRef::Get } else { FollRef::Pin };
@@ -252,6 +307,63 @@ impl World {
             }
             Op::Unpin { pin } if !self.pins.is_empty() => drop(self.pins.swap_remove(pin % self.pins.len())),
             Op::Unpin { .. } => {}
+        }
+    }
+
+    fn probe(&mut self, cx: &mut MaySleep<'_>, file: usize, page: u64, word: usize) {
+        let (of, model) = &self.files[file];
+        let contents = model.contents.get(&page).copied().unwrap_or_default();
+        let expected = if of.kind() == FileKind::Xip {
+            Err(UprobeError::NoPageCache)
+        } else if page >= model.pages {
+            Err(UprobeError::File(FileError::PastEnd(page)))
+        } else if self.probes.iter().any(|&(f, p, w, _)| (f, p, w) == (file, page, word)) {
+            Err(UprobeError::Exists)
+        } else {
+            Ok(())
+        };
+        assert_eq!(of.uprobe_register(cx, page, word), expected);
+        if expected.is_ok() {
+            self.probes.push((file, page, word, contents[word]));
+            self.mapping(file, page).into_iter().for_each(|(i, at)| self.probed(i, at, word));
+        }
+    }
+
+    /// Where the private mappings of that page of the file are: process and page.
+    fn mapping(&self, file: usize, index: u64) -> Vec<(usize, u64)> {
+        let all = self.processes.iter().enumerate();
+        let pages =
+            all.flat_map(|(i, process)| process.model.iter().map(move |(&at, mapped)| (i, at, *mapped)));
+        let found = pages.filter(|(_, _, mapped)| mapped.file == Some((file, index)) && !mapped.shared);
+        found.map(|(i, at, _)| (i, at)).collect()
+    }
+
+    /// A mapping that cannot write has a copy with a breakpoint.
+    fn probed(&mut self, i: usize, at: u64, word: usize) {
+        let mapped = self.processes[i].model[&at];
+        let Ok(mut contents) = self.expected(i, at, false) else { return };
+        if !mapped.shared && !mapped.prot.writable() {
+            contents[word] = BREAKPOINT;
+            self.processes[i].model.get_mut(&at).unwrap().copy = Some(contents);
+        }
+    }
+
+    fn unprobe(&mut self, cx: &mut MaySleep<'_>, (file, index, word, original): (usize, u64, usize, u64)) {
+        self.files[file].0.uprobe_unregister(cx, index, word).unwrap();
+        assert_eq!(self.files[file].0.uprobe_unregister(cx, index, word), Err(UprobeError::Missing));
+        for (i, at) in self.mapping(file, index) {
+            let of_file = self.files[file].1.contents.get(&index).copied().unwrap_or_default();
+            let gone = self.processes[i].user.peek_pte(page_addr(at)).is_none();
+            let Some(copy) = &mut self.processes[i].model.get_mut(&at).unwrap().copy else { continue };
+            if copy[word] != BREAKPOINT {
+                continue;
+            }
+            copy[word] = original;
+            // What is as in the file may go (5.4 and later).
+            if gone {
+                assert_eq!(*copy, of_file);
+                self.processes[i].model.get_mut(&at).unwrap().copy = None;
+            }
         }
     }
 
@@ -282,9 +394,9 @@ impl World {
             }
             (Err(FaultError::NotPinnable(_)), _) => {
                 let mapped = model[&page];
-                assert!(
-                    mapped.shared && foll.longterm && foll.write && mapped.file.is_some_and(|(f, _)| f == 0)
-                );
+                let kind = mapped.file.map(|(file, _)| self.files[file].0.kind());
+                let tracked = mapped.shared && foll.longterm && foll.write && kind == Some(FileKind::Regular);
+                assert!(tracked || kind == Some(FileKind::Xip));
                 return;
             }
             (got, expected) => {
@@ -293,7 +405,8 @@ impl World {
         };
         if let Some(mapped) = model.get_mut(&page).filter(|mapped| !mapped.shared) {
             // A write pin and a longterm read pin have broken copy-on-write.
-            let broken = foll.write || (foll.longterm && foll.hold == FollRef::Pin);
+            let unshares = self.machine.profile().read_pin_unshares;
+            let broken = foll.write || (foll.longterm && foll.hold == FollRef::Pin && unshares);
             mapped.copy = mapped.copy.or(expected.ok().filter(|_| broken));
         }
         self.pins.push(pages);
@@ -337,14 +450,20 @@ impl World {
             }
         }
         for pages in &self.pins {
-            let each = if pages.foll().hold == FollRef::Pin { GUP_PIN_COUNTING_BIAS } else { 1 };
+            let profile = self.machine.profile();
+            let pin = pages.foll().hold == FollRef::Pin && profile.foll_pin;
+            let each = if pin { GUP_PIN_COUNTING_BIAS } else { 1 };
             for frame in pages.frames() {
                 assert!(frames.is_live(frame), "a reference keeps the frame");
-                let uncounted = frame.pfn == ZERO_PAGE && each > 1;
+                let uncounted = frame.pfn == ZERO_PAGE && pin && profile.zero_page_unpinned;
                 *references.entry(frame.pfn).or_default() += if uncounted { 0 } else { each };
             }
         }
         *references.entry(ZERO_PAGE).or_default() += 1;
+        let sparse = self.files.iter().filter_map(|(file, _)| file.xip_sparse_page(cx)).collect::<Vec<_>>();
+        for pfn in self.machine.swap_cache(cx).into_iter().map(|frame| frame.pfn).chain(sparse) {
+            *references.entry(pfn).or_default() += 1;
+        }
         for (&pfn, &count) in &references {
             assert_eq!(frames.refcount(pfn), count, "references of {pfn:?}");
             assert_eq!(frames.mapcount(pfn), mapped.get(&pfn).copied().unwrap_or(0), "mappers of {pfn:?}");
@@ -359,7 +478,7 @@ impl World {
         }
         assert!(mapped.prot.writable());
         match mapped.file.filter(|_| mapped.shared) {
-            Some((0, _)) => {
+            Some((file, _)) if self.files[file].0.kind() == FileKind::Regular => {
                 assert!(frames.dirty(pte.pfn()), "writable and clean: writeback would miss the write")
             }
             Some(_) => assert!(frames.is_file(pte.pfn())),
@@ -372,9 +491,11 @@ impl World {
             process.user.mmput(cx);
         }
         self.pins.clear();
-        let cached: usize = self.files.iter().map(|(file, _)| file.cached(cx).len()).sum();
+        for frame in self.machine.swap_cache(cx) {
+            assert_eq!(self.machine.reclaim_page(cx, frame, true), Reclaim::Reclaimed);
+        }
+        assert_eq!(self.machine.swap().in_use(cx), 0);
         let frames = self.machine.frames();
-        assert_eq!(frames.free_frames() + cached, frames.total_frames());
         self.files.clear();
         assert_eq!(frames.free_frames(), frames.total_frames());
         assert_eq!(self.machine.tables_in_use(), 0);
@@ -388,9 +509,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
-    fn files_are_the_model(ops in ops()) {
+    fn files_are_the_model(ops in ops(), profile in prop::sample::select(&KernelProfile::ALL[..])) {
         MaySleep::enter(|cx| {
-            let mut world = World::new(cx, KernelProfile::V6_18);
+            let mut world = World::new(cx, profile);
             for op in &ops {
                 world.apply(cx, op);
                 world.check(cx);

@@ -82,7 +82,7 @@ fn addr(page: u64) -> PageAddr {
 }
 
 fn pair(event: Event, range: Range) -> [Heard; 2] {
-    [Heard::S(event, range), Heard::E(event, range)]
+    [Heard::S(Some(event), range), Heard::E(Some(event), range)]
 }
 
 fn fault(error: FaultError) -> AccessError {
@@ -191,7 +191,7 @@ fn growing_a_regular_file_notifies_what_lies_past_its_end() {
             let got = t.heard(cx);
             assert_eq!(got.len(), heard);
             assert!(got.iter().all(
-                |h| matches!(h, Heard::S(Event::Clear, r) | Heard::E(Event::Clear, r) if *r == range(22, 2))
+                |h| matches!(h, Heard::S(Some(Event::Clear), r) | Heard::E(Some(Event::Clear), r) if *r == range(22, 2))
             ));
             t.finish(cx);
         }

@@ -80,8 +80,7 @@ impl<'m, M: PrimaryMmu + 'static> Registration<'m, M> {
                 Ok(pin) => pin,
                 // What is wrong may be wrong no more: only an error at a sequence that stands is news.
                 Err(_) if self.subscription.read_retry(seq) => continue,
-                // The kernel says EFAULT; whoever asks why finds it mapped again. That moves no sequence.
-                Err(GupError::NotMapped { .. } | GupError::Source { .. }) => return None,
+                Err(GupError::NotMapped { .. }) => return None,
                 Err(error) => panic!("{error}"),
             };
             let mut table = self.device.table.lock(cx);

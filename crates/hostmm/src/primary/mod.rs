@@ -31,6 +31,9 @@ use crate::sys::mm;
 
 pub use source::{KvmWatch, LiveWatch, Source};
 
+/// How often a pin is tried that fails for no reason that can be found afterwards.
+const ATTEMPTS: u32 = 8;
+
 static SETTLED: LockClass = LockClass::new("host_settled");
 
 /// Why the parts around a source are not there.
@@ -118,8 +121,17 @@ impl<S: Source> PrimaryMmu for HostMm<S> {
     /// An io_uring fixed buffer: `FOLL_PIN | FOLL_LONGTERM | FOLL_WRITE` whatever `access` says, so memory that may
     /// not be written cannot be pinned for reading either.
     fn pin(&self, _cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<HostPin, GupError> {
-        let held = self.pinner.pin(range).map_err(|e| refused(range, access, e))?;
-        Ok(HostPin { held, access })
+        let mut more = 1..ATTEMPTS;
+        loop {
+            match self.pinner.pin(range) {
+                Ok(held) => return Ok(HostPin { held, access }),
+                // The kernel met a hole that was mapped again when we looked for it. No sequence moves by that, so the
+                // caller would not know to try again.
+                Err(PinError::Refused { source, .. })
+                    if source.raw_os_error() == Some(libc::EFAULT) && more.next().is_some() => {}
+                Err(e) => return Err(refused(range, access, e)),
+            }
+        }
     }
 
     fn page_identity(&self, _cx: &mut MaySleep<'_>, page: PageAddr) -> Result<PageIdentity, IdentityError> {

@@ -85,8 +85,8 @@ pub(crate) fn call(arena: Range, file: &File, call: &Call) -> Answer {
         }
         Call::Load(page) => load(page),
         Call::Store(page, value) => store(page, value),
-        // SAFETY: a call on a descriptor of ours.
         Call::Truncate { pages } => {
+            // SAFETY: a call on a descriptor of ours.
             answer(unsafe { libc::ftruncate(file.as_raw_fd(), bytes(pages)?) }.into())
         }
         Call::Punch { first, pages } => {

@@ -17,7 +17,7 @@ const WORDS: usize = Node::MAX / 64;
 /// One bit for each ordered pair of nodes. A stale zero costs a look under the lock, and a one is never taken back.
 static SEEN: [[AtomicU64; WORDS]; Node::MAX] = [const { [const { AtomicU64::new(0) }; WORDS] }; Node::MAX];
 
-pub(super) static GRAPH: Mutex<Graph> = Mutex::new(Graph { names: Vec::new(), edges: BTreeMap::new() });
+pub(super) static GRAPH: Mutex<Graph> = Mutex::new(Graph { names: Vec::new(), edges: Edges::new() });
 
 /// The word that has the [`bit`] of `inner` set if the pair was looked at.
 #[inline(always)]
@@ -33,9 +33,15 @@ pub(super) fn bit(inner: Node) -> u64 {
 pub(super) struct Graph {
     /// Name and subclass of each node, from node one on.
     names: Vec<(&'static str, usize)>,
-    /// `(outer, inner)` to the places where each was taken when the order was first seen.
-    edges: BTreeMap<(usize, usize), (Site, Site)>,
+    edges: Edges,
 }
+
+/// `(outer, inner)` to the places where each was taken when the order was first seen.
+#[derive(Debug, Default)]
+pub(super) struct Edges(BTreeMap<(usize, usize), (Site, Site)>);
+
+/// One order: the class held and where, the class taken and where.
+pub(super) type Edge = (Node, Site, Node, Site);
 
 impl Graph {
     pub(super) fn register(&mut self, name: &'static str, subclass: usize) -> Option<Node> {
@@ -45,7 +51,7 @@ impl Graph {
     }
 
     pub(super) fn size(&self) -> (usize, usize) {
-        (self.names.len(), self.edges.len())
+        (self.names.len(), self.edges.0.len())
     }
 
     pub(super) fn name(&self, node: Node) -> String {
@@ -80,19 +86,35 @@ impl Graph {
         if word.fetch_or(bit, Ordering::Relaxed) & bit != 0 {
             return None;
         }
-        let new = self.link(outer, outer_site, inner, inner_site);
+        let cycle = self.edges.add((outer, outer_site, inner, inner_site))?;
+        Some(self.links(&cycle))
+    }
+
+    pub(super) fn links(&self, cycle: &[Edge]) -> Vec<Link> {
+        cycle.iter().map(|&(outer, from, inner, to)| self.link(outer, from, inner, to)).collect()
+    }
+}
+
+impl Edges {
+    pub(super) const fn new() -> Edges {
+        Edges(BTreeMap::new())
+    }
+
+    /// Adds an order that was not looked at before, or answers the cycle that it would close, itself first.
+    pub(super) fn add(&mut self, new: Edge) -> Option<Vec<Edge>> {
+        let (outer, outer_site, inner, inner_site) = new;
         if outer == inner {
             return Some(vec![new]);
         }
         if let Some(path) = self.path(inner.index(), outer.index()) {
             let back = path.windows(2).filter_map(|pair| {
                 let (from, to) = (pair[0], pair[1]);
-                let &(from_site, to_site) = self.edges.get(&(from, to))?;
-                Some(self.link(Node::new(from)?, from_site, Node::new(to)?, to_site))
+                let &(from_site, to_site) = self.0.get(&(from, to))?;
+                Some((Node::new(from)?, from_site, Node::new(to)?, to_site))
             });
             return Some(std::iter::once(new).chain(back).collect());
         }
-        self.edges.insert((outer.index(), inner.index()), (outer_site, inner_site));
+        self.0.insert((outer.index(), inner.index()), (outer_site, inner_site));
         None
     }
 
@@ -111,7 +133,7 @@ impl Graph {
                 path.reverse();
                 return Some(path);
             }
-            for (&(_, next), _) in self.edges.range((node, 0)..=(node, usize::MAX)) {
+            for (&(_, next), _) in self.0.range((node, 0)..=(node, usize::MAX)) {
                 if let std::collections::btree_map::Entry::Vacant(slot) = came_from.entry(next) {
                     slot.insert(node);
                     queue.push_back(next);

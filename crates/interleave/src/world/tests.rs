@@ -61,7 +61,7 @@ impl World for Recorder {
         let id = self.born.replace(self.born.get() + 1);
         assert!(born.site.file().ends_with("world/tests.rs"), "{}", born.site);
         let class = born.class.map_or("-", LockClass::name);
-        self.log(format!("born {:?} {id} {class} {}", born.kind, born.value));
+        self.log(format!("born {:?} {id} {class} {}", born.kind, born.value.unwrap_or(0)));
         id
     }
 

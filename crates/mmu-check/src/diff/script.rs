@@ -107,18 +107,10 @@ impl fmt::Display for Op {
 }
 
 /// Numbers that a seed determines (splitmix64).
-#[derive(Debug, Clone)]
-pub struct Rng(u64);
+struct Rng(u64);
 
 impl Rng {
-    /// The sequence of `seed`.
-    #[must_use]
-    pub const fn new(seed: u64) -> Rng {
-        Rng(seed)
-    }
-
-    /// The next one, all 64 bits of it.
-    pub fn next(&mut self) -> u64 {
+    fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let x = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -126,7 +118,7 @@ impl Rng {
     }
 
     fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.word() % n
     }
 
     fn span(&mut self) -> Span {
@@ -148,7 +140,7 @@ impl Rng {
 /// `ops` operations at random, the same for the same `seed`. Values stored are all different.
 #[must_use]
 pub fn random(seed: u64, ops: usize) -> Vec<Op> {
-    let mut rng = Rng::new(seed);
+    let mut rng = Rng(seed);
     let mut child = false;
     // Something to work on.
     let whole = Span { first: 4, pages: PAGES - 8 };

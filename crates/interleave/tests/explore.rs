@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Exploration finds what is wrong, shows it, and finds nothing where nothing is.
+#![expect(clippy::disallowed_types, reason = "what is seen is written down behind the explorer's back")]
+
+use std::time::Duration;
+
+use interleave::explore::{Config, Failure, FailureKind, Strategy, explore, replay};
+use interleave::{
+    AtomicBool, AtomicU32, LockClass, MaySleep, Mutex, Ordering, RwLock, Semaphore, SpinLock, WaitQueue,
+    scope, spin_hint, time,
+};
+
+const SC: Ordering = Ordering::SeqCst;
+
+static A: LockClass = LockClass::new("a_lock");
+static B: LockClass = LockClass::new("b_lock");
+static MMAP_LOCK: LockClass = LockClass::new("mmap_lock");
+static QUEUE: LockClass = LockClass::new("queue");
+
+const ALL: [Strategy; 8] = [
+    Strategy::Plain,
+    Strategy::Sleep,
+    Strategy::Dpor,
+    Strategy::ValueCache,
+    Strategy::Preemptions(2),
+    Strategy::CachedPreemptions(2),
+    Strategy::Pct { depth: 3, seed: 1, executions: 20_000 },
+    Strategy::Random { seed: 1, executions: 20_000 },
+];
+
+/// Each strategy finds `kind`, the schedule replays, and two explorations find the same.
+fn finds(
+    kind: FailureKind,
+    config: impl Fn(Strategy) -> Config,
+    scenario: impl Fn(&mut MaySleep<'_>),
+) -> Failure {
+    let mut found = None;
+    for strategy in ALL {
+        let config = config(strategy);
+        let report = explore(&config, &scenario);
+        let failure =
+            report.failures.first().unwrap_or_else(|| panic!("{strategy:?} found nothing: {report:?}"));
+        assert_eq!(failure.kind, kind, "{strategy:?}: {failure}");
+        let again = replay(&config, &failure.replay, &scenario).expect("a replay string can be read");
+        assert!(again.missed.is_empty(), "{strategy:?}: {:?} of {failure}", again.missed);
+        let again =
+            again.failure.unwrap_or_else(|| panic!("{strategy:?}: no failure under {}", failure.replay));
+        assert_eq!(again.kind, kind);
+        if kind != FailureKind::LockOrder {
+            assert_eq!(again.message, failure.message, "{strategy:?}");
+        }
+        found = Some(failure.clone());
+    }
+    found.expect("there are strategies")
+}
+
+/// Each strategy that can finds that nothing is wrong.
+fn silent(scenario: impl Fn(&mut MaySleep<'_>)) {
+    for strategy in ALL {
+        let report = explore(&Config::new(strategy), &scenario);
+        report.assert_ok();
+        let endless = matches!(strategy, Strategy::Pct { .. } | Strategy::Random { .. });
+        assert_eq!(report.exhausted, !endless, "{strategy:?}");
+    }
+}
+
+fn two(
+    cx: &mut MaySleep<'_>,
+    a: impl FnOnce(&mut MaySleep<'_>) + Send,
+    b: impl FnOnce(&mut MaySleep<'_>) + Send,
+) {
+    scope(cx, |s, _| {
+        s.spawn("one", a);
+        s.spawn("two", b);
+    });
+}
+
+#[test]
+fn a_lost_update_is_found() {
+    let failure = finds(FailureKind::Panic, Config::new, |cx| {
+        let hits = AtomicU32::new(0);
+        let hit = |_: &mut MaySleep<'_>| hits.store(hits.load(SC) + 1, SC);
+        two(cx, hit, hit);
+        assert_eq!(hits.load(SC), 2);
+    });
+    assert_eq!(failure.preemptions, 1, "{failure}");
+    assert!(failure.message.contains("left: 1"), "{failure}");
+    silent(|cx| {
+        let hits = Mutex::new(&A, 0);
+        let hit = |cx: &mut MaySleep<'_>| *hits.lock(cx) += 1;
+        two(cx, hit, hit);
+        assert_eq!(hits.into_inner(), 2);
+    });
+}
+
+#[test]
+fn a_deadlock_of_two_locks_names_both_chains() {
+    let abba = |cx: &mut MaySleep<'_>| {
+        let (a, b) = (Mutex::new(&A, ()), Mutex::new(&B, ()));
+        two(
+            cx,
+            |cx| {
+                let _a = a.lock(cx);
+                drop(b.lock(cx));
+            },
+            |cx| {
+                let _b = b.lock(cx);
+                drop(a.lock(cx));
+            },
+        );
+    };
+    let failure = finds(FailureKind::Deadlock, |strategy| Config::new(strategy).lockdep(false), abba);
+    for part in
+        ["`one` waits: b_lock.lock", "held by `two`", "`two` waits: a_lock.lock", "holds `a_lock` since"]
+    {
+        assert!(failure.message.contains(part), "{part} in {failure}");
+    }
+    assert_eq!(failure.preemptions, 1, "{failure}");
+    let failure = finds(FailureKind::LockOrder, Config::new, abba);
+    assert!(
+        failure.message.contains("`a_lock` -> `b_lock`") || failure.message.contains("`b_lock` -> `a_lock`")
+    );
+}
+
+#[test]
+fn a_reader_that_reads_twice_deadlocks_with_a_writer_in_between() {
+    let failure = finds(
+        FailureKind::Deadlock,
+        |strategy| Config::new(strategy).lockdep(false),
+        |cx| {
+            let lock = RwLock::new(&MMAP_LOCK, 0);
+            two(
+                cx,
+                |cx| {
+                    let _first = lock.read(cx);
+                    drop(lock.read(cx));
+                },
+                |cx| *lock.write(cx) += 1,
+            );
+        },
+    );
+    assert!(failure.message.contains("waited for first by `two`"), "{failure}");
+}
+
+#[test]
+fn a_wake_that_comes_too_early_is_lost() {
+    finds(FailureKind::Deadlock, Config::new, |cx| {
+        let (queue, ready) = (WaitQueue::new(&QUEUE), AtomicBool::new(false));
+        two(
+            cx,
+            |cx| queue.wait_event(cx, || ready.load(SC)),
+            |_| {
+                queue.wake_all();
+                ready.store(true, SC);
+            },
+        );
+    });
+    silent(|cx| {
+        let (queue, ready) = (WaitQueue::new(&QUEUE), AtomicBool::new(false));
+        two(
+            cx,
+            |cx| queue.wait_event(cx, || ready.load(SC)),
+            |_| {
+                ready.store(true, SC);
+                queue.wake_all();
+            },
+        );
+    });
+}
+
+#[test]
+fn spinning_semaphores_and_time_are_modelled() {
+    silent(|cx| {
+        let (flag, semaphore) = (AtomicBool::new(false), Semaphore::new(&QUEUE, 1));
+        two(
+            cx,
+            |cx| {
+                while !flag.load(SC) {
+                    spin_hint();
+                }
+                semaphore.down(cx);
+                semaphore.up();
+            },
+            |cx| {
+                semaphore.down(cx);
+                let before = time::now();
+                time::sleep(cx, Duration::from_secs(3600));
+                assert_eq!(before.elapsed(), Duration::from_secs(3600));
+                flag.store(true, SC);
+                semaphore.up();
+            },
+        );
+    });
+    let failure = finds(
+        FailureKind::Livelock,
+        |strategy| Config::new(strategy).max_steps(200),
+        |cx| {
+            let flag = AtomicBool::new(false);
+            two(
+                cx,
+                |_| {
+                    while !flag.load(SC) {
+                        spin_hint();
+                    }
+                },
+                |_| {},
+            );
+        },
+    );
+    assert!(failure.message.contains("`one`"), "{failure}");
+}
+
+#[test]
+fn sleeping_in_atomic_context_is_a_failure() {
+    let failure = finds(FailureKind::SleepInAtomic, Config::new, |cx| {
+        let (spin, mutex) = (SpinLock::new(&A, ()), Mutex::new(&B, ()));
+        let mut guard = spin.lock(cx);
+        let (_data, atomic) = guard.split();
+        interleave::forge_may_sleep_against_the_rules(atomic, |cx| drop(mutex.lock(cx)));
+    });
+    assert!(failure.message.contains("holds `a_lock`"), "{failure}");
+}
+
+#[test]
+fn a_scenario_that_is_not_deterministic_is_told_so() {
+    let n = std::cell::Cell::new(0);
+    let report = explore(&Config::new(Strategy::Plain), |cx| {
+        n.set(n.get() + 1);
+        let a = AtomicU32::new(0);
+        let odd = n.get() % 2 == 1;
+        two(
+            cx,
+            |_| {
+                a.store(1, SC);
+                if odd {
+                    a.store(3, SC);
+                }
+            },
+            |_| a.store(2, SC),
+        );
+    });
+    assert_eq!(report.failures[0].kind, FailureKind::Nondeterminism, "{report:?}");
+}
+
+#[test]
+fn a_try_lock_sees_both_outcomes() {
+    for strategy in
+        [Strategy::Plain, Strategy::Sleep, Strategy::Dpor, Strategy::ValueCache, Strategy::Preemptions(2)]
+    {
+        let seen = std::sync::atomic::AtomicU32::new(0);
+        let report = explore(&Config::new(strategy), |cx| {
+            let lock = Mutex::new(&A, ());
+            two(
+                cx,
+                |cx| drop(lock.lock(cx)),
+                |cx| {
+                    let bit = if lock.try_lock(cx).is_some() { 1 } else { 2 };
+                    seen.fetch_or(bit, SC);
+                },
+            );
+        });
+        report.assert_ok();
+        assert_eq!(seen.into_inner(), 3, "{strategy:?}");
+    }
+}
