@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod answer;
+pub mod corpus;
 pub mod diff;
 pub mod explain;
 pub mod oracle;

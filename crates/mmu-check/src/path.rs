@@ -304,6 +304,42 @@ pub static PATHS: &[Path] = &[
         },
         ..ANON
     },
+    Path {
+        name: "oom-reap",
+        kernel: "__oom_reap_task_mm",
+        explicit: true,
+        leaves_memory: false,
+        run: |cx, s| {
+            s.mm.oom_reap(cx);
+        },
+        ..ANON
+    },
+    Path {
+        name: "uprobe-remove",
+        kernel: "uprobe_unregister over memory that was made writable",
+        prepare: |cx, s| {
+            s.of_file(cx, Prot::Read, MapKind::Private);
+            s.load(cx, X);
+            let _ = s.file.uprobe_register(cx, 0, 0);
+            let _ = s.mm.mprotect(cx, range(X), Prot::ReadWrite);
+        },
+        run: |cx, s| {
+            let _ = s.file.uprobe_unregister(cx, 0, 0);
+        },
+        ..ANON
+    },
+    Path {
+        name: "uprobe-insert",
+        kernel: "uprobe_register, install_breakpoint",
+        prepare: |cx, s| {
+            s.of_file(cx, Prot::Read, MapKind::Private);
+            s.load(cx, X);
+        },
+        run: |cx, s| {
+            let _ = s.file.uprobe_register(cx, 0, 0);
+        },
+        ..ANON
+    },
 ];
 
 /// The path called `name`.
