@@ -100,6 +100,7 @@ pub mod capability;
 pub mod child;
 pub mod disturb;
 pub mod kvm;
+pub mod lab;
 pub mod page;
 pub mod pin;
 pub mod primary;

@@ -45,7 +45,7 @@ impl Mm {
             if vma.prot == prot {
                 continue;
             }
-            vmas.modify(piece, |vma| vma.prot = prot);
+            vmas.modify(piece, |vma| vma.protect(prot, self.machine().profile().mprotect_unaccounts));
             self.relink_files(cx, &vmas, piece, &[], false);
             let Some(vma) = vmas.find(piece.start()) else { continue };
             self.anon_vma_link(cx, vma);

@@ -159,6 +159,9 @@ pub struct KernelProfile {
     pub mprotect: Mprotect,
     /// mprotect makes ptes of exclusive pages writable at once (6.0 and later).
     pub mprotect_upgrades: bool,
+    /// mprotect takes back the charge of private memory that loses PROT_WRITE before its first page (6.4, perhaps
+    /// before): it no longer merges with memory that had one.
+    pub mprotect_unaccounts: bool,
     /// MADV_DONTNEED flushes inside S..E too (4.14 to 4.18).
     pub dontneed_flushes_inside: bool,
     /// One madvise call flushes and frees once, after the last vma (6.15).
@@ -206,6 +209,7 @@ impl KernelProfile {
         munmap_downgrades: false,
         mprotect: Mprotect::FromFirstPmd,
         mprotect_upgrades: false,
+        mprotect_unaccounts: false,
         dontneed_flushes_inside: false,
         madvise_batches: false,
         oom_reaper: OomReaper::None,
@@ -296,6 +300,7 @@ impl KernelProfile {
         read_pin_unshares: true,
         mprotect: Mprotect::FromFirstPud,
         mprotect_upgrades: true,
+        mprotect_unaccounts: true,
         madvise_batches: true,
         zap_delays_rmap: true,
         longterm_refuses_files: true,

@@ -62,6 +62,9 @@ pub(crate) struct Vma {
     /// The anon_vmas of its ancestors, the oldest first: fork gave them. A vma that has any merges with nothing that
     /// has no anon_vma.
     inherited: Vec<u64>,
+    /// Its pages were charged to the commit limit (VM_ACCOUNT). Nothing here is limited, but two vmas of which one is
+    /// charged stay apart.
+    pub(crate) accounted: bool,
     /// KSM may merge its pages (VM_MERGEABLE).
     pub(crate) mergeable: bool,
     /// What it maps; `None` is anonymous memory.
@@ -70,11 +73,19 @@ pub(crate) struct Vma {
 
 impl Vma {
     pub(crate) fn new(range: Range, prot: Prot) -> Vma {
-        Vma { range, prot, anon_vma: AtomicU64::new(0), inherited: Vec::new(), mergeable: false, file: None }
+        Vma {
+            range,
+            prot,
+            anon_vma: AtomicU64::new(0),
+            inherited: Vec::new(),
+            accounted: prot.writable(),
+            mergeable: false,
+            file: None,
+        }
     }
 
     pub(crate) fn of_file(range: Range, prot: Prot, file: VmaFile) -> Vma {
-        Vma { file: Some(file), ..Vma::new(range, prot) }
+        Vma { accounted: prot.writable() && !file.shared, file: Some(file), ..Vma::new(range, prot) }
     }
 
     /// Do writes reach others (VM_SHARED)? If not, the mapping is copy-on-write (is_cow_mapping).
@@ -99,6 +110,17 @@ impl Vma {
     /// Its anon_vma and those of its ancestors, the oldest first.
     pub(crate) fn anon_vmas(&self) -> impl Iterator<Item = u64> {
         self.inherited.iter().copied().chain(self.anon_vma())
+    }
+
+    /// mprotect_fixup: private memory that becomes writable is charged, and never given back,
+    /// except (`unaccounts`) where no page was ever of its own.
+    pub(crate) fn protect(&mut self, prot: Prot, unaccounts: bool) {
+        if prot.writable() {
+            self.accounted |= !self.shared() && !self.prot.writable();
+        } else if unaccounts && self.file.is_none() && self.anon_vma().is_none() {
+            self.accounted = false;
+        }
+        self.prot = prot;
     }
 
     fn forked(&self) -> bool {
@@ -130,6 +152,11 @@ impl Vma {
             (None, Some(_)) => !next.forked(),
             (None, None) => true,
         };
+        self.prot == next.prot && self.alike(next) && anon_vmas_allow
+    }
+
+    /// Does `next` begin where this ends, and differ at most in protection and anon_vma (anon_vma_compatible)?
+    fn alike(&self, next: &Vma) -> bool {
         let one_file = match (&self.file, &next.file) {
             (None, None) => true,
             (Some(a), Some(b)) => {
@@ -139,8 +166,8 @@ impl Vma {
             }
             _ => false,
         };
-        let alike = self.prot == next.prot && self.mergeable == next.mergeable && one_file;
-        self.range.end() == next.range.start() && alike && anon_vmas_allow
+        let one_account = self.accounted == next.accounted;
+        self.range.end() == next.range.start() && self.mergeable == next.mergeable && one_account && one_file
     }
 }
 
@@ -215,12 +242,13 @@ impl VmaTree {
         out
     }
 
-    /// The anon_vma of a neighbour that `vma` could merge with (find_mergeable_anon_vma).
+    /// The anon_vma of a neighbour that `vma`, which has none, could merge with once their protections were equal
+    /// (find_mergeable_anon_vma). Not one that came by fork, lest it get ever more users.
     pub(crate) fn mergeable_anon_vma(&self, vma: &Vma) -> Option<u64> {
         let next = self.vmas.get(&vma.range.end());
         let prev = self.vmas.range(..vma.range.start()).next_back().map(|(_, prev)| prev);
-        let of_next = next.filter(|next| vma.merges_with(next)).and_then(Vma::anon_vma);
-        let of_prev = prev.filter(|prev| prev.merges_with(vma)).and_then(Vma::anon_vma);
+        let of_next = next.filter(|next| vma.alike(next) && !next.forked()).and_then(Vma::anon_vma);
+        let of_prev = prev.filter(|prev| prev.alike(vma) && !prev.forked()).and_then(Vma::anon_vma);
         of_next.or(of_prev)
     }
 

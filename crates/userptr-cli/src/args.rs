@@ -23,6 +23,21 @@ Examples:
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
+    /// Explore every driver beside every path of the mm and print what breaks
+    #[command(after_help = "A cell is driver/access/path/profile. Exit codes: 0 answered, 2 could not run.
+
+Examples:
+  userptr answer
+  userptr answer --driver i915 --profile v3_16,unwrapped_a
+  userptr answer --explain i915-3.16-mended/write/fork/unwrapped_a")]
+    Answer(AnswerArgs),
+    /// Look for a known bug in the kernel that had it, and in the one in which it was mended
+    #[command(after_help = "Exit codes: 0 found where it is and silent where it was mended, 1 not so, 2 could not run.
+
+Examples:
+  userptr check --bug 19
+  userptr check --all")]
+    Check(CheckArgs),
     /// Print what this machine offers to a notifier source, what is missing, and how to get it
     #[command(after_help = "Exit codes: 0 a complete source is usable, 1 only a partial one is, 2 none is.
 
@@ -43,12 +58,66 @@ Examples:
   userptr live --race --rounds 1000000 --threads 1,2,4,8"
     )]
     Live(LiveArgs),
+    /// Compare the software mm with this kernel: the same operations on both, by hand and at random
+    #[command(
+        after_help = "Exit codes: 0 they agree and the kernel's own choices were under 1 % of the operations, 1 not so, \
+2 could not run.
+
+Examples:
+  userptr diff
+  userptr diff --seed 7 --ops 1000000 --json"
+    )]
+    Diff(DiffArgs),
+    /// Some scripts of `diff`, in a process of its own
+    #[command(hide = true)]
+    DiffBatch(DiffBatchArgs),
     /// One row of `live`, in a process of its own
     #[command(hide = true)]
     LiveRow(RowArgs),
     /// One race of `live --race`, in a process of its own
     #[command(hide = true)]
     LiveRace(RaceRowArgs),
+}
+
+#[derive(Args)]
+pub(crate) struct AnswerArgs {
+    /// Print one JSON document
+    #[arg(long, conflicts_with = "explain")]
+    pub(crate) json: bool,
+    /// Only drivers whose name contains TEXT
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) driver: Option<String>,
+    /// Only paths whose name contains TEXT
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) path: Option<String>,
+    /// Kernel profiles
+    #[arg(long, value_delimiter = ',', default_value = "v3_16,unwrapped_a,v6_18")]
+    pub(crate) profile: Vec<String>,
+    /// Preemptions at most
+    #[arg(long, default_value_t = 2)]
+    pub(crate) bound: u32,
+    /// Time for the table
+    #[arg(long, default_value_t = 50)]
+    pub(crate) seconds: u64,
+    /// One cell: the lanes of what breaks it
+    #[arg(long, value_name = "CELL")]
+    pub(crate) explain: Option<String>,
+    /// With --explain: run this schedule again instead of searching
+    #[arg(long, value_name = "SCHEDULE", requires = "explain")]
+    pub(crate) replay: Option<String>,
+    /// The callbacks that each driver cannot do without, in each profile, found by switching them off one by one
+    #[arg(long, conflicts_with = "explain")]
+    pub(crate) callbacks: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct CheckArgs {
+    /// A number of the catalogue
+    #[arg(long, value_name = "N", required_unless_present = "all")]
+    pub(crate) bug: Option<u32>,
+    /// Every bug that softmm can express
+    #[arg(long, conflicts_with = "bug")]
+    pub(crate) all: bool,
 }
 
 #[derive(Args)]
@@ -106,6 +175,27 @@ fn threads(text: &str) -> Result<usize, String> {
         Ok(n @ 1..=1024) => Ok(n),
         _ => Err("give 1 to 1024 threads".into()),
     }
+}
+
+#[derive(Args)]
+pub(crate) struct DiffArgs {
+    /// The random scripts that are run
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// About how many operations at random, after those by hand
+    #[arg(long, default_value_t = 20_000)]
+    pub(crate) ops: u64,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct DiffBatchArgs {
+    /// Seed of the first script
+    pub(crate) seed: u64,
+    /// How many scripts; 0 for those by hand
+    pub(crate) scripts: u64,
 }
 
 #[derive(Args)]

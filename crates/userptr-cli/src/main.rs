@@ -3,8 +3,11 @@
 //!
 //! Exit codes: 0 what was checked holds, 1 it does not hold, 2 it could not be checked.
 
+mod answer;
 mod args;
+mod check;
 mod child;
+mod diff;
 mod doctor;
 mod live;
 
@@ -24,8 +27,16 @@ enum Error {
     NoEvent(String),
     #[error("this machine cannot run it: {0}; `userptr doctor` says what is missing and how to get it")]
     Machine(String),
+    #[error("there is no cell {name:?}: give driver/access/path/profile as `userptr answer --json` names them; {what}")]
+    NoCell { name: String, what: String },
+    #[error("bug {number} is not one that softmm can express; there are {known}")]
+    NoBug { number: u32, known: String },
+    #[error("the schedule cannot be read: {0:?} is not a replay string")]
+    NoSchedule(String),
     #[error(transparent)]
     Row(#[from] live::row::RowError),
+    #[error(transparent)]
+    Diff(#[from] diff::DiffRunError),
     #[error(transparent)]
     Race(#[from] live::race::RaceRowError),
     #[error("{path}: {source}", path = path.display())]
@@ -66,10 +77,14 @@ fn print_json(value: &impl Serialize) -> Result<(), Error> {
 
 fn main() -> ExitCode {
     let done = match Cli::parse().command.unwrap_or(Command::Live(LiveArgs::default())) {
+        Command::Answer(args) => answer::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Live(args) if args.race => live::race::run(&args),
         Command::Live(args) => live::run(&args),
         Command::LiveRow(args) => live::answer_row(&args),
+        Command::Diff(args) => diff::run(&args),
+        Command::DiffBatch(args) => diff::answer(&args),
         Command::LiveRace(args) => live::race::answer(&args),
     };
     done.unwrap_or_else(|e| {

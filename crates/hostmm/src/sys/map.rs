@@ -57,6 +57,11 @@ impl Mapping {
         Mapping::map(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
     }
 
+    /// Shared anonymous memory, readable and writable: a forked child has the same pages.
+    pub(crate) fn shared_anonymous(len: usize) -> io::Result<Mapping> {
+        Mapping::map(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0)
+    }
+
     /// madvise(2) over the whole mapping.
     pub(crate) fn advise(&self, advice: i32) -> io::Result<()> {
         // SAFETY: the range is ours; callers pass advice that their own contents can bear (WIPEONFORK, DONTFORK,

@@ -2,6 +2,7 @@
 //! Raw system interfaces: the crate's `unsafe` lives here, one file per interface.
 
 pub(crate) mod bpf;
+pub(crate) mod lab;
 pub(crate) mod map;
 pub(crate) mod mm;
 pub(crate) mod perf;

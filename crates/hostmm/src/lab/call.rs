@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! System calls on a lab's memory, as data.
+
+use mmu_notifier::{PageAddr, Range};
+use rustix::io::Errno;
+
+/// What a call returned: the word for a load, 0 otherwise.
+pub type Answer = Result<u64, Errno>;
+
+/// What the CPU may do with a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rights {
+    /// `PROT_NONE`.
+    None,
+    /// `PROT_READ`.
+    Read,
+    /// `PROT_READ | PROT_WRITE`.
+    ReadWrite,
+}
+
+/// What is behind a mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// `MAP_PRIVATE | MAP_ANONYMOUS`.
+    Anonymous,
+    /// The lab's file from this page on, copied on write.
+    PrivateFile(u64),
+    /// The lab's file from this page on.
+    SharedFile(u64),
+}
+
+/// One call. Lengths and offsets of files are in pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Call {
+    /// mmap with `MAP_FIXED`.
+    Map(Range, Rights, Backing),
+    /// munmap.
+    Unmap(Range),
+    /// mprotect.
+    Protect(Range, Rights),
+    /// madvise(`MADV_DONTNEED`).
+    DontNeed(Range),
+    /// Load the first word of a page.
+    Load(PageAddr),
+    /// Store to the first word of a page.
+    Store(PageAddr, u64),
+    /// ftruncate.
+    Truncate {
+        /// The new length.
+        pages: u64,
+    },
+    /// fallocate(`FALLOC_FL_PUNCH_HOLE`).
+    Punch {
+        /// From this page on.
+        first: u64,
+        /// So many.
+        pages: u64,
+    },
+    /// pwrite of a whole page, every word of it the same.
+    WriteFile {
+        /// Which.
+        page: u64,
+        /// The word.
+        value: u64,
+    },
+}
+
+impl Call {
+    /// The addresses that it changes or touches.
+    #[must_use]
+    pub fn range(&self) -> Option<Range> {
+        match *self {
+            Call::Map(range, ..) | Call::Unmap(range) | Call::Protect(range, _) | Call::DontNeed(range) => {
+                Some(range)
+            }
+            Call::Load(page) | Call::Store(page, _) => Some(Range::page(page)),
+            Call::Truncate { .. } | Call::Punch { .. } | Call::WriteFile { .. } => None,
+        }
+    }
+}

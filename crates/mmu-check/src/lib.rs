@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Is a driver of a secondary MMU right, whatever the mm does and in whatever order? Computed, not argued.
+//!
+//! A [`scenario`] puts one driver beside one [`path`] of the mm under one kernel profile and tries the orders of their
+//! steps; the [`oracle`] judges each access of the device.
+#![forbid(unsafe_code)]
+
+pub mod answer;
+pub mod corpus;
+pub mod diff;
+pub mod explain;
+pub mod oracle;
+pub mod path;
+pub mod scenario;
+
+pub use oracle::{Broken, Oracle, Rule};
+pub use path::{PATHS, Path};
+pub use scenario::{Cell, Facts, Outcome};

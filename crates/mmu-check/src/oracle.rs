@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! The oracle: what must hold of a device and its driver, by name, and a judge that looks at each access of the device.
+//!
+//! The judge is the [`Observer`] of a device. It is called under the lock that a flush of the device's TLB takes: a
+//! driver that flushes before the page table changes is never caught in between, and whatever is seen to differ does differ at the access.
+//!
+//! A stale translation is judged by what it does: a write through it is always wrong, a read is if the word in the
+//! frame differs from the word that the CPU would read. A page table entry that is not there is no verdict while the path runs (an
+//! entry is cleared before it is set), but it is one after it.
+//!
+//! What is judged where: 1 to 5 at the access and at the end, 6, 10 and 11 at the end, 7, 8 and 12 by the explorer (contexts, lock
+//! classes, bounded steps), 9 at the access.
+
+use drivers::{Binding, DeviceAccess, DriverBug, Holds, Observer};
+use interleave::Atomic;
+use interleave::explore::{FailureKind, Ghost, note, violation};
+use mmu_notifier::{Access, PageAddr, Range};
+use softmm::{FrameFreed, FrameId, Mm};
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// What must hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Rule {
+    /// What the device reads or writes through an address is what the CPU has there.
+    Coherence,
+    /// A device writes only what the CPU may write, or a page that is its process's alone and held.
+    WritePermission,
+    /// No access to a page that was freed.
+    MemorySafety,
+    /// No access to a page that only another process has.
+    Isolation,
+    /// What a device has written is not dropped as clean.
+    Dirty,
+    /// Each start has its end.
+    Pairing,
+    /// Nothing blocks where it must not.
+    Context,
+    /// The graph of locks and waits has no cycle.
+    Locks,
+    /// Pages got outside the driver's lock are installed only if nothing has changed since.
+    Retry,
+    /// No callback for what was unregistered or freed.
+    Lifetime,
+    /// Notifications cover every address whose translation changes.
+    Range,
+    /// Devices that fault make progress after the end.
+    Liveness,
+    /// Every frame is free when all is over, and none twice.
+    Frames,
+}
+
+impl Rule {
+    /// All, in the order of the enum.
+    pub const ALL: [Rule; 13] = [
+        Rule::Coherence,
+        Rule::WritePermission,
+        Rule::MemorySafety,
+        Rule::Isolation,
+        Rule::Dirty,
+        Rule::Pairing,
+        Rule::Context,
+        Rule::Locks,
+        Rule::Retry,
+        Rule::Lifetime,
+        Rule::Range,
+        Rule::Liveness,
+        Rule::Frames,
+    ];
+
+    /// A stable name, for tables and the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Rule::Coherence => "coherence",
+            Rule::WritePermission => "write-permission",
+            Rule::MemorySafety => "memory-safety",
+            Rule::Isolation => "isolation",
+            Rule::Dirty => "dirty",
+            Rule::Pairing => "pairing",
+            Rule::Context => "context",
+            Rule::Locks => "locks",
+            Rule::Retry => "retry",
+            Rule::Lifetime => "lifetime",
+            Rule::Range => "range",
+            Rule::Liveness => "liveness",
+            Rule::Frames => "frames",
+        }
+    }
+
+    /// Where the kernel says so, or relies on it.
+    pub const fn source(self) -> &'static str {
+        match self {
+            Rule::Coherence => "include/linux/mmu_notifier.h: the secondary MMU mirrors the primary one",
+            Rule::WritePermission => "mm/memory.c wp_page_copy, mm/ksm.c write_protect_page: nobody writes after the start",
+            Rule::MemorySafety => "mm/mmu_notifier.c: pages may be freed once the callback has returned",
+            Rule::Isolation => "mm/memory.c do_wp_page: a page is reused only by its sole owner",
+            Rule::Dirty => "Documentation/core-api/pin_user_pages.rst: unpin_user_pages_dirty_lock",
+            Rule::Pairing => "include/linux/mmu_notifier.h: invalidate_range_start and _end are paired",
+            Rule::Context => "include/linux/mmu_notifier.h: change_pte, clear_flush_young and non-blockable ranges may not sleep",
+            Rule::Locks => "mm/mmu_notifier.c __mmu_notifier_invalidate_range_start_map, under fs_reclaim",
+            Rule::Retry => "Documentation/mm/hmm.rst: mmu_interval_read_retry under the driver's lock",
+            Rule::Lifetime => "mm/mmu_notifier.c mmu_notifier_unregister: no callback after it returns",
+            Rule::Range => "mm/mmu_notifier.c: the range covers what changes",
+            Rule::Liveness => "mm/mmu_notifier.c mmu_interval_read_begin: waits for the end, not for ever",
+            Rule::Frames => "mm/page_alloc.c: references balance",
+        }
+    }
+
+    /// The rule of that name.
+    pub fn from_name(name: &str) -> Option<Rule> {
+        Rule::ALL.into_iter().find(|rule| rule.name() == name)
+    }
+
+    /// The rule that a failure of an exploration breaks; `None` for one that is no verdict (a scenario that is not
+    /// deterministic, a panic of the model).
+    pub fn of_failure(kind: FailureKind, message: &str) -> Option<Rule> {
+        match kind {
+            FailureKind::Violation => message.split(':').next().and_then(Rule::from_name),
+            FailureKind::Deadlock | FailureKind::LockOrder => Some(Rule::Locks),
+            FailureKind::SleepInAtomic => Some(Rule::Context),
+            FailureKind::Livelock => Some(Rule::Liveness),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// A rule that was broken, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Broken {
+    /// Which.
+    pub rule: Rule,
+    /// By what.
+    pub how: String,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.rule, self.how)
+    }
+}
+
+/// What the judge knows beside the machine.
+#[derive(Default)]
+struct State {
+    /// The path is over: what is not mapped now will not be.
+    settled: bool,
+    /// Ranges between the return of the driver's start and its end.
+    open: Vec<Range>,
+    /// What was ever notified.
+    told: Vec<Range>,
+    /// The last value that a device wrote, and where.
+    written: BTreeMap<(Binding, PageAddr, usize), u64>,
+    broken: Vec<Broken>,
+}
+
+/// See the module.
+pub struct Oracle {
+    holds: Holds,
+    /// The program itself gives the memory up: a binding that follows its pages keeps them, by design.
+    explicit: bool,
+    /// Are the moments known at which the driver's callbacks return and begin?
+    windows: bool,
+    state: Ghost<State>,
+}
+
+impl Oracle {
+    /// An oracle for one execution. `explicit`: the program gives the memory up of its own will. `windows`: somebody
+    /// tells of starts and ends.
+    pub fn new(holds: Holds, explicit: bool, windows: bool) -> Oracle {
+        Oracle { holds, explicit, windows, state: Ghost::new(State::default()) }
+    }
+
+    /// Says that `rule` is broken. Ends the execution under exploration.
+    pub fn broken(&self, rule: Rule, how: String) {
+        let broken = Broken { rule, how };
+        self.state.update(|state| state.broken.push(broken.clone()));
+        violation(|| broken.to_string());
+    }
+
+    /// What was broken so far.
+    pub fn verdict(&self) -> Vec<Broken> {
+        self.state.read(|state| state.broken.clone())
+    }
+
+    /// The path is over.
+    pub fn settle(&self) {
+        self.state.update(|state| state.settled = true);
+    }
+
+    /// The start callbacks of `range` have returned.
+    pub(crate) fn started(&self, range: Range) {
+        note(|| format!("invalidate_range_start({range}) has returned"));
+        self.state.update(|state| {
+            state.open.push(range);
+            state.told.push(range);
+        });
+    }
+
+    /// The end callbacks of `range` begin.
+    pub(crate) fn ending(&self, range: Range) {
+        note(|| format!("invalidate_range_end({range})"));
+        self.state.update(|state| {
+            if let Some(at) = state.open.iter().position(|open| *open == range) {
+                state.open.swap_remove(at);
+            }
+        });
+    }
+
+    /// `callback` tells of `range`.
+    pub(crate) fn told(&self, callback: &str, range: Range) {
+        note(|| format!("{callback}({range})"));
+        self.state.update(|state| state.told.push(range));
+    }
+
+    /// The translation of `page` is another one than `before`: was anybody told?
+    pub(crate) fn judge_range(&self, page: PageAddr, before: Option<FrameId>, after: Option<FrameId>) {
+        if before.is_none() || before == after {
+            return;
+        }
+        if !self.state.read(|state| state.told.iter().any(|range| range.contains_addr(page.get()))) {
+            self.broken(Rule::Range, format!("{page:?} was {before:?}, is {after:?}, and nobody was told"));
+        }
+    }
+
+    /// Every start has had its end.
+    pub(crate) fn judge_pairing(&self, starts: u64, ends: u64) {
+        if starts != ends {
+            self.broken(Rule::Pairing, format!("{starts} starts and {ends} ends"));
+        }
+    }
+
+    /// What the device wrote last to a word of `page`; `None` if it wrote nothing there.
+    pub(crate) fn written(&self, binding: Binding, page: PageAddr, word: usize) -> Option<u64> {
+        self.state.read(|state| state.written.get(&(binding, page, word)).copied())
+    }
+
+    fn judge(&self, access: &DeviceAccess<'_>) -> Option<Broken> {
+        let frames = access.mm.machine().frames();
+        let (settled, open) = self.state.read(|state| {
+            (state.settled, state.open.iter().any(|range| range.contains_addr(access.page.get())))
+        });
+        let verb = if access.access == Access::Write { "writes" } else { "reads" };
+        let broken = |rule, why: &str| {
+            let how = format!("the device {verb} {:?} through {:?}: {why}", access.frame, access.page);
+            Some(Broken { rule, how })
+        };
+        if !frames.is_live(access.frame) {
+            return broken(Rule::MemorySafety, "the page was freed");
+        }
+        let pfn = access.frame.pfn;
+        match mapped(access.mm, access.page) {
+            Some((frame, writable)) if frame == access.frame => {
+                let shared = frames.is_ksm(pfn) || !frames.is_anon(pfn) || frames.mapcount(pfn) > 1;
+                let late = self.holds == Holds::ProcessTable && !settled;
+                if access.access == Access::Write && !writable && shared && !late {
+                    return broken(Rule::WritePermission, "the CPU may not write it, and it is shared");
+                }
+                if open && self.windows && self.holds == Holds::Nothing {
+                    return broken(Rule::Retry, "between the return of the start callback and the end");
+                }
+                None
+            }
+            other => {
+                if access.follows_page && self.explicit {
+                    return None;
+                }
+                let theirs = frames.is_anon(pfn) && !frames.is_ksm(pfn) && frames.mapcount(pfn) > 0;
+                let rule = if theirs { Rule::Isolation } else { Rule::Coherence };
+                let whose = if theirs { ", and another process has the page" } else { "" };
+                match other {
+                    Some((frame, _)) => {
+                        let differs = frames.read(frame, access.word) != frames.read(access.frame, access.word);
+                        let harm = access.access == Access::Write || differs;
+                        harm.then(|| broken(rule, &format!("the CPU has {frame:?} there{whose}")))?
+                    }
+                    None if settled && !access.mm.peek_pte(access.page).is_swap() => {
+                        broken(rule, &format!("the CPU has nothing there{whose}"))
+                    }
+                    None => None,
+                }
+            }
+        }
+    }
+}
+
+/// What the CPU's page table has at `page`, and whether it may be written.
+pub(crate) fn mapped(mm: &Mm, page: PageAddr) -> Option<(FrameId, bool)> {
+    let pte = mm.peek_pte(page);
+    pte.is_mapped().then(|| (mm.machine().frames().id(pte.pfn()), pte.is_writable()))
+}
+
+impl Observer for Oracle {
+    fn device_access(&self, _: &mut Atomic<'_>, access: &DeviceAccess<'_>) {
+        note(|| format!("device {:?}s {:?} of {:?}", access.access, access.frame.pfn, access.page));
+        if let Some(Broken { rule, how }) = self.judge(access) {
+            self.broken(rule, how);
+        }
+    }
+
+    fn access_done(&self, _: &mut Atomic<'_>, access: &DeviceAccess<'_>, result: Result<u64, FrameFreed>) {
+        match result {
+            Ok(value) if access.access == Access::Write => {
+                let at = (access.binding, access.page, access.word);
+                self.state.update(|state| state.written.insert(at, value));
+            }
+            Ok(_) => {}
+            Err(freed) => self.broken(Rule::MemorySafety, freed.to_string()),
+        }
+    }
+
+    fn driver_bug(&self, driver: &'static str, bug: DriverBug) {
+        let rule = match bug {
+            DriverBug::LeakedPins { .. } => Rule::Frames,
+            DriverBug::LostDirty { .. } => Rule::Dirty,
+            DriverBug::DirtiedFreedPage => Rule::MemorySafety,
+            _ => Rule::Lifetime,
+        };
+        self.broken(rule, format!("{driver}: {bug}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_and_say_where_they_come_from() {
+        for rule in Rule::ALL {
+            assert_eq!(Rule::from_name(rule.name()), Some(rule));
+            assert!(!rule.source().is_empty());
+        }
+        assert_eq!(Rule::from_name("speed"), None);
+    }
+
+    #[test]
+    fn a_failure_names_its_rule() {
+        let of = Rule::of_failure;
+        assert_eq!(of(FailureKind::Violation, "isolation: x"), Some(Rule::Isolation));
+        assert_eq!(of(FailureKind::SleepInAtomic, ""), Some(Rule::Context));
+        assert_eq!(of(FailureKind::LockOrder, ""), Some(Rule::Locks));
+        assert_eq!(of(FailureKind::Livelock, ""), Some(Rule::Liveness));
+        assert_eq!(of(FailureKind::Nondeterminism, "coherence: x"), None);
+    }
+}

@@ -1,0 +1,379 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! One driver beside one path: a small machine, a process, a device that uses one page of it, and every order of their
+//! steps up to a bound.
+//!
+//! Threads: `mm` runs the path on CPU 1; `device` is the driver's user on CPU 0 and the hardware too: it writes (where it
+//! may) and then reads, twice, and binds again whenever the driver says so. When both are done the driver's work
+//! items run, and the device uses the page once more: what is stale then is stale for ever.
+//!
+//! Two list notifiers look on: one behind the driver's in the list (its start comes after the driver's) and one before it
+//! (its end comes before the driver's).
+
+use crate::oracle::{Oracle, Rule, mapped};
+use crate::path::{Path, Stage, X, page, range};
+use drivers::{
+    BindError, Binding, Callback, Callbacks, Counts, Device, DeviceFault, DeviceOp, Driver, DriverError,
+    Kind, Options, SubmitError, WorkMode,
+};
+use interleave::explore::{self, Config, Failure, Report, Strategy};
+use interleave::{Atomic, MaySleep, PageContext, Sleep, scope};
+use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
+use softmm::{KernelProfile, Machine, Mm};
+use std::cell::RefCell;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What is checked against what.
+#[derive(Debug, Clone, Copy)]
+pub struct Cell {
+    /// The driver.
+    pub kind: &'static Kind,
+    /// How it binds the page.
+    pub access: Access,
+    /// What the mm does.
+    pub path: &'static Path,
+    /// In which kernel.
+    pub profile: KernelProfile,
+    /// Callbacks that are switched on.
+    pub callbacks: Callbacks,
+}
+
+impl Cell {
+    /// `driver access path profile`, as the command line takes it.
+    pub fn name(&self) -> String {
+        let access = if self.access == Access::Write { "write" } else { "read" };
+        format!("{}/{access}/{}/{}", self.kind.name, self.path.name, self.profile.name)
+    }
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.name())
+    }
+}
+
+/// What executions saw, all together: a verdict of "safe" is worth nothing if nothing happened.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Facts {
+    /// Why the driver does not take this memory at all.
+    pub refused: Option<Refusal>,
+    /// Callbacks run, by kind.
+    pub callbacks: [u64; Callback::ALL.len()],
+    /// Of these, those that had an effect.
+    pub effects: [u64; Callback::ALL.len()],
+    /// Words that the device read or wrote.
+    pub accesses: u64,
+    /// Pages got and thrown away because something had changed meanwhile.
+    pub retries: u64,
+    /// Pages that the driver took from the device.
+    pub unbinds: u64,
+    /// Pages got again.
+    pub repins: u64,
+}
+
+/// Why there is no answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// The driver was not opened.
+    Open(drivers::OpenError),
+    /// The memory was not bound.
+    Bind(BindError),
+    /// The first access failed.
+    Access(DriverError),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Refusal::Open(error) => error.fmt(f),
+            Refusal::Bind(error) => error.fmt(f),
+            Refusal::Access(error) => error.fmt(f),
+        }
+    }
+}
+
+impl Facts {
+    fn add(&mut self, counts: &Counts) {
+        for kind in Callback::ALL {
+            self.callbacks[kind as usize] += counts.callbacks(kind);
+            self.effects[kind as usize] += counts.effects(kind);
+        }
+        self.accesses += counts.accesses;
+        self.retries += counts.retries;
+        self.unbinds += counts.unbinds;
+        self.repins += counts.repins;
+    }
+}
+
+/// The answer for one cell.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// What was broken: each rule once, with a schedule that shows it.
+    pub failures: Vec<(Rule, Failure)>,
+    /// Failures that are no verdict: the model's own.
+    pub odd: Vec<Failure>,
+    /// What the executions saw.
+    pub facts: Facts,
+    /// How far the exploration came.
+    pub report: Report,
+}
+
+/// Explores a cell.
+pub fn explore(cell: &Cell, strategy: Strategy, time: Option<Duration>) -> Outcome {
+    let facts = RefCell::new(Facts::default());
+    let mut config = Config::new(strategy).failures(3).minimise(200);
+    if let Some(time) = time {
+        config = config.max_time(time);
+    }
+    let mut report = explore::explore(&config, |cx| execute(cx, cell, &facts));
+    let (mut failures, mut odd) = (Vec::<(Rule, Failure)>::new(), Vec::new());
+    for failure in std::mem::take(&mut report.failures) {
+        match Rule::of_failure(failure.kind, &failure.message) {
+            Some(rule) if failures.iter().all(|(r, _)| *r != rule) => failures.push((rule, failure)),
+            Some(_) => {}
+            None => odd.push(failure),
+        }
+    }
+    Outcome { failures, odd, facts: facts.into_inner(), report }
+}
+
+/// Runs the schedule `text` of a cell again. `None` if it is not a schedule; then what went wrong, if anything did.
+pub fn replay(cell: &Cell, text: &str) -> Option<Option<Failure>> {
+    let facts = RefCell::new(Facts::default());
+    let config = Config::new(Strategy::Preemptions(0));
+    let replay = explore::replay(&config, text, |cx| execute(cx, cell, &facts));
+    replay.map(|replay| replay.failure)
+}
+
+/// Small, so that an execution is short.
+fn machine(cell: &Cell) -> Arc<Machine> {
+    Machine::new(softmm::Config {
+        frames: 10,
+        tables: 12,
+        swap_slots: 3,
+        cpus: 2,
+        words_per_page: 2,
+        gather_batch: 8,
+        fault_around: 1,
+        profile: cell.profile,
+    })
+}
+
+/// One execution; inside or outside an exploration.
+pub fn execute(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
+    let machine = machine(cell);
+    let Ok(user) = machine.new_mm() else { return };
+    let stage = Stage::new(machine, user, cell.path.file);
+    let intervals = cell.kind.callbacks.contains(Callback::Invalidate);
+    let oracle = Arc::new(Oracle::new(cell.kind.holds, cell.path.explicit, !intervals));
+    (cell.path.prepare)(cx, &stage);
+    let behind = stage.mm.notifiers().register(cx, Arc::new(Behind(oracle.clone())));
+    let device = Device::new(oracle.clone());
+    let options = Options { callbacks: cell.callbacks, work: WorkMode::Manual, ..Options::default() };
+    match (cell.kind.open)(cx, &stage.mm, &device, options) {
+        Err(error) => facts.borrow_mut().refused = Some(Refusal::Open(error)),
+        Ok(driver) => {
+            let before = stage.mm.notifiers().register(cx, Arc::new(Before(oracle.clone())));
+            match use_once(cx, cell, &*driver) {
+                Err(refusal) => facts.borrow_mut().refused = Some(refusal),
+                Ok(binding) => {
+                    race(cx, cell, &stage, &*driver, binding, &oracle);
+                    judge_end(cx, cell, &stage, &*driver, binding, &oracle);
+                }
+            }
+            facts.borrow_mut().add(&driver.counts());
+            driver.close(cx);
+            if let Ok(before) = before {
+                let _ = before.unregister(cx);
+            }
+        }
+    }
+    if let Ok(behind) = behind {
+        let _ = behind.unregister(cx);
+    }
+    end(cx, stage, &oracle);
+}
+
+fn use_once(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver) -> Result<Binding, Refusal> {
+    let binding = driver.bind(cx, range(X), cell.access).map_err(Refusal::Bind)?;
+    // A read: KSM's pages must stay equal.
+    driver.access(cx, binding, DeviceOp::Read(X << 12)).map_err(Refusal::Access)?;
+    Ok(binding)
+}
+
+const DEVICE_WORD: u64 = (X << 12) + 8;
+
+/// What the device does, once.
+fn turn(
+    cx: &mut MaySleep<'_>,
+    cell: &Cell,
+    driver: &dyn Driver,
+    binding: Binding,
+    value: u64,
+) -> Result<(), DriverError> {
+    driver.access(cx, binding, DeviceOp::Read(X << 12))?;
+    if cell.access == Access::Write {
+        driver.access(cx, binding, DeviceOp::Write(DEVICE_WORD, value))?;
+    }
+    Ok(())
+}
+
+fn race(
+    cx: &mut MaySleep<'_>,
+    cell: &Cell,
+    stage: &Stage,
+    driver: &dyn Driver,
+    binding: Binding,
+    oracle: &Oracle,
+) {
+    (cell.path.bound)(cx, stage);
+    let frame = |mm: &Mm| mapped(mm, page(X)).map(|(frame, _)| frame);
+    let before = frame(&stage.mm);
+    scope(cx, |s, _| {
+        s.spawn("mm", |cx| (cell.path.run)(cx, stage));
+        s.spawn("device", |cx| {
+            // A device that is refused has done nothing: what it may not be refused is judged at the end.
+            let _ = turn(cx, cell, driver, binding, 101);
+        });
+    });
+    oracle.settle();
+    while driver.run_work(cx) {}
+    oracle.judge_range(page(X), before, frame(&stage.mm));
+}
+
+fn judge_end(
+    cx: &mut MaySleep<'_>,
+    cell: &Cell,
+    stage: &Stage,
+    driver: &dyn Driver,
+    binding: Binding,
+    oracle: &Oracle,
+) {
+    // A worker's error of before is told once.
+    let last = (0..3).map(|_| turn(cx, cell, driver, binding, 102)).find(Result::is_ok);
+    let last = last.unwrap_or_else(|| turn(cx, cell, driver, binding, 102));
+    if cell.path.leaves_memory
+        && let Err(
+            error @ (DriverError::Device(DeviceFault::GaveUp { .. } | DeviceFault::Refused { .. })
+            | DriverError::Submit(SubmitError::Again | SubmitError::Fault(_))),
+        ) = last
+    {
+        oracle.broken(Rule::Liveness, format!("nothing goes on any more, and still: {error}"));
+    }
+    let follows = driver.kind().callbacks.is_empty();
+    if cell.path.leaves_memory
+        && !(cell.path.explicit && follows)
+        && let Some(written) = oracle.written(binding, page(X), 1)
+        && last.is_ok()
+        && let Ok(read) = stage.machine.cpus()[1].load(cx, &stage.mm, DEVICE_WORD)
+        && read != written
+    {
+        oracle.broken(Rule::Dirty, format!("the device wrote {written} and the CPU reads {read}"));
+    }
+    let both = Callbacks::of(&[Callback::Start, Callback::End]);
+    if driver.kind().callbacks.intersection(cell.callbacks).intersection(both) == both {
+        let counts = driver.counts();
+        oracle.judge_pairing(counts.callbacks(Callback::Start), counts.callbacks(Callback::End));
+    }
+}
+
+/// Ends all processes and counts the frames.
+fn end(cx: &mut MaySleep<'_>, stage: Stage, oracle: &Oracle) {
+    let Stage { machine, mm, file, user, children } = stage;
+    for child in children.into_inner() {
+        child.mmput(cx);
+    }
+    if let Some(user) = user.into_inner() {
+        user.mmput(cx);
+    }
+    drop((mm, file));
+    let (free, total) = (machine.frames().free_frames(), machine.frames().total_frames());
+    if free != total {
+        oracle.broken(Rule::Frames, format!("{} of {total} frames are never free again", total - free));
+    }
+}
+
+/// Called after the driver's callbacks.
+struct Behind(Arc<Oracle>);
+
+impl MmuNotifier for Behind {
+    fn ops(&self) -> Ops {
+        Ops::START | Ops::PAGE | Ops::CHANGE_PTE | Ops::RELEASE
+    }
+
+    fn invalidate_range_start(&self, _: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
+        self.0.started(inv.range);
+        Ok(())
+    }
+
+    fn invalidate_page(&self, _: PageContext<'_, '_>, page: PageAddr) {
+        self.0.told("invalidate_page", Range::page(page));
+    }
+
+    fn change_pte(&self, _: &mut Atomic<'_>, page: PageAddr, _: Pte) {
+        self.0.told("change_pte", Range::page(page));
+    }
+
+    fn release(&self, _: &mut MaySleep<'_>) {
+        self.0.told("release", Range::ALL);
+    }
+}
+
+/// Called before the driver's callbacks.
+struct Before(Arc<Oracle>);
+
+impl MmuNotifier for Before {
+    fn ops(&self) -> Ops {
+        Ops::END
+    }
+
+    fn invalidate_range_end(&self, _: Sleep<'_, '_>, inv: &Invalidation) {
+        self.0.ending(inv.range);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::path;
+
+    fn cell(kind: &'static Kind, access: Access, path: &str, profile: KernelProfile) -> Cell {
+        let path = path::named(path).expect("a path");
+        Cell { kind, access, path, profile, callbacks: Callbacks::ALL }
+    }
+
+    fn rules(cell: &Cell, bound: u32) -> Vec<Rule> {
+        let outcome = explore(cell, Strategy::Preemptions(bound), None);
+        assert!(outcome.odd.is_empty(), "{cell}: {}", outcome.odd[0]);
+        assert!(outcome.facts.accesses > 0, "{cell}: {:?}", outcome.facts);
+        if let Some((_, failure)) = outcome.failures.first() {
+            let again = replay(cell, &failure.replay).flatten().expect("the schedule fails again");
+            assert_eq!(again.message, failure.message, "{cell}");
+        }
+        outcome.failures.iter().map(|(rule, _)| *rule).collect()
+    }
+
+    #[test]
+    fn the_start_gap_is_found_and_a_sequence_closes_it() {
+        let gap = |kind| rules(&cell(kind, Access::Write, "dontneed", KernelProfile::V3_16), 1);
+        assert_eq!(gap(&drivers::i915_v3_16::MENDED), [Rule::Coherence]);
+        assert_eq!(gap(&drivers::i915_v5_13::KIND), []);
+    }
+
+    #[test]
+    fn without_the_pair_a_clean_pinned_page_is_lost_to_ksm() {
+        let kind = &drivers::i915_v3_16::MENDED;
+        let lost = |profile| rules(&cell(kind, Access::Write, "ksm-clean", profile), 0);
+        assert_eq!(lost(KernelProfile::UNWRAPPED_A), [Rule::Coherence]);
+        assert_eq!(lost(KernelProfile::V3_16), []);
+    }
+
+    #[test]
+    fn what_is_not_pinned_and_has_no_change_pte_needs_the_pair() {
+        let kind = &drivers::kvm_v6_18::KIND;
+        let used = |profile| rules(&cell(kind, Access::Write, "ksm-replace", profile), 0);
+        assert!(used(KernelProfile::UNWRAPPED_A).contains(&Rule::MemorySafety));
+        assert_eq!(used(KernelProfile::V3_16), []);
+    }
+}
