@@ -148,6 +148,21 @@ impl NotifierSubscriptions {
         self.each(&mut cx, Ops::PAGE, |cx, n| n.invalidate_page(cx.reborrow(), page));
     }
 
+    /// The same for the notifiers that have no `change_pte`, where Linux called the one in place of the other (until 3.6), or
+    /// was proposed to (2014).
+    pub fn invalidate_page_without_change_pte(&self, mut cx: PageContext<'_, '_>, page: PageAddr) {
+        self.each(&mut cx, Ops::PAGE, |cx, n| {
+            if !n.ops().contains(Ops::CHANGE_PTE) {
+                n.invalidate_page(cx.reborrow(), page);
+            }
+        });
+    }
+
+    /// Is there a list notifier (`mm_has_notifiers`)? Out of date at once, unless nobody registers.
+    pub fn has_notifiers(&self, cx: &mut impl Context) -> bool {
+        self.state.lock(cx).list.is_some()
+    }
+
     /// The entry of `page` is cleared and flushed and will be `pte` (`set_pte_at_notify`); until 6.9.
     pub fn change_pte(&self, cx: &mut Atomic<'_>, page: PageAddr, pte: Pte) {
         self.each(cx, Ops::CHANGE_PTE, |cx, n| n.change_pte(cx, page, pte));

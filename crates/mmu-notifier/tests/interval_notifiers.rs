@@ -391,7 +391,9 @@ fn no_reader_installs_during_an_overlap() {
             }
             for _ in 0..2 {
                 threads.push(s.spawn("reader", move |cx| {
-                    while writers.load(Ordering::Acquire) > 0 {
+                    // A last turn after the writers, lest a busy machine give them none.
+                    let mut last = false;
+                    while !std::mem::replace(&mut last, writers.load(Ordering::Acquire) == 0) {
                         let seq = notifier.read_begin(cx).unwrap();
                         let frame = *pte.lock(cx);
                         let mut device = mirror.device.lock(cx);

@@ -69,28 +69,45 @@ fn word_of(machine: &Machine, addr: u64) -> Result<usize, AccessError> {
 
 /// The translation to use, from the TLB or from a walk that fills it; `None`: page fault.
 fn translate(tlb: &mut Tlb, mm: &Mm, page: PageAddr, kind: Access) -> Option<FrameId> {
-    let wanted = match kind {
-        Access::Read => Pte::ACCESSED,
-        // A store through an entry without the dirty bit walks again to set it.
-        Access::Write => Pte::ACCESSED | Pte::DIRTY,
-    };
-    let allows = |pte: Pte| pte.is_present() && (kind == Access::Read || pte.is_writable());
     if let Some(TlbEntry { pte, frame }) = tlb.lookup(mm.id(), page) {
-        if allows(pte) && pte.with(wanted) == pte {
+        if allows(pte, kind) && pte.with(wanted(kind)) == pte {
             return Some(frame);
         }
         tlb.drop_page(mm.id(), page);
     }
-    loop {
-        let seen = mm.peek_pte(page);
-        if !allows(seen) {
-            return None;
+    let (frame, pte) = mm.walk(page, kind)?;
+    tlb.fill(mm.id(), page, TlbEntry { pte, frame });
+    Some(frame)
+}
+
+impl Mm {
+    /// The walk that an MMU does, of a CPU or of a device that shares the page table (IOMMU with a process address
+    /// space): sets the accessed bit, and the dirty bit for a write. `None`: not present or not allowed, a page fault.
+    ///
+    /// What it returns may be cached until a shootdown (`arch_invalidate_secondary_tlbs`), which the walker must not
+    /// be able to overtake: it walks under the lock that its flush takes.
+    pub fn walk(&self, page: PageAddr, kind: Access) -> Option<(FrameId, Pte)> {
+        loop {
+            let seen = self.peek_pte(page);
+            if !allows(seen, kind) {
+                return None;
+            }
+            let pte = seen.with(wanted(kind));
+            if pte == seen || self.page_table.mmu_update(self.machine().tables(), page, seen, pte) {
+                return Some((self.machine().frames().id(pte.pfn()), pte));
+            }
         }
-        let pte = seen.with(wanted);
-        if pte == seen || mm.page_table.mmu_update(mm.machine().tables(), page, seen, pte) {
-            let frame = mm.machine().frames().id(pte.pfn());
-            tlb.fill(mm.id(), page, TlbEntry { pte, frame });
-            return Some(frame);
-        }
+    }
+}
+
+fn allows(pte: Pte, kind: Access) -> bool {
+    pte.is_present() && (kind == Access::Read || pte.is_writable())
+}
+
+fn wanted(kind: Access) -> u64 {
+    match kind {
+        Access::Read => Pte::ACCESSED,
+        // A store through an entry without the dirty bit walks again to set it.
+        Access::Write => Pte::ACCESSED | Pte::DIRTY,
     }
 }

@@ -10,6 +10,8 @@ use interleave::{AtomicU64, Ordering};
 pub(crate) struct Bitmap {
     words: Box<[AtomicU64]>,
     bits: usize,
+    /// How many takings from now one fails though there is enough; 0 is never.
+    fail_nth: AtomicU64,
 }
 
 impl Bitmap {
@@ -18,10 +20,26 @@ impl Bitmap {
         if !bits.is_multiple_of(64) {
             words[bits / 64].store(u64::MAX << (bits % 64), Ordering::SeqCst);
         }
-        Bitmap { words, bits }
+        Bitmap { words, bits, fail_nth: AtomicU64::new(0) }
+    }
+
+    pub(crate) fn fail_nth(&self, n: u64) {
+        self.fail_nth.store(n, Ordering::SeqCst);
+    }
+
+    /// The failure that was asked for has not come yet.
+    pub(crate) fn failure_is_due(&self) -> bool {
+        self.fail_nth.load(Ordering::SeqCst) != 0
+    }
+
+    fn fails_now(&self) -> bool {
+        self.failure_is_due() && self.fail_nth.fetch_sub(1, Ordering::SeqCst) == 1
     }
 
     pub(crate) fn take_lowest(&self) -> Option<usize> {
+        if self.fails_now() {
+            return None;
+        }
         for (i, word) in self.words.iter().enumerate() {
             let mut seen = word.load(Ordering::SeqCst);
             while seen != u64::MAX {

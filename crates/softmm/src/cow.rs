@@ -1,31 +1,52 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! A fault on a page that may not be written as it is: do_wp_page, wp_page_copy (v6.18).
+//! A fault on a page that may not be written as it is: do_wp_page, wp_page_copy.
 //!
-//! Sequence: alloc and copy; S(CLEAR, the page); [ pte_same? clr A; **set**; remove rmap of the old page ]; E; put.
+//! Alloc and copy first; then, `[` `]` under the ptl:
+//!
+//! | profile | sequence |
+//! |---|---|
+//! | v3_16 | S; [ pte_same? clr; add rmap; C; **set**; remove rmap of the old page ]; E; put |
+//! | unwrapped_a | [ clr; C; **set** ]; put |
+//! | unwrapped_b | [ clr; C; **set** ]; P for who has no change_pte; put |
+//! | unwrapped_c | [ clr; C, or P for who has no change_pte; **set** ]; put |
+//! | v3_19 .. v4_14 | S; [ clr R; C; **set** ]; R E; put |
+//! | v5_10 | S; [ clr R; C; **set** ]; E; put |
+//! | v6_18 | S; [ clr A; **set** ]; E; put |
+//!
 //! Reuse and un-share in place notify nothing: the page stays, and read-only to writable needs no shootdown.
 //!
-//! Who may write in place (the reuse rule) is what kernels differ in:
-//! * <= 5.8: sole mapper (mapcount + swapcount <= 1), not KSM;
-//! * 5.9 to 5.18: sole reference (page_count == 1), which moves a pinned page away from its device;
-//! * **5.19 and later, here**: PageAnonExclusive; else sole reference, and the page becomes exclusive.
+//! Who may write in place (the reuse rule), of anonymous pages that are not KSM's:
+//! * v3_16 .. v4_14: no other pte and no swap entry, whoever else holds references; under the page lock;
+//! * v5_10: nobody else holds a reference, which moves a pinned page away from its device;
+//! * v6_18: PageAnonExclusive; else nobody else holds a reference, and the page becomes exclusive.
 //!
-//! FAULT_FLAG_UNSHARE (5.19) takes the same path for a FOLL_PIN read pin, and maps the copy read-only.
+//! FAULT_FLAG_UNSHARE (5.19) takes the same path for a FOLL_PIN read pin, and maps the copy read-only. So does a
+//! FOLL_FORCE write to a mapping that is not writable.
 //!
-//! Locks: mmap_lock for reading; ptl; an extra reference on the old page from the first ptl section until after E, so
-//! that nobody reuses the frame while it is being copied.
+//! Locks: mmap_lock for reading; page lock, tried for under the ptl; ptl; an extra reference on the old page from
+//! the first ptl section until after E, so that nobody reuses the frame while it is being copied.
 
 use crate::error::FaultError;
-use crate::fault::FaultFlag;
-use crate::frame::Frames;
+use crate::fault::{FaultFlag, Faulted};
 use crate::mm::Mm;
+use crate::notify::End;
 use crate::page_table::{PteGuard, TableId};
+use crate::profile::Reuse;
 use crate::pte::Pte;
 use crate::vma::VmaTree;
-use interleave::MaySleep;
-use mmu_notifier::{Event, PageAddr, Pfn, Range};
+use interleave::{Atomic, MaySleep, MutexGuard};
+use mmu_notifier::{PageAddr, Pfn};
+
+/// What the reuse rule says.
+enum MayReuse {
+    Yes,
+    No,
+    /// Ask again with the page lock held.
+    LockPage,
+}
 
 impl Mm {
-    /// `seen`: the present, read-only pte that the fault found. If it is another by now, nothing is done.
+    /// `seen`: the mapped, read-only pte that the fault found. If it is another by now, nothing is done.
     pub(crate) fn do_wp_page(
         &self,
         cx: &mut MaySleep<'_>,
@@ -34,28 +55,49 @@ impl Mm {
         page: PageAddr,
         seen: Pte,
         flag: FaultFlag,
-    ) -> Result<(), FaultError> {
+    ) -> Result<Faulted, FaultError> {
         let (tables, frames) = (self.machine().tables(), self.machine().frames());
-        let mut guard = PteGuard::lock(tables, leaf, cx);
-        if guard.get(page) != seen {
-            return Ok(());
-        }
-        let old = (!seen.is_special()).then(|| seen.pfn());
-        if let Some(old) = old {
-            if can_reuse(frames, old) {
-                if flag == FaultFlag::Write {
-                    guard.set_bits(page, Pte::WRITE | Pte::ACCESSED | Pte::DIRTY);
-                }
-                return Ok(());
+        let vma = vmas.find(page.get()).ok_or(FaultError::Unmapped(page))?;
+        let write = if vma.prot.writable() { Pte::WRITE } else { 0 };
+        let mut held = None;
+        let mut page_lock = None;
+        loop {
+            let mut guard = PteGuard::lock(tables, leaf, cx);
+            if guard.get(page) != seen {
+                return Ok(Faulted::default());
             }
-            frames.get(old, 1);
+            if seen.is_special() {
+                break;
+            }
+            let old = seen.pfn();
+            let (ptes, atomic) = guard.split();
+            match self.wp_can_reuse_anon(atomic, old, page_lock.as_ref()) {
+                MayReuse::Yes => {
+                    frames.set_anon_vma(old, vma.anon_vma().unwrap_or_default(), page);
+                    if flag == FaultFlag::Write {
+                        ptes.set_bits(page, write | Pte::ACCESSED | Pte::DIRTY);
+                    }
+                    return Ok(Faulted { write: flag == FaultFlag::Write });
+                }
+                MayReuse::No => {
+                    held.get_or_insert_with(|| frames.hold(old));
+                    break;
+                }
+                MayReuse::LockPage => {
+                    held.get_or_insert_with(|| frames.hold(old));
+                    drop(guard);
+                    page_lock = Some(frames.lock_page(cx, old));
+                }
+            }
         }
-        drop(guard);
-        let result = self.wp_page_copy(cx, vmas, leaf, page, seen, flag);
-        if let Some(old) = old {
-            frames.put(old, 1);
-        }
-        result
+        drop(page_lock);
+        let bits = match flag {
+            FaultFlag::Write => write | Pte::ACCESSED | Pte::DIRTY,
+            FaultFlag::Read | FaultFlag::Unshare => Pte::ACCESSED,
+        };
+        let result = self.wp_page_copy(cx, vmas, leaf, page, seen, bits);
+        drop(held);
+        result.map(|()| Faulted { write: flag == FaultFlag::Write })
     }
 
     fn wp_page_copy(
@@ -65,29 +107,25 @@ impl Mm {
         leaf: TableId,
         page: PageAddr,
         seen: Pte,
-        flag: FaultFlag,
+        bits: u64,
     ) -> Result<(), FaultError> {
         let machine = self.machine();
         let frames = machine.frames();
-        vmas.anon_vma_prepare(page.get(), || machine.fresh_id());
+        self.anon_vma_prepare(cx, vmas, page);
+        let vma = vmas.find(page.get()).ok_or(FaultError::Unmapped(page))?;
         let new = frames.alloc()?;
         frames.copy_contents(new, seen.pfn());
-        let bits = match flag {
-            FaultFlag::Write => Pte::WRITE | Pte::ACCESSED | Pte::DIRTY,
-            FaultFlag::Read | FaultFlag::Unshare => Pte::ACCESSED,
-        };
-        let range = Range::page(page);
-        let replaced = self.invalidate(cx, range, Event::Clear, |cx| {
+        let end = if machine.profile().cow_only_ends { End::Only } else { End::Full };
+        let replaced = self.change_pte_section(cx, page, end, |cx| {
             let mut guard = PteGuard::lock(machine.tables(), leaf, cx);
             if guard.get(page) != seen {
                 return false;
             }
             let (ptes, cx) = guard.split();
-            ptes.get_and_clear(page);
-            machine.flush_tlb_range(cx, self, range);
-            frames.add_rmap(new);
-            frames.set_exclusive(new, true);
-            ptes.set(page, Pte::new(new, bits));
+            self.clear_flush_notify(ptes, cx, page);
+            self.add_new_anon_rmap(vma, new, page);
+            let pte = Pte::new(new, 0).modify(vma.prot).with(bits);
+            self.set_pte_at_notify(ptes, cx, page, pte);
             if !seen.is_special() {
                 frames.remove_rmap(seen.pfn());
             }
@@ -95,21 +133,69 @@ impl Mm {
         });
         match (replaced, seen.is_special()) {
             (true, true) => {}
-            (true, false) => frames.put(seen.pfn(), 1),
+            (true, false) => {
+                if machine.profile().cow_frees_swap_cache {
+                    machine.free_swap_cache(cx, seen.pfn());
+                }
+                frames.put(seen.pfn(), 1);
+            }
             (false, _) => frames.put(new, 1),
         }
         Ok(())
     }
-}
 
-/// The reuse rule of 5.19 and later; a frame that passes is exclusive afterwards. Under the ptl of its only pte.
-fn can_reuse(frames: &Frames, pfn: Pfn) -> bool {
-    if frames.exclusive(pfn) {
-        return true;
+    /// Under the ptl of a pte that maps the page. `lock`: is the page locked by the caller?
+    fn wp_can_reuse_anon(
+        &self,
+        cx: &mut Atomic<'_>,
+        pfn: Pfn,
+        lock: Option<&MutexGuard<'_, ()>>,
+    ) -> MayReuse {
+        let frames = self.machine().frames();
+        if !frames.is_anon(pfn) || frames.is_ksm(pfn) {
+            return MayReuse::No;
+        }
+        let reuse = match self.machine().profile().reuse {
+            Reuse::SoleMapping => {
+                let mine = if lock.is_none() { frames.trylock_page(cx, pfn) } else { None };
+                if lock.is_none() && mine.is_none() {
+                    return MayReuse::LockPage;
+                }
+                self.sole_mapping(cx, pfn)
+            }
+            Reuse::SoleReference => {
+                let sole = || frames.refcount(pfn) == 1 && frames.mapcount(pfn) == 1;
+                sole() && frames.trylock_page(cx, pfn).is_some_and(|_lock| sole())
+            }
+            Reuse::Exclusive => frames.exclusive(pfn) || self.make_exclusive(cx, pfn),
+        };
+        if reuse { MayReuse::Yes } else { MayReuse::No }
     }
-    let sole = frames.refcount(pfn) == 1;
-    if sole {
+
+    /// reuse_swap_page: the page is locked and mapped here. Takes it out of the swap cache if it is reused.
+    fn sole_mapping(&self, cx: &mut Atomic<'_>, pfn: Pfn) -> bool {
+        let machine = self.machine();
+        if machine.frames().is_ksm(pfn) || machine.frames().mapcount(pfn) != 1 {
+            return false;
+        }
+        machine.frames().swap_slot(pfn).is_none() || machine.try_to_free_swap(cx, pfn)
+    }
+
+    /// wp_can_reuse_anon_folio (5.19): nobody else holds the page, and it becomes exclusive.
+    fn make_exclusive(&self, cx: &mut Atomic<'_>, pfn: Pfn) -> bool {
+        let (machine, frames) = (self.machine(), self.machine().frames());
+        let cached = u32::from(frames.swap_slot(pfn).is_some());
+        if frames.refcount(pfn) > 1 + cached {
+            return false;
+        }
+        let Some(_lock) = frames.trylock_page(cx, pfn) else { return false };
+        if cached > 0 {
+            machine.try_to_free_swap(cx, pfn);
+        }
+        if frames.is_ksm(pfn) || frames.refcount(pfn) != 1 {
+            return false;
+        }
         frames.set_exclusive(pfn, true);
+        true
     }
-    sole
 }

@@ -28,6 +28,13 @@ pub enum FaultError {
     /// The oom reaper has been here: what was in the page is lost (SIGBUS, MMF_UNSTABLE).
     #[error("{0:?}: the mm was reaped for lack of memory, its contents are lost")]
     Reaped(PageAddr),
+    /// At or past the end of the mapped file (SIGBUS).
+    #[error("{0:?} lies past the end of the mapped file")]
+    PastEnd(PageAddr),
+    /// FOLL_LONGTERM for writing on a shared mapping of a file that tracks dirty pages (-EFAULT, 6.5), or a page that
+    /// no reference can hold.
+    #[error("the page at {0:?} may not be held this way: pin anonymous or shmem memory, or without longterm")]
+    NotPinnable(PageAddr),
     /// No memory for the page or for its page tables.
     #[error(transparent)]
     OutOfMemory(#[from] OutOfMemory),
@@ -65,9 +72,57 @@ pub enum MmapError {
     /// Length 0 or not a multiple of the page size (-EINVAL).
     #[error("length {0:#x} is not a positive multiple of the page size")]
     Length(u64),
+    /// The mapping would reach past the largest file (-EOVERFLOW).
+    #[error("{0} pages into the file is past the largest file")]
+    Offset(u64),
     /// The last user is gone; the address space is torn down (-ESRCH).
     #[error("the mm has exited")]
     Exited,
+}
+
+/// Why a read or write of a file did not happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FileError {
+    /// A read at or past the end.
+    #[error("page {0} lies at or past the end of the file")]
+    PastEnd(u64),
+    /// The file would get too big (-EFBIG).
+    #[error("page {0} is past the largest file: {max} pages", max = FileError::PAGES_MAX)]
+    TooBig(u64),
+    /// Past the words that a page stores.
+    #[error("word {0} is past the words that a page stores: see Config::words_per_page")]
+    NotStored(usize),
+    /// No memory for the page.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
+}
+
+impl FileError {
+    /// The longest file, in pages.
+    pub const PAGES_MAX: u64 = 1 << 51;
+}
+
+/// Why a breakpoint was not set or taken out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum UprobeError {
+    /// There is a probe already.
+    #[error("there is a probe at this place already")]
+    Exists,
+    /// There is no probe.
+    #[error("there is no probe at this place")]
+    Missing,
+    /// The file holds a breakpoint there itself (-ENOTSUPP).
+    #[error("the word is a breakpoint already")]
+    IsBreakpoint,
+    /// The file has no page cache (-EIO).
+    #[error("an XIP file cannot be probed")]
+    NoPageCache,
+    /// The word cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// No memory for the copy of a page.
+    #[error(transparent)]
+    OutOfMemory(#[from] OutOfMemory),
 }
 
 /// Why there is no child.
@@ -80,4 +135,18 @@ pub enum ForkError {
     /// The parent has exited.
     #[error("the mm has exited")]
     Exited,
+}
+
+/// Why a change of a range stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// Not all of it is mapped (-ENOMEM). mprotect has changed what comes before the hole; madvise everything else.
+    #[error("nothing is mapped at {0:?}: what was mapped has been changed as far as the kernel does")]
+    Hole(PageAddr),
+    /// The last user is gone; the address space is torn down (-ESRCH).
+    #[error("the mm has exited")]
+    Exited,
+    /// No memory to give KSM's pages back their own copies.
+    #[error(transparent)]
+    Fault(#[from] FaultError),
 }

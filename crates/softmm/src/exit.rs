@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The last mmput: exit_mmap (v6.18).
+//! The last mmput: exit_mmap (all versions).
 //!
 //! Sequence: Xi (interval notifiers hear RELEASE over the whole address space) and X (list notifiers hear release, and
 //! nothing afterwards); then, if anything is mapped, S(UNMAP, the whole address space), which only interval notifiers
-//! still hear; [ clr' ] per pte; E; free_pgtables; flush; put.
+//! still hear; [ clr' ] per pte; E; unlink from rmap; free_pgtables; flush; put.
 //!
 //! Consequence: a list notifier without `release` learns nothing of process exit.
 //!
@@ -13,6 +13,7 @@
 use crate::mm::Mm;
 use crate::tlb::MmuGather;
 use crate::vma::VmaTree;
+use crate::zap::Zap;
 use interleave::{MaySleep, Ordering};
 use mmu_notifier::{Event, Range};
 
@@ -26,13 +27,18 @@ impl Mm {
         if mapped {
             self.invalidate(cx, Range::ALL, Event::Unmap, |cx| {
                 for vma in vmas.iter() {
-                    self.zap(cx, &mut gather, vma.range);
+                    self.zap(cx, &mut gather, vma.range, Zap::All);
                 }
             });
         }
         drop(vmas);
         let mut vmas = self.vmas.write(cx);
+        let gone = vmas.detach(Range::ALL);
         if mapped {
+            self.relink_files(cx, &vmas, Range::ALL, &gone, false);
+            for vma in &gone {
+                self.unlink_anon_vmas(cx, vma);
+            }
             self.free_pgtables(cx, &mut gather, Range::ALL, (0, u64::MAX));
         }
         gather.finish(cx);

@@ -16,15 +16,31 @@
 //! * The generation counts allocations: a device that kept a [`FrameId`] over a free is told so even if the frame
 //!   number has a new owner.
 //! * Frame 0 is the zero page: never freed, never counted in a mapcount, never written.
+//! * A frame that belongs to a file (page cache) is never anonymous again in this life; `mapping` says whose page
+//!   it is and is none once truncate or reclaim has taken it out of the cache. It changes under the page lock.
 //!
-//! Nothing here takes a lock: the free list is a bitmap of atomic words and the lowest free frame is handed out
+//! * `anon_vma` says whose an anonymous page is: rmap starts there. A page in the swap cache has one reference for
+//!   that.
+//!
+//! The page lock (PG_locked) may sleep and belongs to whoever works on the page as a whole: faults on files, truncate,
+//! writeback, swap, reclaim, KSM, uprobes. Lock order: mmap_lock, page lock, i_mmap, ptl.
+//!
+//! Nothing else here takes a lock: the free list is a bitmap of atomic words and the lowest free frame is handed out
 //! first, which reuses freed frames as soon as possible and so helps to catch who still uses them. References can
 //! be dropped in any context, as `put_page` can.
 
 use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
-use interleave::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use mmu_notifier::Pfn;
+use crate::swap::Slot;
+use interleave::{
+    AtomicBool, AtomicU32, AtomicU64, Context, LockClass, MaySleep, Mutex, MutexGuard, Ordering,
+};
+use mmu_notifier::{PAGE_SHIFT, PageAddr, Pfn};
+
+/// In the place of an anon_vma: a page of KSM's.
+const KSM: u64 = u64::MAX;
+
+static PAGE_LOCK: LockClass = LockClass::new("page_lock");
 
 /// What a FOLL_PIN adds to the reference count of an order-0 folio (kernel 5.6 and later).
 pub const GUP_PIN_COUNTING_BIAS: u32 = 1024;
@@ -61,6 +77,18 @@ struct Frame {
     exclusive: AtomicBool,
     dirty: AtomicBool,
     generation: AtomicU64,
+    lock: Mutex<()>,
+    /// A page of a file, not anonymous; also after truncate.
+    file: AtomicBool,
+    /// The file whose page cache holds the frame; 0 is none.
+    mapping: AtomicU64,
+    /// Whose page it is, for rmap: 0 not anonymous, [`KSM`], else the name of an anon_vma. Changes under the page
+    /// lock, or while nobody else knows the page.
+    anon_vma: AtomicU64,
+    /// Which page of that file, or the page number at which the anon_vma has it.
+    index: AtomicU64,
+    /// Its slot in the swap cache plus 1, 0 if it is in none (PG_swapcache). Changes under the page lock.
+    swap: AtomicU64,
 }
 
 /// All page frames of a [`crate::Machine`]. Nothing sleeps; any context.
@@ -86,6 +114,12 @@ impl Frames {
                     exclusive: AtomicBool::new(false),
                     dirty: AtomicBool::new(false),
                     generation: AtomicU64::new(0),
+                    lock: Mutex::new(&PAGE_LOCK, ()),
+                    file: AtomicBool::new(false),
+                    mapping: AtomicU64::new(0),
+                    anon_vma: AtomicU64::new(0),
+                    index: AtomicU64::new(0),
+                    swap: AtomicU64::new(0),
                 })
                 .collect(),
             words: (0..count * words_per_page).map(|_| AtomicU64::new(POISON)).collect(),
@@ -95,6 +129,11 @@ impl Frames {
         let zero = this.alloc_zeroed();
         debug_assert_eq!(zero, Ok(ZERO_PAGE));
         this
+    }
+
+    /// The free list, to make it fail.
+    pub(crate) fn bitmap(&self) -> &Bitmap {
+        &self.allocated
     }
 
     /// 64-bit words that a frame stores.
@@ -119,6 +158,8 @@ impl Frames {
         frame.generation.fetch_add(1, Ordering::SeqCst);
         frame.exclusive.store(false, Ordering::SeqCst);
         frame.dirty.store(false, Ordering::SeqCst);
+        frame.anon_vma.store(0, Ordering::SeqCst);
+        frame.file.store(false, Ordering::SeqCst);
         let before = frame.refcount.swap(1, Ordering::SeqCst);
         assert_eq!(before, 0, "pfn {index} was on the free list with references");
         Ok(Pfn(index as u64))
@@ -130,6 +171,13 @@ impl Frames {
         for word in self.words_of(pfn) {
             word.store(0, Ordering::SeqCst);
         }
+        Ok(pfn)
+    }
+
+    /// The same, not anonymous and of no file in particular.
+    pub(crate) fn alloc_file_zeroed(&self) -> Result<Pfn, OutOfMemory> {
+        let pfn = self.alloc_zeroed()?;
+        self.set_mapping(pfn, 0, 0);
         Ok(pfn)
     }
 
@@ -171,9 +219,20 @@ impl Frames {
         if before > n {
             return;
         }
+        self.free_frozen(pfn);
+    }
+
+    /// Frees a frame that has no reference left.
+    ///
+    /// # Panics
+    /// As [`Frames::put`].
+    pub(crate) fn free_frozen(&self, pfn: Pfn) {
+        let frame = self.frame(pfn);
         assert_ne!(pfn, ZERO_PAGE, "the zero page is never freed");
         let mapcount = frame.mapcount.load(Ordering::SeqCst);
         assert_eq!(mapcount, 0, "{pfn:?} freed while mapped");
+        let swap = frame.swap.load(Ordering::SeqCst);
+        assert_eq!(swap, 0, "{pfn:?} freed while in the swap cache");
         for word in self.words_of(pfn) {
             word.store(POISON, Ordering::SeqCst);
         }
@@ -191,6 +250,51 @@ impl Frames {
         assert_ne!(before, 0, "{pfn:?}: unmapped more often than mapped");
     }
 
+    /// A reference that is dropped with the guard.
+    pub(crate) fn hold(&self, pfn: Pfn) -> Held<'_> {
+        self.get(pfn, 1);
+        Held { frames: self, pfn }
+    }
+
+    /// Makes the page anonymous, found through that anon_vma at that address (page_set_anon_rmap, page_move_anon_rmap).
+    pub(crate) fn set_anon_vma(&self, pfn: Pfn, anon_vma: u64, page: PageAddr) {
+        self.frame(pfn).index.store(page.vpn(), Ordering::SeqCst);
+        self.frame(pfn).anon_vma.store(anon_vma, Ordering::SeqCst);
+    }
+
+    /// Where rmap looks for the ptes of an anonymous page. None for KSM pages too.
+    pub(crate) fn anon_vma(&self, pfn: Pfn) -> Option<(u64, PageAddr)> {
+        let frame = self.frame(pfn);
+        let anon_vma = Some(frame.anon_vma.load(Ordering::SeqCst)).filter(|&id| id != 0 && id != KSM)?;
+        let page = PageAddr::new(frame.index.load(Ordering::SeqCst) << PAGE_SHIFT).ok()?;
+        Some((anon_vma, page))
+    }
+
+    /// set_page_stable_node: the page is KSM's from now on.
+    pub(crate) fn set_ksm(&self, pfn: Pfn) {
+        self.frame(pfn).anon_vma.store(KSM, Ordering::SeqCst);
+    }
+
+    /// PageAnon: private memory, KSM's included. False for the page cache and the zero page.
+    pub fn is_anon(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).anon_vma.load(Ordering::SeqCst) != 0
+    }
+
+    /// PageKsm: merged by KSM, so never written again.
+    pub fn is_ksm(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).anon_vma.load(Ordering::SeqCst) == KSM
+    }
+
+    /// Its slot, while the page is in the swap cache.
+    pub(crate) fn swap_slot(&self, pfn: Pfn) -> Option<Slot> {
+        let slot = self.frame(pfn).swap.load(Ordering::SeqCst);
+        slot.checked_sub(1).map(|slot| Slot(slot as u32))
+    }
+
+    pub(crate) fn set_swap_slot(&self, pfn: Pfn, slot: Option<Slot>) {
+        self.frame(pfn).swap.store(slot.map_or(0, |slot| u64::from(slot.0) + 1), Ordering::SeqCst);
+    }
+
     pub(crate) fn set_exclusive(&self, pfn: Pfn, exclusive: bool) {
         self.frame(pfn).exclusive.store(exclusive, Ordering::SeqCst);
     }
@@ -204,9 +308,81 @@ impl Frames {
         self.frame(pfn).dirty.store(true, Ordering::SeqCst);
     }
 
+    /// Do two pages hold the same (pages_identical)?
+    pub(crate) fn identical(&self, a: Pfn, b: Pfn) -> bool {
+        let same = |(a, b): (&AtomicU64, &AtomicU64)| a.load(Ordering::SeqCst) == b.load(Ordering::SeqCst);
+        self.words_of(a).iter().zip(self.words_of(b)).all(same)
+    }
+
     /// Has the frame been dirtied by a pin or by a pte that is gone?
     pub fn dirty(&self, pfn: Pfn) -> bool {
         self.frame(pfn).dirty.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn clear_dirty(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).dirty.swap(false, Ordering::SeqCst)
+    }
+
+    /// lock_page. Only one at a time, but for who says otherwise with a subclass.
+    pub(crate) fn lock_page(&self, cx: &mut MaySleep<'_>, pfn: Pfn) -> MutexGuard<'_, ()> {
+        self.frame(pfn).lock.lock(cx)
+    }
+
+    /// trylock_page.
+    pub(crate) fn trylock_page<C: Context + ?Sized>(
+        &self,
+        cx: &mut C,
+        pfn: Pfn,
+    ) -> Option<MutexGuard<'_, ()>> {
+        self.frame(pfn).lock.try_lock(cx)
+    }
+
+    /// The frame is page `index` of `file` from now on; nobody else sees it yet.
+    pub(crate) fn set_mapping(&self, pfn: Pfn, file: u64, index: u64) {
+        let frame = self.frame(pfn);
+        frame.index.store(index, Ordering::SeqCst);
+        frame.mapping.store(file, Ordering::SeqCst);
+        frame.file.store(true, Ordering::SeqCst);
+    }
+
+    /// The page cache lets go of the frame. Under the page lock.
+    pub(crate) fn clear_mapping(&self, pfn: Pfn) {
+        self.frame(pfn).mapping.store(0, Ordering::SeqCst);
+    }
+
+    /// Is the frame page `index` of `file`? Stable under the page lock.
+    pub(crate) fn is_page_of(&self, pfn: Pfn, file: u64, index: u64) -> bool {
+        let frame = self.frame(pfn);
+        frame.mapping.load(Ordering::SeqCst) == file && frame.index.load(Ordering::SeqCst) == index
+    }
+
+    /// Is it a page of a file, in the page cache or truncated (not PageAnon)?
+    pub fn is_file(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).file.load(Ordering::SeqCst)
+    }
+
+    /// Takes the last `expected` references away from everyone at once, if these are all there are (folio_ref_freeze).
+    /// Then [`Frames::free_frozen`].
+    pub(crate) fn freeze(&self, pfn: Pfn, expected: u32) -> bool {
+        let refcount = &self.frame(pfn).refcount;
+        refcount.compare_exchange(expected, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// What a frame holds, for who copies it away.
+    pub(crate) fn contents(&self, pfn: Pfn) -> Box<[u64]> {
+        self.words_of(pfn).iter().map(|word| word.load(Ordering::SeqCst)).collect()
+    }
+
+    /// write(2): one word of a page that the caller holds locked.
+    pub(crate) fn store_word(&self, pfn: Pfn, word: usize, value: u64) {
+        self.words_of(pfn)[word].store(value, Ordering::SeqCst);
+    }
+
+    /// Fills a frame that nobody sees yet.
+    pub(crate) fn fill(&self, pfn: Pfn, contents: &[u64]) {
+        for (word, value) in self.words_of(pfn).iter().zip(contents) {
+            word.store(*value, Ordering::SeqCst);
+        }
     }
 
     /// References held: mappings, FOLL_GET, and [`GUP_PIN_COUNTING_BIAS`] for each FOLL_PIN. 0 is free.
@@ -262,12 +438,45 @@ impl Frames {
         if self.is_live(id) { Ok(()) } else { Err(id.into()) }
     }
 
+    /// set_page_dirty by a driver that mirrors the page and has no reference on it, before it lets go of the mapping.
+    ///
+    /// # Errors
+    /// [`FrameFreed`] if that life of the frame is over: the driver let go too late.
+    pub fn mark_dirty(&self, id: FrameId) -> Result<(), FrameFreed> {
+        if !self.is_live(id) {
+            return Err(id.into());
+        }
+        if id.pfn != ZERO_PAGE {
+            self.set_dirty(id.pfn);
+        }
+        Ok(())
+    }
+
     fn frame(&self, pfn: Pfn) -> &Frame {
         &self.frames[index_of(pfn)]
     }
 
     fn words_of(&self, pfn: Pfn) -> &[AtomicU64] {
         &self.words[index_of(pfn) * self.words_per_page..][..self.words_per_page]
+    }
+}
+
+/// A reference; see [`Frames::hold`].
+pub(crate) struct Held<'f> {
+    frames: &'f Frames,
+    pfn: Pfn,
+}
+
+impl<'f> Held<'f> {
+    /// Takes over a reference that the caller has.
+    pub(crate) fn adopt(frames: &'f Frames, pfn: Pfn) -> Held<'f> {
+        Held { frames, pfn }
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.frames.put(self.pfn, 1);
     }
 }
 

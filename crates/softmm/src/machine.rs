@@ -2,15 +2,22 @@
 //! A machine: frames, page-table pages, CPUs and the kernel version that runs on it. Its mms share these and nothing
 //! else. There is no global state: two machines do not know of each other, so that tests and explorations do not.
 
+use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use crate::frame::Frames;
+use crate::ksm::StableNodes;
 use crate::mm::{Mm, MmUser};
 use crate::page_table::Tables;
 use crate::profile::KernelProfile;
+use crate::rmap::AnonVmas;
+use crate::swap::Swap;
 use crate::tlb::Cpu;
-use interleave::{AtomicU64, Ordering};
+use interleave::{AtomicU64, LockClass, Mutex, Ordering, RwLock};
 use mmu_notifier::PAGE_SIZE;
 use std::sync::Arc;
+
+static DUP_MMAP_SEM: LockClass = LockClass::new("dup_mmap_sem");
+static KSM_THREAD_MUTEX: LockClass = LockClass::new("ksm_thread_mutex");
 
 /// How big a machine is. Small by default, so that rare paths (a full batch, no frame left) are common.
 #[derive(Debug, Clone)]
@@ -19,6 +26,8 @@ pub struct Config {
     pub frames: u32,
     /// Page-table pages. An mm needs four as soon as it maps a page.
     pub tables: u32,
+    /// Pages that the swap area holds.
+    pub swap_slots: u32,
     /// CPUs.
     pub cpus: usize,
     /// 64-bit words that a page stores, at its start: 1 to 512.
@@ -26,6 +35,9 @@ pub struct Config {
     /// Pages that an mmu_gather holds before it flushes early. The kernel's is about 500 for each of up to 20
     /// batches.
     pub gather_batch: usize,
+    /// Pages that a read fault on a file maps at most, if they are cached: a power of two, 1 for none but the one asked for
+    /// (fault_around_bytes; 16 pages since 3.15).
+    pub fault_around: u64,
     /// Which kernel this is.
     pub profile: KernelProfile,
 }
@@ -35,9 +47,11 @@ impl Default for Config {
         Config {
             frames: 256,
             tables: 64,
+            swap_slots: 64,
             cpus: 2,
             words_per_page: 8,
             gather_batch: 64,
+            fault_around: 16,
             profile: KernelProfile::V6_18,
         }
     }
@@ -48,6 +62,11 @@ pub struct Machine {
     config: Config,
     frames: Frames,
     tables: Tables,
+    swap: Swap,
+    anon_vmas: AnonVmas,
+    ksm: Mutex<()>,
+    stable_nodes: StableNodes,
+    dup_mmap_sem: RwLock<()>,
     cpus: Box<[Cpu]>,
     next_id: AtomicU64,
 }
@@ -61,6 +80,11 @@ impl Machine {
         Arc::new(Machine {
             frames: Frames::new(config.frames, words),
             tables: Tables::new(config.tables),
+            swap: Swap::new(config.swap_slots),
+            anon_vmas: AnonVmas::new(),
+            ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
+            stable_nodes: StableNodes::new(),
+            dup_mmap_sem: RwLock::new(&DUP_MMAP_SEM, ()),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
             config,
@@ -95,11 +119,53 @@ impl Machine {
         self.tables.in_use()
     }
 
+    /// Makes the `n`th allocation from now (1 is the next) fail once, though there is enough (the kernel's
+    /// fail-nth). 0: none.
+    pub fn fail_nth(&self, what: OutOfMemory, n: u64) {
+        self.free_list(what).fail_nth(n);
+    }
+
+    /// Is the failure that was asked for still to come?
+    pub fn failure_is_due(&self, what: OutOfMemory) -> bool {
+        self.free_list(what).failure_is_due()
+    }
+
+    fn free_list(&self, what: OutOfMemory) -> &Bitmap {
+        match what {
+            OutOfMemory::Frames => self.frames.bitmap(),
+            OutOfMemory::Tables => self.tables.bitmap(),
+        }
+    }
+
+    /// The swap area and the swap cache.
+    pub fn swap(&self) -> &Swap {
+        &self.swap
+    }
+
+    pub(crate) fn anon_vmas(&self) -> &AnonVmas {
+        &self.anon_vmas
+    }
+
+    pub(crate) fn stable_nodes(&self) -> &StableNodes {
+        &self.stable_nodes
+    }
+
+    /// One ksmd at a time.
+    pub(crate) fn ksm_thread_mutex(&self) -> &Mutex<()> {
+        &self.ksm
+    }
+
+    /// Fork reads it, uprobes write it.
+    pub(crate) fn dup_mmap_sem(&self) -> &RwLock<()> {
+        &self.dup_mmap_sem
+    }
+
     pub(crate) fn tables(&self) -> &Tables {
         &self.tables
     }
 
-    pub(crate) fn profile(&self) -> &KernelProfile {
+    /// The kernel that runs on it.
+    pub fn profile(&self) -> &KernelProfile {
         &self.config.profile
     }
 

@@ -13,9 +13,9 @@ use crate::machine::Machine;
 use crate::page_table::PageTable;
 use crate::pte::Pte;
 use crate::vma::VmaTree;
-use interleave::{Atomic, AtomicBool, AtomicU64, Context, LockClass, MaySleep, Ordering, RefCount, RwLock};
-use mmu_notifier::{Event, Invalidation, NotifierSubscriptions, PageAddr, Range, WouldBlock};
-use std::sync::Arc;
+use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Ordering, RefCount, RwLock};
+use mmu_notifier::{NotifierSubscriptions, PageAddr, Range};
+use std::sync::{Arc, Weak};
 
 static MMAP_LOCK: LockClass = LockClass::new("mmap_lock");
 
@@ -29,6 +29,8 @@ pub struct Mm {
     id: MmId,
     /// Immutable.
     machine: Arc<Machine>,
+    /// Itself, for who finds it by a page instead of by its owner (reverse maps). Immutable.
+    this: Weak<Mm>,
     /// mmap_lock, and what it guards.
     pub(crate) vmas: RwLock<VmaTree>,
     /// Locks of its own; shape protected by mmap_lock and `page_table_lock`, ptes by their ptl.
@@ -50,9 +52,11 @@ pub struct Mm {
 
 impl Mm {
     pub(crate) fn create(machine: &Arc<Machine>) -> Result<MmUser, OutOfMemory> {
-        let mm = Mm {
+        let page_table = PageTable::new(machine.tables())?;
+        let mm = Arc::new_cyclic(|this| Mm {
             id: MmId(machine.fresh_id()),
-            page_table: PageTable::new(machine.tables())?,
+            page_table,
+            this: this.clone(),
             machine: machine.clone(),
             vmas: RwLock::new(&MMAP_LOCK, VmaTree::default()),
             notifiers: NotifierSubscriptions::new(machine.profile().rules),
@@ -61,8 +65,8 @@ impl Mm {
             exiting: Arc::new(AtomicBool::new(false)),
             unstable: AtomicBool::new(false),
             write_protect_seq: AtomicU64::new(0),
-        };
-        Ok(MmUser { mm: Arc::new(mm) })
+        });
+        Ok(MmUser { mm })
     }
 
     /// Its name.
@@ -77,6 +81,11 @@ impl Mm {
 
     pub(crate) fn machine_arc(&self) -> &Arc<Machine> {
         &self.machine
+    }
+
+    /// Keeps the struct, not the address space.
+    pub(crate) fn weak(&self) -> &Weak<Mm> {
+        &self.this
     }
 
     /// The callbacks that this mm fires; register list notifiers here.
@@ -97,41 +106,6 @@ impl Mm {
     /// The ranges of the vmas, in order.
     pub fn vma_ranges(&self, cx: &mut MaySleep<'_>) -> Vec<Range> {
         self.vmas.read(cx).iter().map(|vma| vma.range).collect()
-    }
-
-    /// S; `change`; E. Blockable.
-    pub(crate) fn invalidate<R>(
-        &self,
-        cx: &mut MaySleep<'_>,
-        range: Range,
-        event: Event,
-        change: impl FnOnce(&mut MaySleep<'_>) -> R,
-    ) -> R {
-        let section = self.notifiers.invalidate_range_start(cx, Invalidation::new(range, event));
-        let result = change(cx);
-        section.invalidate_range_end(cx);
-        result
-    }
-
-    /// S, and if every callback could do without sleeping: `change`; E. Otherwise neither.
-    pub(crate) fn invalidate_nonblock<R>(
-        &self,
-        cx: &mut MaySleep<'_>,
-        range: Range,
-        event: Event,
-        change: impl FnOnce(&mut MaySleep<'_>) -> R,
-    ) -> Result<R, WouldBlock> {
-        let section = self.notifiers.invalidate_range_start_nonblock(cx, Invalidation::new(range, event))?;
-        let result = change(cx);
-        section.invalidate_range_end(cx);
-        Ok(result)
-    }
-
-    /// A: the CPUs' TLBs have been flushed.
-    pub(crate) fn secondary_tlbs<C: Context + ?Sized>(&self, cx: &mut C, range: Range) {
-        interleave::preempt_disable(cx, |cx: &mut Atomic<'_>| {
-            self.notifiers.arch_invalidate_secondary_tlbs(cx, range);
-        });
     }
 
     /// folio_needs_cow_for_dma: might a FOLL_PIN taken through this mm hold the frame? Stable while

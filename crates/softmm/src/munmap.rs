@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! munmap(2), and the zap that every unmapping path shares (v6.18).
+//! munmap(2) (all versions).
 //!
 //! Sequence: detach the vmas; downgrade mmap_lock; S(UNMAP, the whole span asked for, holes included);
-//! per leaf table [ clr' ; remove rmap; gather the page ], and if the batch fills up: flush; put; **E**; free_pgtables;
-//! flush; put. Nothing fires if no vma lies in the span.
+//! per leaf table [ clr' ; remove rmap; gather the page ], and if the batch fills up: flush; put; **E**; unlink
+//! from rmap; free_pgtables; flush; put. With the flush go R (v3_19 .. v5_10) and A (v6_18), so they come after E.
+//! Nothing fires if no vma lies in the span.
 //!
-//! Locks: mmap_lock for writing, then for reading (4.20 and later; in this version only munmap(2) itself downgrades, a
+//! Locks: mmap_lock for writing, then for reading (v5_10 and later; there only munmap(2) itself downgrades, a
 //! MAP_FIXED overlay does not); ptl around each batch; S and E with mmap_lock alone.
 
 use crate::mm::Mm;
-use crate::page_table::{PteGuard, by_leaf};
 use crate::tlb::MmuGather;
-use crate::vma::VmaTree;
+use crate::vma::{Vma, VmaTree};
+use crate::zap::Zap;
 use interleave::{MaySleep, WriteGuard};
 use mmu_notifier::{Event, Range};
 
@@ -19,39 +20,53 @@ impl Mm {
     /// Unmaps every page of `range`, mapped or not.
     pub fn munmap(&self, cx: &mut MaySleep<'_>, range: Range) {
         let mut vmas = self.vmas.write(cx);
-        let pieces: Vec<Range> = vmas.detach(range).iter().map(|vma| vma.range).collect();
+        let pieces = vmas.detach(range);
         if pieces.is_empty() {
             return;
         }
+        self.relink_files(cx, &vmas, range, &pieces, true);
         let neighbours = vmas.neighbours(range);
         if self.machine().profile().munmap_downgrades {
             let held = WriteGuard::downgrade(vmas);
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.unmap_region(cx, &held, range, &pieces, neighbours);
             drop(held);
         } else {
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.unmap_region(cx, &vmas, range, &pieces, neighbours);
             drop(vmas);
         }
     }
 
     /// The overlay's munmap: mmap_lock stays held for writing.
     pub(crate) fn munmap_locked(&self, cx: &mut MaySleep<'_>, vmas: &mut VmaTree, range: Range) {
-        let pieces: Vec<Range> = vmas.detach(range).iter().map(|vma| vma.range).collect();
+        let pieces = vmas.detach(range);
         let neighbours = vmas.neighbours(range);
         if !pieces.is_empty() {
-            self.unmap_region(cx, range, &pieces, neighbours);
+            self.relink_files(cx, vmas, range, &pieces, true);
+            self.unmap_region(cx, vmas, range, &pieces, neighbours);
         }
     }
 
     /// unmap_vmas, free_pgtables and tlb_finish_mmu for vmas that are out of the tree. `neighbours`: see
     /// [`VmaTree::neighbours`].
-    fn unmap_region(&self, cx: &mut MaySleep<'_>, span: Range, pieces: &[Range], neighbours: (u64, u64)) {
+    fn unmap_region(
+        &self,
+        cx: &mut MaySleep<'_>,
+        vmas: &VmaTree,
+        span: Range,
+        pieces: &[Vma],
+        neighbours: (u64, u64),
+    ) {
         let mut gather = MmuGather::new(self);
         self.invalidate(cx, span, Event::Unmap, |cx| {
-            for &piece in pieces {
-                self.zap(cx, &mut gather, piece);
+            for piece in pieces {
+                self.zap(cx, &mut gather, piece.range, Zap::All);
             }
         });
+        // Before the tables go: nobody may find them through a file or an anon_vma any more.
+        self.relink_files(cx, vmas, span, pieces, false);
+        for piece in pieces {
+            self.unlink_anon_vmas(cx, piece);
+        }
         self.free_pgtables(cx, &mut gather, span, neighbours);
         gather.finish(cx);
     }
@@ -66,38 +81,5 @@ impl Mm {
         let tables = self.machine().tables();
         self.page_table
             .free_tables(cx, tables, span, neighbours, &mut |page, table| gather.remove_table(page, table));
-    }
-
-    /// Clears the ptes of `range` and gathers their pages (zap_page_range). The caller is inside S..E.
-    pub(crate) fn zap(&self, cx: &mut MaySleep<'_>, gather: &mut MmuGather<'_>, range: Range) {
-        let (tables, frames) = (self.machine().tables(), self.machine().frames());
-        for piece in by_leaf(range) {
-            let mut pages = piece.iter_pages().peekable();
-            let Some(leaf) = pages.peek().and_then(|&first| self.page_table.leaf(tables, first)) else {
-                continue;
-            };
-            while pages.peek().is_some() {
-                let mut guard = PteGuard::lock(tables, leaf, cx);
-                let mut full = false;
-                for page in pages.by_ref() {
-                    if guard.get(page).is_none() {
-                        continue;
-                    }
-                    let pte = guard.get_and_clear(page);
-                    let counted = (!pte.is_special()).then(|| pte.pfn());
-                    if let Some(pfn) = counted {
-                        frames.remove_rmap(pfn);
-                    }
-                    full = gather.remove_page(page, counted);
-                    if full {
-                        break;
-                    }
-                }
-                drop(guard);
-                if full {
-                    gather.flush(cx);
-                }
-            }
-        }
     }
 }

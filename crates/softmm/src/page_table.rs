@@ -53,6 +53,11 @@ impl Tables {
         Tables { tables: (0..count).map(|_| table()).collect(), allocated: Bitmap::new(count as usize) }
     }
 
+    /// The free list, to make it fail.
+    pub(crate) fn bitmap(&self) -> &Bitmap {
+        &self.allocated
+    }
+
     pub(crate) fn in_use(&self) -> usize {
         self.allocated.bits() - self.allocated.zeros()
     }
@@ -82,7 +87,7 @@ const fn index_at(level: u32, addr: u64) -> usize {
 }
 
 /// Bytes under one entry of a table at `level`.
-const fn entry_span(level: u32) -> u64 {
+pub(crate) const fn entry_span(level: u32) -> u64 {
     1 << (PAGE_SHIFT + INDEX_BITS * level)
 }
 
@@ -114,6 +119,18 @@ impl PageTable {
             table = child(tables.entry(table, index_at(level, page.get())).load(Ordering::SeqCst))?;
         }
         Some(table)
+    }
+
+    /// Is there anything under the entry of `addr` in the tables of `level` (pmd_none and pud_none, negated)?
+    pub(crate) fn populated(&self, tables: &Tables, level: u32, addr: u64) -> bool {
+        let mut table = self.pgd;
+        for at in (level..LEVELS).rev() {
+            match child(tables.entry(table, index_at(at, addr)).load(Ordering::SeqCst)) {
+                Some(next) => table = next,
+                None => return false,
+            }
+        }
+        true
     }
 
     /// The leaf table of `page`; makes the levels that are missing (pte_alloc, GFP_KERNEL: may sleep).
@@ -240,6 +257,11 @@ impl Ptes<'_> {
     /// Sets bits of a live pte in one step, so that no accessed or dirty bit is lost (ptep_set_access_flags).
     pub(crate) fn set_bits(&mut self, page: PageAddr, bits: u64) {
         self.entry(page).fetch_or(bits, Ordering::SeqCst);
+    }
+
+    /// Forgets that the page was accessed; was it (ptep_test_and_clear_young)?
+    pub(crate) fn test_and_clear_young(&mut self, page: PageAddr) -> bool {
+        self.entry(page).fetch_and(!Pte::ACCESSED, Ordering::SeqCst) & Pte::ACCESSED != 0
     }
 
     /// ptep_set_wrprotect: as [`Ptes::set_bits`]. CPUs may keep writing until their TLB is flushed.

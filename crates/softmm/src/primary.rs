@@ -92,7 +92,9 @@ impl Mm {
             FaultError::Unmapped(at) => GupError::NotMapped { range, access, at },
             FaultError::Access(at) => GupError::AccessDenied { range, access, at },
             FaultError::OutOfMemory(limit) => GupError::NoMemory { range, limit: limit.to_string() },
-            FaultError::Reaped(_) => GupError::Source { range, source: Box::new(error) },
+            FaultError::Reaped(_) | FaultError::PastEnd(_) | FaultError::NotPinnable(_) => {
+                GupError::Source { range, source: Box::new(error) }
+            }
         }
     }
 }

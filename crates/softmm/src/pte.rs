@@ -3,6 +3,8 @@
 //!
 //! A pte is a value: what a table holds is an atomic word, and a [`Pte`] is what it was when it was read.
 
+use crate::swap::Slot;
+use crate::vma::Prot;
 use mmu_notifier::{PAGE_SHIFT, Pfn};
 use std::fmt;
 
@@ -17,10 +19,40 @@ impl Pte {
     pub(crate) const WRITE: u64 = 1 << 1;
     pub(crate) const ACCESSED: u64 = 1 << 5;
     pub(crate) const DIRTY: u64 = 1 << 6;
+    /// Present for the mm, not for the MMU (_PAGE_PROTNONE).
+    pub(crate) const PROTNONE: u64 = 1 << 8;
     pub(crate) const SPECIAL: u64 = 1 << 9;
+    /// Of a swap entry: the page was exclusive (_PAGE_SWP_EXCLUSIVE, 5.19).
+    const SWAP_EXCLUSIVE: u64 = 1 << 3;
 
     pub(crate) const fn new(pfn: Pfn, bits: u64) -> Pte {
         Pte(pfn.0 << PAGE_SHIFT | Pte::PRESENT | bits)
+    }
+
+    /// A swap entry: where the contents are.
+    pub(crate) const fn swap(slot: Slot, exclusive: bool) -> Pte {
+        let exclusive = if exclusive { Pte::SWAP_EXCLUSIVE } else { 0 };
+        Pte((slot.0 as u64 + 1) << PAGE_SHIFT | exclusive)
+    }
+
+    /// The slot of a swap entry.
+    pub(crate) const fn swap_slot(self) -> Option<Slot> {
+        if self.is_none() || self.is_mapped() { None } else { Some(Slot((self.0 >> PAGE_SHIFT) as u32 - 1)) }
+    }
+
+    pub(crate) const fn swap_exclusive(self) -> bool {
+        self.has(Pte::SWAP_EXCLUSIVE)
+    }
+
+    /// Of a swap entry: no longer exclusive.
+    pub(crate) const fn swap_shared(self) -> Pte {
+        self.without(Pte::SWAP_EXCLUSIVE)
+    }
+
+    /// pte_modify: the page, accessed and dirty stay; a private mapping gets no write permission from it.
+    pub(crate) const fn modify(self, prot: Prot) -> Pte {
+        let kept = self.without(Pte::PRESENT | Pte::PROTNONE | Pte::WRITE);
+        kept.with(if prot.readable() { Pte::PRESENT } else { Pte::PROTNONE })
     }
 
     pub(crate) const fn with(self, bits: u64) -> Pte {
@@ -54,6 +86,16 @@ impl Pte {
         self.has(Pte::PRESENT)
     }
 
+    /// Does a page belong to it (the kernel's pte_present)? True also where PROT_NONE keeps the MMU away.
+    pub const fn is_mapped(self) -> bool {
+        self.0 & (Pte::PRESENT | Pte::PROTNONE) != 0
+    }
+
+    /// Does it say where in swap the contents are?
+    pub const fn is_swap(self) -> bool {
+        !self.is_none() && !self.is_mapped()
+    }
+
     /// May the CPU write?
     pub const fn is_writable(self) -> bool {
         self.has(Pte::WRITE)
@@ -74,7 +116,7 @@ impl Pte {
         self.has(Pte::SPECIAL)
     }
 
-    /// The frame. Meaningful if present.
+    /// The frame. Meaningful if mapped.
     pub const fn pfn(self) -> Pfn {
         Pfn(self.0 >> PAGE_SHIFT)
     }
@@ -85,8 +127,17 @@ impl fmt::Debug for Pte {
         if self.is_none() {
             return f.write_str("none");
         }
+        if let Some(slot) = self.swap_slot() {
+            return write!(f, "swap {}{}", slot.0, if self.swap_exclusive() { " exclusive" } else { "" });
+        }
         write!(f, "{:?} ", self.pfn())?;
-        for (bit, name) in [(Pte::WRITE, 'w'), (Pte::ACCESSED, 'a'), (Pte::DIRTY, 'd'), (Pte::SPECIAL, 's')] {
+        for (bit, name) in [
+            (Pte::WRITE, 'w'),
+            (Pte::ACCESSED, 'a'),
+            (Pte::DIRTY, 'd'),
+            (Pte::SPECIAL, 's'),
+            (Pte::PROTNONE, 'n'),
+        ] {
             write!(f, "{}", if self.has(bit) { name } else { '-' })?;
         }
         Ok(())

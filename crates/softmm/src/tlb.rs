@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The TLB of each CPU, its shootdown, and the mmu_gather that defers both flush and free (v6.18, x86-64).
+//! The TLB of each CPU, its shootdown, and the mmu_gather that defers both flush and free (x86-64; all versions).
 //!
 //! Sequence of every user of `MmuGather`: S; [ clr' ] per pte, pages gathered; E; free_pgtables; **flush; put**.
 //! So the CPU flush and the free come *after* E, except when a batch fills up: then flush and put happen inside S..E.
@@ -17,6 +17,7 @@ use crate::frame::FrameId;
 use crate::machine::Machine;
 use crate::mm::{Mm, MmId};
 use crate::page_table::TableId;
+use crate::profile::SecondaryTlbs;
 use crate::pte::Pte;
 use interleave::{Context, LockClass, SpinGuard, SpinLock};
 use mmu_notifier::{PageAddr, Pfn, Range};
@@ -83,12 +84,19 @@ impl Tlb {
 impl Machine {
     /// flush_tlb_mm_range: when it returns, no CPU uses an older translation of `range`. May be called under a ptl.
     pub(crate) fn flush_tlb_range<C: Context + ?Sized>(&self, cx: &mut C, mm: &Mm, range: Range) {
+        self.flush_cpus(cx, mm, range);
+        // A comes last in x86's flush_tlb_mm_range (6.6 and later): a secondary TLB refilled from a page table that
+        // CPUs still cached would be flushed here all the same.
+        if self.profile().secondary_tlbs == SecondaryTlbs::CpuFlush {
+            mm.secondary_tlbs(cx, range);
+        }
+    }
+
+    /// The CPUs alone: what a batched flush of reclaim does (arch_tlbbatch_flush).
+    pub(crate) fn flush_cpus<C: Context + ?Sized>(&self, cx: &mut C, mm: &Mm, range: Range) {
         for cpu in self.cpus() {
             cpu.irq_off(cx).drop_range(mm.id(), range);
         }
-        // A comes last in x86's flush_tlb_mm_range (6.6 and later): a secondary TLB refilled from a page table that
-        // CPUs still cached would be flushed here all the same.
-        mm.secondary_tlbs(cx, range);
     }
 }
 
@@ -123,7 +131,11 @@ impl<'m> MmuGather<'m> {
         self.tables.push(table);
     }
 
-    fn cover(&mut self, range: Range) {
+    pub(crate) fn is_dirty(&self) -> bool {
+        self.dirty.is_some()
+    }
+
+    pub(crate) fn cover(&mut self, range: Range) {
         let (start, end) = match self.dirty {
             Some(dirty) => (dirty.start().min(range.start()), dirty.end().max(range.end())),
             None => (range.start(), range.end()),
@@ -131,13 +143,22 @@ impl<'m> MmuGather<'m> {
         self.dirty = Range::new(start, end - start).ok();
     }
 
+    /// tlb_flush_mmu_tlbonly: nobody uses what was cleared any more; nothing is freed. May be called under a ptl.
+    pub(crate) fn flush_tlb<C: Context + ?Sized>(&mut self, cx: &mut C) {
+        if let Some(range) = self.dirty.take() {
+            self.mm.machine().flush_tlb_range(cx, self.mm, range);
+            self.mm.invalidate_secondary(cx, range);
+        }
+    }
+
     /// tlb_flush_mmu: flush, then free what was gathered.
     pub(crate) fn flush<C: Context + ?Sized>(&mut self, cx: &mut C) {
         let machine = self.mm.machine();
-        if let Some(range) = self.dirty.take() {
-            machine.flush_tlb_range(cx, self.mm, range);
+        self.flush_tlb(cx);
+        for pfn in self.pages.drain(..) {
+            machine.free_swap_cache(cx, pfn);
+            machine.frames().put(pfn, 1);
         }
-        self.pages.drain(..).for_each(|pfn| machine.frames().put(pfn, 1));
         self.tables.drain(..).for_each(|table| machine.tables().free(table));
     }
 

@@ -7,9 +7,11 @@
 //! The `anon_vma` matters to notifiers: fork copies page tables, and so notifies, only for vmas that have one, and
 //! two vmas with different ones stay apart, which makes two notified ranges out of one.
 
+use crate::page_cache::{File, FileKind};
 use interleave::{AtomicU64, Ordering};
-use mmu_notifier::Range;
+use mmu_notifier::{PAGE_SHIFT, PageAddr, Range};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// What the CPU may do with a mapping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,52 +36,111 @@ impl Prot {
     }
 }
 
-/// A private anonymous mapping. This slice has no other kind, so every vma is copy-on-write (is_cow_mapping).
+/// The file that a vma maps (vm_file, vm_pgoff, VM_SHARED).
+#[derive(Debug, Clone)]
+pub(crate) struct VmaFile {
+    pub(crate) file: Arc<File>,
+    /// Which page of the file the vma begins with.
+    pub(crate) pgoff: u64,
+    pub(crate) shared: bool,
+}
+
+impl VmaFile {
+    /// Which page of the file `page` shows (linear_page_index).
+    pub(crate) fn index(&self, vma: &Vma, page: PageAddr) -> u64 {
+        self.pgoff + ((page.get() - vma.range.start()) >> PAGE_SHIFT)
+    }
+}
+
+/// A mapping: of a file, or private and anonymous.
 #[derive(Debug)]
 pub(crate) struct Vma {
     pub(crate) range: Range,
     pub(crate) prot: Prot,
     /// 0 until the first page of its own (anon_vma_prepare).
     anon_vma: AtomicU64,
-    /// Came out of fork: its anon_vma chain has more than one link, so it merges with nothing that has no anon_vma.
-    forked: bool,
+    /// The anon_vmas of its ancestors, the oldest first: fork gave them. A vma that has any merges with nothing that
+    /// has no anon_vma.
+    inherited: Vec<u64>,
+    /// KSM may merge its pages (VM_MERGEABLE).
+    pub(crate) mergeable: bool,
+    /// What it maps; `None` is anonymous memory.
+    pub(crate) file: Option<VmaFile>,
 }
 
 impl Vma {
     pub(crate) fn new(range: Range, prot: Prot) -> Vma {
-        Vma { range, prot, anon_vma: AtomicU64::new(0), forked: false }
+        Vma { range, prot, anon_vma: AtomicU64::new(0), inherited: Vec::new(), mergeable: false, file: None }
+    }
+
+    pub(crate) fn of_file(range: Range, prot: Prot, file: VmaFile) -> Vma {
+        Vma { file: Some(file), ..Vma::new(range, prot) }
+    }
+
+    /// Do writes reach others (VM_SHARED)? If not, the mapping is copy-on-write (is_cow_mapping).
+    pub(crate) fn shared(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.shared)
+    }
+
+    /// Do some of its ptes lead to memory that has no page (VM_MIXEDMAP)?
+    pub(crate) fn is_mixed_map(&self) -> bool {
+        self.file.as_ref().is_some_and(|file| file.file.kind() == FileKind::Xip)
     }
 
     pub(crate) fn anon_vma(&self) -> Option<u64> {
         Some(self.anon_vma.load(Ordering::SeqCst)).filter(|&id| id != 0)
     }
 
+    /// False if it has one already.
+    pub(crate) fn set_anon_vma(&self, id: u64) -> bool {
+        self.anon_vma.compare_exchange(0, id, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    /// Its anon_vma and those of its ancestors, the oldest first.
+    pub(crate) fn anon_vmas(&self) -> impl Iterator<Item = u64> {
+        self.inherited.iter().copied().chain(self.anon_vma())
+    }
+
+    fn forked(&self) -> bool {
+        !self.inherited.is_empty()
+    }
+
     /// A piece of this vma, with its anon_vma (__split_vma).
     fn piece(&self, range: Range) -> Vma {
         let anon_vma = AtomicU64::new(self.anon_vma.load(Ordering::SeqCst));
-        Vma { range, prot: self.prot, anon_vma, forked: self.forked }
+        let file = self.file.as_ref().map(|file| VmaFile {
+            pgoff: file.pgoff + ((range.start() - self.range.start()) >> PAGE_SHIFT),
+            ..file.clone()
+        });
+        Vma { range, anon_vma, inherited: self.inherited.clone(), file, ..*self }
     }
 
     /// The child's copy at fork (anon_vma_fork), with `anon_vma` of its own if the parent has one.
     pub(crate) fn for_child(&self, anon_vma: impl FnOnce() -> u64) -> Vma {
         let own = self.anon_vma().map(|_| anon_vma());
-        Vma {
-            range: self.range,
-            prot: self.prot,
-            anon_vma: AtomicU64::new(own.unwrap_or(0)),
-            forked: self.forked || own.is_some(),
-        }
+        let (anon_vma, inherited) = (AtomicU64::new(own.unwrap_or(0)), self.anon_vmas().collect());
+        Vma { anon_vma, inherited, file: self.file.clone(), ..*self }
     }
 
     /// Could `next`, which starts where this ends, be part of this one (can_vma_merge_after)?
     fn merges_with(&self, next: &Vma) -> bool {
         let anon_vmas_allow = match (self.anon_vma(), next.anon_vma()) {
             (Some(a), Some(b)) => a == b,
-            (Some(_), None) => !self.forked,
-            (None, Some(_)) => !next.forked,
+            (Some(_), None) => !self.forked(),
+            (None, Some(_)) => !next.forked(),
             (None, None) => true,
         };
-        self.range.end() == next.range.start() && self.prot == next.prot && anon_vmas_allow
+        let one_file = match (&self.file, &next.file) {
+            (None, None) => true,
+            (Some(a), Some(b)) => {
+                Arc::ptr_eq(&a.file, &b.file)
+                    && a.shared == b.shared
+                    && a.pgoff + self.range.pages() == b.pgoff
+            }
+            _ => false,
+        };
+        let alike = self.prot == next.prot && self.mergeable == next.mergeable && one_file;
+        self.range.end() == next.range.start() && alike && anon_vmas_allow
     }
 }
 
@@ -154,20 +215,21 @@ impl VmaTree {
         out
     }
 
-    /// Gives the vma at `addr` an anon_vma: that of a neighbour which it could merge with, else `fresh`
-    /// (anon_vma_prepare; mmap_lock held for reading is enough).
-    pub(crate) fn anon_vma_prepare(&self, addr: u64, fresh: impl FnOnce() -> u64) {
-        let Some(vma) = self.find(addr) else { return };
-        if vma.anon_vma().is_some() {
-            return;
-        }
+    /// The anon_vma of a neighbour that `vma` could merge with (find_mergeable_anon_vma).
+    pub(crate) fn mergeable_anon_vma(&self, vma: &Vma) -> Option<u64> {
         let next = self.vmas.get(&vma.range.end());
         let prev = self.vmas.range(..vma.range.start()).next_back().map(|(_, prev)| prev);
         let of_next = next.filter(|next| vma.merges_with(next)).and_then(Vma::anon_vma);
         let of_prev = prev.filter(|prev| prev.merges_with(vma)).and_then(Vma::anon_vma);
-        let id = of_next.or(of_prev).unwrap_or_else(fresh);
-        // A racing fault may have been first; both are right.
-        let _ = vma.anon_vma.compare_exchange(0, id, Ordering::SeqCst, Ordering::SeqCst);
+        of_next.or(of_prev)
+    }
+
+    /// Changes the part of every vma that lies in `range`, split and merged as needed (vma_modify).
+    pub(crate) fn modify(&mut self, range: Range, change: impl Fn(&mut Vma)) {
+        for mut piece in self.detach(range) {
+            change(&mut piece);
+            self.insert_merging(piece);
+        }
     }
 
     /// The highest gap of `len` bytes below `top` (top-down layout, v6.18 default), if there is one.
@@ -189,7 +251,7 @@ fn join(mut low: Vma, high: &Vma) -> Vma {
         Range::new(low.range.start(), low.range.len() + high.range.len()).expect("neighbours in user space");
     if low.anon_vma().is_none() {
         low.anon_vma.store(high.anon_vma.load(Ordering::SeqCst), Ordering::SeqCst);
-        low.forked |= high.forked;
+        low.inherited = high.inherited.clone();
     }
     low
 }
@@ -219,8 +281,9 @@ mod tests {
         let mut apart = VmaTree::default();
         apart.insert_merging(Vma::new(range(1, 1), Prot::Read));
         apart.insert_merging(Vma::new(range(3, 1), Prot::Read));
-        apart.anon_vma_prepare(1 << 12, || 1);
-        apart.anon_vma_prepare(3 << 12, || 2);
+        for (page, id) in [(1, 1), (3, 2)] {
+            assert!(apart.find(page << 12).unwrap().set_anon_vma(id));
+        }
         apart.insert_merging(Vma::new(range(2, 1), Prot::Read));
         assert_eq!(ranges(&apart), [(1, 2), (3, 1)]);
     }

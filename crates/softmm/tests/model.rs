@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Random operations on two or three address spaces against a model that is a map from page to contents.
+//! Random operations on two or three address spaces, under every kernel profile, against a model that is a map from page to
+//! contents.
 //!
 //! After every operation: contents and faults are the model's; every translation that was lost was lost inside an S..E
-//! that covers it; no frame was freed before its E; mapcounts, reference counts and exclusivity are exact. At the end
+//! that covers it, or with a P or C; no frame was freed before its E; mapcounts, reference counts and exclusivity are exact. At the end
 //! everything is given back and no frame and no page-table page is missing.
 
 mod common;
@@ -13,8 +14,8 @@ use mmu_notifier::{PageAddr, Range};
 use proptest::prelude::*;
 use softmm::frame::GUP_PIN_COUNTING_BIAS;
 use softmm::{
-    AccessError, Config, FaultError, Foll, FollRef, FrameId, Machine, Mm, MmUser, MmapError, Placement, Prot,
-    UserPages, ZERO_PAGE,
+    AccessError, ChangeError, Config, FaultError, Foll, FollRef, FrameId, KernelProfile, Machine, Merge, Mm,
+    MmUser, MmapError, Placement, Prot, Reclaim, UserPages, ZERO_PAGE,
 };
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -33,9 +34,14 @@ enum Op {
     Load { mm: usize, cpu: usize, page: u64, word: usize },
     Fork { mm: usize },
     Exit { mm: usize },
-    Pin { mm: usize, at: u64, len: u64, write: bool, get: bool, longterm: bool, fast: bool },
+    Pin { mm: usize, at: u64, len: u64, write: bool, get: bool, longterm: bool, fast: bool, force: bool },
     Unpin { pin: usize },
     DeviceWrite { pin: usize, page: usize, value: u64 },
+    Mprotect { mm: usize, at: u64, len: u64, prot: u8 },
+    Dontneed { mm: usize, at: u64, len: u64 },
+    Reclaim { mm: usize, page: u64, ignore_references: bool },
+    Merge { mms: [usize; 2], pages: [u64; 2] },
+    Unmerge { mm: usize, at: u64, len: u64 },
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -53,11 +59,19 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
             .prop_map(|(mm, cpu, page, word)| Op::Load { mm, cpu, page, word }),
         2 => mm.clone().prop_map(|mm| Op::Fork { mm }),
         1 => mm.clone().prop_map(|mm| Op::Exit { mm }),
-        3 => (mm, page(), 1..4_u64, any::<[bool; 4]>()).prop_map(
-            |(mm, at, len, [write, get, longterm, fast])| Op::Pin {
-                mm, at, len: len.min(PAGES - at), write, get, longterm, fast
+        3 => (mm.clone(), page(), 1..4_u64, any::<[bool; 5]>()).prop_map(
+            |(mm, at, len, [write, get, longterm, fast, force])| Op::Pin {
+                mm, at, len: len.min(PAGES - at), write, get, longterm, fast, force
             }
         ),
+        2 => (mm.clone(), span(), 0..5_u8)
+            .prop_map(|(mm, (at, len), prot)| Op::Mprotect { mm, at, len, prot }),
+        1 => (mm.clone(), span()).prop_map(|(mm, (at, len))| Op::Dontneed { mm, at, len }),
+        4 => (mm.clone(), page(), any::<bool>())
+            .prop_map(|(mm, page, ignore_references)| Op::Reclaim { mm, page, ignore_references }),
+        2 => ([mm.clone(), mm.clone()], [page(), page()])
+            .prop_map(|(mms, pages)| Op::Merge { mms, pages }),
+        1 => (mm.clone(), span()).prop_map(|(mm, (at, len))| Op::Unmerge { mm, at, len }),
         2 => any::<usize>().prop_map(|pin| Op::Unpin { pin }),
         3 => (any::<usize>(), any::<usize>(), 1..1000_u64)
             .prop_map(|(pin, page, value)| Op::DeviceWrite { pin, page, value }),
@@ -96,9 +110,10 @@ struct Process {
 struct Held {
     frame: FrameId,
     /// The place whose contents it must show: a FOLL_PIN shows the mapping's until that is unmapped. `None` for
-    /// FOLL_GET and for the zero page, which promise nothing but that the frame stays.
+    /// FOLL_GET, for the zero page and before 5.19, which promise nothing but that the frame stays.
     follows: Option<(u64, u64)>,
     pinned: bool,
+    references: u32,
 }
 
 struct Pin {
@@ -124,8 +139,10 @@ fn window(at: u64, len: u64) -> Range {
 }
 
 impl World {
-    fn new(cx: &mut MaySleep<'_>) -> World {
-        let machine = Machine::new(Config { words_per_page: WORDS, ..Config::default() });
+    fn new(cx: &mut MaySleep<'_>, profile: KernelProfile) -> World {
+        // Few slots, so that the swap area fills up.
+        let config = Config { words_per_page: WORDS, swap_slots: 8, profile, ..Config::default() };
+        let machine = Machine::new(config);
         let mut world =
             World { machine, processes: Vec::new(), pins: Vec::new(), orphans: BTreeMap::new(), names: 0 };
         let user = world.machine.new_mm().unwrap();
@@ -211,10 +228,63 @@ impl World {
                     self.exit(cx, i);
                 }
             }
-            Op::Pin { mm, at, len, write, get, longterm, fast } => {
+            Op::Pin { mm, at, len, write, get, longterm, fast, force } => {
                 let Some(i) = self.pick(mm) else { return };
-                let foll = Foll { write, longterm, hold: if get { FollRef::Get } else { FollRef::Pin } };
+                let hold = if get { FollRef::Get } else { FollRef::Pin };
+                let foll = Foll { write, longterm, force, hold };
                 self.pin(cx, i, at, len, foll, fast);
+            }
+            Op::Mprotect { mm, at, len, prot } => {
+                let Some(i) = self.pick(mm) else { return };
+                let prot = [Prot::None, Prot::Read, Prot::ReadWrite][(prot as usize).min(2)];
+                let Process { user, model, .. } = &mut self.processes[i];
+                let hole = (at..at + len).find(|page| !model.prot.contains_key(page));
+                let expected = hole.map_or(Ok(()), |page| Err(ChangeError::Hole(page_addr(page))));
+                assert_eq!(user.mprotect(cx, window(at, len), prot), expected);
+                (at..hole.unwrap_or(at + len)).for_each(|page| {
+                    model.prot.insert(page, prot);
+                });
+            }
+            Op::Dontneed { mm, at, len } => {
+                let Some(i) = self.pick(mm) else { return };
+                let prot = self.processes[i].model.prot.clone();
+                self.orphan(i, at..at + len);
+                let Process { user, model, .. } = &mut self.processes[i];
+                model.prot = prot;
+                let hole = (at..at + len).find(|page| !model.prot.contains_key(page));
+                let expected = hole.map_or(Ok(()), |page| Err(ChangeError::Hole(page_addr(page))));
+                assert_eq!(user.madvise_dontneed(cx, window(at, len)), expected);
+            }
+            Op::Reclaim { mm, page, ignore_references } => {
+                let Some(i) = self.pick(mm) else { return };
+                let pte = self.processes[i].user.peek_pte(page_addr(page));
+                if pte.is_mapped() {
+                    let frame = self.machine.frames().id(pte.pfn());
+                    self.machine.reclaim_page(cx, frame, ignore_references);
+                }
+            }
+            Op::Merge { mms: [a, b], pages: [page, other] } => {
+                let (Some(a), Some(b)) = (self.pick(a), self.pick(b)) else { return };
+                let (a, b) = (&self.processes[a], &self.processes[b]);
+                for (process, page) in [(a, page), (b, other)] {
+                    let mapped = process.model.prot.contains_key(&page);
+                    let done = process.user.madvise_mergeable(cx, window(page, 1), true);
+                    assert_eq!(done.is_ok(), mapped);
+                }
+                let merge =
+                    self.machine.ksm_merge(cx, (&a.user, page_addr(page)), (&b.user, page_addr(other)));
+                let same = a.model.contents(page) == b.model.contents(other);
+                assert!(same || merge != Merge::Merged, "merged what differs");
+            }
+            Op::Unmerge { mm, at, len } => {
+                let Some(i) = self.pick(mm) else { return };
+                let Process { user, model, .. } = &self.processes[i];
+                let mapped = (at..at + len).all(|page| model.prot.contains_key(&page));
+                assert_eq!(user.madvise_mergeable(cx, window(at, len), false).is_ok(), mapped);
+                for page in window(at, len).iter_pages() {
+                    let pte = user.peek_pte(page);
+                    assert!(!pte.is_mapped() || !self.machine.frames().is_ksm(pte.pfn()));
+                }
             }
             Op::Unpin { pin } if !self.pins.is_empty() => {
                 let pin = pin % self.pins.len();
@@ -250,7 +320,10 @@ impl World {
         } else {
             user.get_user_pages(cx, window(at, len), foll)
         };
-        let expected = (at..at + len).try_for_each(|page| model.may(page, foll.write));
+        let expected = (at..at + len).try_for_each(|page| match model.may(page, foll.write) {
+            Err(FaultError::Access(_)) if foll.force => Ok(()),
+            may => may,
+        });
         let pages = match got {
             Ok(pages) => {
                 assert_eq!(expected, Ok(()));
@@ -258,14 +331,24 @@ impl World {
             }
             Err(error) => return assert_eq!(Err(error), expected),
         };
-        let pinned = foll.hold == FollRef::Pin;
+        let profile = self.machine.profile();
+        let pinned = foll.hold == FollRef::Pin && profile.read_pin_unshares;
+        let counts = foll.hold == FollRef::Pin && profile.foll_pin;
         let held = pages.frames().zip(at..).map(|(frame, page)| {
             let follows = pinned && frame.pfn != ZERO_PAGE;
             assert!(
                 follows || !pinned || !(foll.longterm || foll.write),
                 "longterm pins never hold the zero page"
             );
-            Held { frame, follows: follows.then_some((*name, page)), pinned }
+            let zero = frame.pfn == ZERO_PAGE && profile.zero_page_unpinned;
+            let references = if !counts {
+                1
+            } else if zero {
+                0
+            } else {
+                GUP_PIN_COUNTING_BIAS
+            };
+            Held { frame, follows: follows.then_some((*name, page)), pinned, references }
         });
         let held = held.collect();
         self.pins.push(Pin { pages, held });
@@ -274,7 +357,7 @@ impl World {
     fn device_write(&mut self, pin: usize, page: usize, value: u64) {
         let pin = pin % self.pins.len();
         let Pin { pages, held } = &self.pins[pin];
-        let Held { frame, follows, pinned } = &held[page % held.len()];
+        let Held { frame, follows, pinned, .. } = &held[page % held.len()];
         if !pages.foll().write || !pinned {
             return;
         }
@@ -290,22 +373,26 @@ impl World {
 
     fn check(&self, cx: &mut MaySleep<'_>) {
         let frames = self.machine.frames();
+        let has_exclusive = self.machine.profile().read_pin_unshares;
         let mut mapped: BTreeMap<_, u32> = BTreeMap::new();
         for Process { user, recorder, .. } in &self.processes {
             recorder.check_quiet(cx);
             for page in 0..PAGES {
                 let pte = user.peek_pte(page_addr(page));
-                if pte.is_present() && !pte.is_special() {
+                if pte.is_mapped() && !pte.is_special() {
                     *mapped.entry(pte.pfn()).or_default() += 1;
-                    assert!(!pte.is_writable() || frames.exclusive(pte.pfn()), "writable implies exclusive");
+                    let exclusive = frames.exclusive(pte.pfn()) || !has_exclusive;
+                    assert!(!pte.is_writable() || exclusive, "writable implies exclusive");
                 }
             }
         }
         let mut references = mapped.clone();
+        for frame in self.machine.swap_cache(cx) {
+            *references.entry(frame.pfn).or_default() += 1;
+        }
         for Pin { pages, held } in &self.pins {
             for held in held {
-                let (each, pfn) = (if held.pinned { GUP_PIN_COUNTING_BIAS } else { 1 }, held.frame.pfn);
-                *references.entry(pfn).or_default() += if held.pinned && pfn == ZERO_PAGE { 0 } else { each };
+                *references.entry(held.frame.pfn).or_default() += held.references;
                 assert!(frames.is_live(held.frame), "a reference keeps the frame");
                 self.check_device(held, pages.foll());
             }
@@ -342,6 +429,10 @@ impl World {
             self.exit(cx, 0);
         }
         self.pins.clear();
+        for frame in self.machine.swap_cache(cx) {
+            assert_eq!(self.machine.reclaim_page(cx, frame, true), Reclaim::Reclaimed);
+        }
+        assert_eq!(self.machine.swap().in_use(cx), 0);
         let frames = self.machine.frames();
         assert_eq!(frames.free_frames(), frames.total_frames());
         assert_eq!(self.machine.tables_in_use(), 0);
@@ -355,9 +446,9 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
-    fn softmm_is_the_model(ops in ops()) {
+    fn softmm_is_the_model(ops in ops(), profile in prop::sample::select(&KernelProfile::ALL[..])) {
         MaySleep::enter(|cx| {
-            let mut world = World::new(cx);
+            let mut world = World::new(cx, profile);
             for op in &ops {
                 world.apply(cx, op);
                 world.check(cx);
@@ -372,7 +463,7 @@ proptest! {
 #[should_panic(expected = "a frame leaked")]
 fn a_leak_is_noticed() {
     MaySleep::enter(|cx| {
-        let mut world = World::new(cx);
+        let mut world = World::new(cx, KernelProfile::V6_18);
         let mm: Arc<Mm> = world.processes[0].user.clone();
         world.apply(cx, &Op::Mmap { mm: 0, at: 0, len: 1, prot: 2, replace: false });
         let pages = mm.get_user_pages(cx, window(0, 1), Foll::GET.write()).unwrap();

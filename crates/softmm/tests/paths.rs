@@ -67,7 +67,7 @@ impl Setup {
 }
 
 fn pair(event: Event, range: Range) -> [Heard; 2] {
-    [Heard::S(event, range), Heard::E(event, range)]
+    [Heard::S(Some(event), range), Heard::E(Some(event), range)]
 }
 
 #[test]

@@ -17,8 +17,9 @@ const BYTES: usize = 256 << 10;
 /// Runs `rounds` rounds, spread over `threads` threads.
 ///
 /// Sets malloc's M_MMAP_THRESHOLD to 128 KiB for the whole process, for good: otherwise glibc raises it after the
-/// first free, and then buffers are reused without being unmapped. With another allocator, every buffer must be
-/// unmapped by free, or what is counted is not stale.
+/// first free, and then buffers are reused without being unmapped. A chunk of the heap that happens to be large enough
+/// is put aside: what is reused without being unmapped is not stale. Written for glibc's malloc; with another
+/// allocator there are no lookups.
 ///
 /// # Errors
 /// [`RaceError`] if the subject refuses a buffer.
@@ -51,6 +52,27 @@ pub fn churn<S: Subject>(subject: &S, threads: usize, rounds: u64) -> Result<Out
     })
 }
 
+/// Is the chunk a mapping of its own? glibc's are page aligned, but for a header of 16 bytes with the bit IS_MMAPPED.
+fn is_unmapped_by_free(buffer: *mut libc::c_void) -> bool {
+    const IS_MMAPPED: usize = 2;
+    // The word lies before what the compiler knows as the allocation, so its address is made from a number.
+    let size = std::ptr::with_exposed_provenance::<usize>(buffer.expose_provenance().wrapping_sub(8));
+    // SAFETY: the size word of a chunk of malloc; at that offset it is in the page that the buffer begins in.
+    buffer.addr() % 4096 == 16 && unsafe { std::hint::black_box(size).read_volatile() } & IS_MMAPPED != 0
+}
+
+/// Chunks that malloc must not hand out again.
+struct Aside(Vec<*mut libc::c_void>);
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        for chunk in self.0.drain(..) {
+            // SAFETY: from malloc, and freed once.
+            unsafe { libc::free(chunk) };
+        }
+    }
+}
+
 struct Entry<T> {
     stamp: u64,
     token: T,
@@ -68,6 +90,7 @@ struct Churn<'s, S: Subject> {
 
 impl<S: Subject> Churn<'_, S> {
     fn run(&self, cx: &mut MaySleep<'_>) -> Result<(), RaceError> {
+        let mut aside = Aside(Vec::new());
         loop {
             // Each buffer has a stamp of its own, so one that was cached under another stamp is another buffer.
             let stamp = self.stamps.fetch_add(1, Ordering::Relaxed) + 1;
@@ -78,6 +101,10 @@ impl<S: Subject> Churn<'_, S> {
             let buffer = unsafe { libc::malloc(BYTES) };
             if buffer.is_null() {
                 return Err(RaceError::last("malloc"));
+            }
+            if !is_unmapped_by_free(buffer) {
+                aside.0.push(buffer);
+                continue;
             }
             // SAFETY: as above; malloc aligns to 16 bytes.
             unsafe { buffer.cast::<u64>().write_volatile(stamp) };

@@ -3,8 +3,10 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
-use interleave::{LockClass, MaySleep, Sleep, SpinLock};
-use mmu_notifier::{Event, Invalidation, MmuNotifier, Ops, PageAddr, Range, WouldBlock};
+pub(crate) mod log;
+
+use interleave::{Atomic, LockClass, MaySleep, PageContext, Sleep, SpinLock};
+use mmu_notifier::{Event, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
 use softmm::{FrameId, Mm};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
@@ -20,9 +22,9 @@ pub(crate) fn range(first: u64, pages: u64) -> Range {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Heard {
     /// invalidate_range_start.
-    S(Event, Range),
+    S(Option<Event>, Range),
     /// invalidate_range_end.
-    E(Event, Range),
+    E(Option<Event>, Range),
     /// release.
     X,
 }
@@ -39,19 +41,32 @@ struct State {
     wrong: Vec<String>,
 }
 
-/// Hears everything about one mm and checks, at each S and E, that translations are taken away only inside.
+/// Hears everything about one mm and checks that translations are taken away only between S and E, or
+/// with a P or C.
 pub(crate) struct Recorder {
     mm: Weak<Mm>,
     window: Range,
+    /// A flush inside S..E frees what it flushed: a full batch, a dirty page of a file.
+    frees_inside: bool,
     state: SpinLock<State>,
 }
 
 impl Recorder {
     /// Watches the ptes of `window`.
     pub(crate) fn new(mm: &Arc<Mm>, window: Range) -> Arc<Recorder> {
+        Recorder::made(mm, window, false)
+    }
+
+    /// The same where frames may be freed before E.
+    pub(crate) fn of_files(mm: &Arc<Mm>, window: Range) -> Arc<Recorder> {
+        Recorder::made(mm, window, true)
+    }
+
+    fn made(mm: &Arc<Mm>, window: Range, frees_inside: bool) -> Arc<Recorder> {
         Arc::new(Recorder {
             mm: Arc::downgrade(mm),
             window,
+            frees_inside,
             state: SpinLock::new(&RECORDER, State::default()),
         })
     }
@@ -97,7 +112,7 @@ pub(crate) fn register(cx: &mut MaySleep<'_>, mm: &Mm, notifier: Arc<dyn MmuNoti
 
 impl MmuNotifier for Recorder {
     fn ops(&self) -> Ops {
-        Ops::START | Ops::END | Ops::RELEASE
+        Ops::START | Ops::END | Ops::RELEASE | Ops::PAGE | Ops::CHANGE_PTE
     }
 
     fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
@@ -105,7 +120,7 @@ impl MmuNotifier for Recorder {
         self.look(&mut state, "at S", None);
         let inside = state.seen.iter().filter(|(page, _)| inv.range.contains(Range::page(**page)));
         state.held = inside.map(|(_, (frame, _))| *frame).collect();
-        state.heard.push(Heard::S(inv.event.expect("softmm knows"), inv.range));
+        state.heard.push(Heard::S(inv.event, inv.range));
         Ok(())
     }
 
@@ -114,12 +129,21 @@ impl MmuNotifier for Recorder {
         self.look(&mut state, "at E", Some(inv.range));
         if let Some(mm) = self.mm.upgrade() {
             for frame in std::mem::take(&mut state.held) {
-                if !mm.machine().frames().is_live(frame) {
+                if !self.frees_inside && !mm.machine().frames().is_live(frame) {
                     state.wrong.push(format!("{frame:?} was freed before E"));
                 }
             }
         }
-        state.heard.push(Heard::E(inv.event.expect("softmm knows"), inv.range));
+        state.heard.push(Heard::E(inv.event, inv.range));
+    }
+
+    // The kernels that have these two replace a page with nothing around it.
+    fn invalidate_page(&self, mut cx: PageContext<'_, '_>, page: PageAddr) {
+        self.look(&mut self.state.lock(&mut cx), "at P", Some(Range::page(page)));
+    }
+
+    fn change_pte(&self, cx: &mut Atomic<'_>, page: PageAddr, _: Pte) {
+        self.look(&mut self.state.lock(cx), "at C", Some(Range::page(page)));
     }
 
     fn release(&self, cx: &mut MaySleep<'_>) {

@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! KVM, x86, as of Linux 6.13 to 6.18: nothing is pinned, a range and a sequence keep a fault in flight from installing
+//! an old page.
+//!
+//! Memslot (`bind`): wait until no invalidation is active (`mn_active_invalidate_count`), then publish the slot.
+//!
+//! invalidate_range_start: mn_active_invalidate_count++. If a slot overlaps, under mmu_lock: in_progress++, the range in
+//! progress grows to cover this one; drop the sptes; flush the TLB of all vcpus.
+//! invalidate_range_end: if a slot overlaps, under mmu_lock: **seq++**, then in_progress--. Then
+//! mn_active_invalidate_count--; the last one wakes who wants to change slots.
+//!
+//! Fault of a vcpu (`device_fault`):
+//! 1. seq = the sequence.
+//! 2. get_user_pages with a reference; for a read fault, again for writing if that costs no fault. May sleep, no lock held.
+//! 3. mmu_lock. An invalidation in progress that covers the page, or seq has moved: drop the reference, start again.
+//! 4. Write the spte; unlock; drop the reference (for a writable page, dirty).
+//!
+//! clear_flush_young: clear the accessed bits, flush; clear_young and test_young: the same without flush, and looking only.
+//! release: drop everything. There is no change_pte (removed in 6.10).
+//!
+//! S and E must come in pairs over an unchanged set of slots, which is what mn_active_invalidate_count is for.
+//!
+//! Lock order: mmap_lock > mmu_notifier_invalidate_range_start > mmu_lock > device TLB; slots_lock > mn_invalidate_lock. mmu_lock is a
+//! spin lock: no callback sleeps, so a non-blockable range needs nothing special.
+//!
+//! Not modelled: gfn_to_pfn caches; more than one address space; huge sptes; yielding mmu_lock; the early, lockless look at
+//! the range in progress before step 2, which saves work and decides nothing.
+
+use crate::callbacks::{Callback, Callbacks};
+use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
+use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
+use crate::engine::RequestId;
+use crate::listener::Registered;
+use interleave::{Atomic, Context, LockClass, MaySleep, Mutex, Sleep, SpinLock, WaitQueue};
+use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Range, WouldBlock};
+use softmm::{Foll, Mm};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+static MMU_LOCK: LockClass = LockClass::new("kvm mmu_lock");
+static SLOTS_LOCK: LockClass = LockClass::new("kvm slots_lock");
+static MN_INVALIDATE_LOCK: LockClass = LockClass::new("kvm mn_invalidate_lock");
+
+/// What it is.
+pub static KIND: Kind = Kind {
+    name: "kvm-6.18",
+    kernel: "6.13",
+    summary: "pins nothing; range in progress and sequence",
+    holds: Holds::Nothing,
+    callbacks: Callbacks::of(&[
+        Callback::Start,
+        Callback::End,
+        Callback::ClearFlushYoung,
+        Callback::ClearYoung,
+        Callback::TestYoung,
+        Callback::Release,
+    ]),
+    reads: true,
+    open: |cx, mm, device, options| Ok(Kvm::open(cx, mm, device, options)?),
+};
+
+/// See the module.
+pub struct Kvm {
+    options: Options,
+    context: DeviceContext,
+    slots_lock: Mutex<()>,
+    mmu_lock: SpinLock<Mmu>,
+    /// mn_active_invalidate_count.
+    active: SpinLock<u64>,
+    no_active: WaitQueue,
+    registered: Registered,
+}
+
+/// Protected by mmu_lock.
+#[derive(Default)]
+struct Mmu {
+    next_slot: u32,
+    slots: BTreeMap<Binding, Slot>,
+    in_progress: u64,
+    range: Option<Range>,
+    seq: u64,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Slot {
+    range: Range,
+    access: Access,
+}
+
+impl Mmu {
+    fn overlaps(&self, range: Range) -> bool {
+        self.slots.values().any(|slot| slot.range.overlaps(range))
+    }
+
+    /// kvm_mmu_invalidate_begin and _range_add.
+    fn begin(&mut self, range: Range) {
+        self.in_progress += 1;
+        self.range = Some(match self.range.filter(|_| self.in_progress > 1) {
+            None => range,
+            Some(old) => {
+                let start = old.start().min(range.start());
+                Range::new(start, old.end().max(range.end()) - start).unwrap_or(Range::ALL)
+            }
+        });
+    }
+
+    /// kvm_mmu_invalidate_end.
+    fn end(&mut self) {
+        self.seq += 1;
+        self.in_progress = self.in_progress.saturating_sub(1);
+    }
+
+    /// mmu_invalidate_retry_gfn.
+    fn retry(&self, seq: u64, page: PageAddr) -> bool {
+        let covered = self.range.is_some_and(|range| range.contains_addr(page.get()));
+        (self.in_progress > 0 && covered) || self.seq != seq
+    }
+}
+
+impl Kvm {
+    /// A VM without memory; registers with `mm`.
+    ///
+    /// # Errors
+    /// [`OpenError`].
+    pub fn open(
+        cx: &mut MaySleep<'_>,
+        mm: &Arc<Mm>,
+        device: &Arc<Device>,
+        options: Options,
+    ) -> Result<Arc<Kvm>, OpenError> {
+        let kvm = Arc::new(Kvm {
+            options,
+            context: DeviceContext::open(cx, device, mm, KIND.name, Root::Own),
+            slots_lock: Mutex::new(&SLOTS_LOCK, ()),
+            mmu_lock: SpinLock::new(&MMU_LOCK, Mmu::default()),
+            active: SpinLock::new(&MN_INVALIDATE_LOCK, 0),
+            no_active: WaitQueue::new(&MN_INVALIDATE_LOCK),
+            registered: Registered::not_yet(),
+        });
+        kvm.registered.register(cx, &kvm, options)?;
+        Ok(kvm)
+    }
+
+    /// Drops sptes and flushes; under mmu_lock. Whether there were any.
+    fn zap(&self, cx: &mut Atomic<'_>, range: Range) -> bool {
+        let zapped = self.context.unmap(cx, None, range);
+        if !zapped.is_empty() {
+            self.context.flush(cx, None, range);
+        }
+        !zapped.is_empty()
+    }
+
+    /// kvm_swap_active_memslots: `change` while no invalidation is active.
+    fn change_slots<R>(&self, cx: &mut MaySleep<'_>, change: impl FnOnce(&mut Mmu) -> R) -> R {
+        loop {
+            self.no_active.wait_event_with(cx, |cx| *self.active.lock(cx) == 0);
+            let mut active = self.active.lock(cx);
+            let (active, cx) = active.split();
+            if *active == 0 {
+                return change(&mut self.mmu_lock.lock(cx));
+            }
+        }
+    }
+
+    fn age(&self, cx: &mut Atomic<'_>, range: Range, kind: Callback) -> bool {
+        let mut mmu = self.mmu_lock.lock(cx);
+        let (_, cx) = mmu.split();
+        let young = self.context.young(cx, range, kind != Callback::TestYoung);
+        if young && kind == Callback::ClearFlushYoung {
+            self.context.flush(cx, None, range);
+        }
+        if young {
+            self.context.effect(kind);
+        }
+        young
+    }
+
+    fn delete_slot(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Option<Slot> {
+        let _slots = self.slots_lock.lock(cx);
+        let slot = self.change_slots(cx, |mmu| mmu.slots.remove(&binding))?;
+        let mut mmu = self.mmu_lock.lock(cx);
+        let (_, cx) = mmu.split();
+        self.context.unmap(cx, Some(binding), slot.range);
+        self.context.flush(cx, Some(binding), slot.range);
+        Some(slot)
+    }
+
+    fn slot(&self, cx: &mut impl Context, binding: Binding) -> Option<Slot> {
+        self.mmu_lock.lock(cx).slots.get(&binding).copied()
+    }
+}
+
+impl MmuNotifier for Kvm {
+    fn ops(&self) -> Ops {
+        Ops::START | Ops::END | Ops::CLEAR_FLUSH_YOUNG | Ops::CLEAR_YOUNG | Ops::TEST_YOUNG | Ops::RELEASE
+    }
+
+    fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
+        *self.active.lock(&mut cx) += 1;
+        let mut mmu = self.mmu_lock.lock(&mut cx);
+        let (mmu, cx) = mmu.split();
+        if mmu.overlaps(inv.range) {
+            mmu.begin(inv.range);
+            if self.zap(cx, inv.range) {
+                self.context.effect(Callback::Start);
+            }
+        }
+        Ok(())
+    }
+
+    fn invalidate_range_end(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) {
+        let mut mmu = self.mmu_lock.lock(&mut cx);
+        if mmu.overlaps(inv.range) {
+            mmu.end();
+            self.context.effect(Callback::End);
+        }
+        drop(mmu);
+        let mut active = self.active.lock(&mut cx);
+        *active = active.saturating_sub(1);
+        let last = *active == 0;
+        drop(active);
+        if last {
+            self.no_active.wake_all();
+        }
+    }
+
+    fn clear_flush_young(&self, cx: &mut Atomic<'_>, range: Range) -> bool {
+        self.age(cx, range, Callback::ClearFlushYoung)
+    }
+
+    fn clear_young(&self, cx: &mut Atomic<'_>, range: Range) -> bool {
+        self.age(cx, range, Callback::ClearYoung)
+    }
+
+    fn test_young(&self, cx: &mut Atomic<'_>, range: Range) -> bool {
+        self.age(cx, range, Callback::TestYoung)
+    }
+
+    fn release(&self, cx: &mut MaySleep<'_>) {
+        let mut mmu = self.mmu_lock.lock(cx);
+        let (_, cx) = mmu.split();
+        if self.zap(cx, Range::ALL) {
+            self.context.effect(Callback::Release);
+        }
+    }
+}
+
+impl Driver for Kvm {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn context(&self) -> &DeviceContext {
+        &self.context
+    }
+
+    fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
+        let _slots = self.slots_lock.lock(cx);
+        self.change_slots(cx, |mmu| {
+            mmu.next_slot += 1;
+            let binding = Binding(mmu.next_slot);
+            mmu.slots.insert(binding, Slot { range, access });
+            Ok(binding)
+        })
+    }
+
+    fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {
+        self.delete_slot(cx, binding).map(drop).ok_or(SubmitError::NotBound(binding))
+    }
+
+    fn submit(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        ops: &[DeviceOp],
+    ) -> Result<RequestId, SubmitError> {
+        let slot = self.slot(cx, binding).ok_or(SubmitError::NotBound(binding))?;
+        check_ops(self.context.mm(), slot.range, slot.access, ops)?;
+        Ok(self.context.submit(cx, binding, ops))
+    }
+
+    /// kvm_tdp_page_fault.
+    fn device_fault(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        page: PageAddr,
+        access: Access,
+    ) -> Result<(), DeviceFault> {
+        let missing = DeviceFault::NoTranslation { page, access };
+        let slot =
+            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
+        let seq = self.mmu_lock.lock(cx).seq;
+        let Gup { held, writable } = gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access)?;
+        let mut mmu = self.mmu_lock.lock(cx);
+        let (mmu, cx) = mmu.split();
+        if !mmu.slots.contains_key(&binding) {
+            return Err(missing);
+        }
+        if mmu.retry(seq, page) {
+            self.context.counters().retried(1);
+            return Ok(());
+        }
+        if let Some(frame) = held.frames().next() {
+            self.context.map(cx, binding, page, frame, writable);
+        }
+        if writable {
+            held.set_dirty();
+        }
+        Ok(())
+    }
+
+    fn close(&self, cx: &mut MaySleep<'_>) {
+        let slots: Vec<_> = self.mmu_lock.lock(cx).slots.keys().copied().collect();
+        for binding in slots {
+            self.delete_slot(cx, binding);
+        }
+        self.registered.unregister(cx);
+        self.context.forget_requests(cx);
+    }
+}
+
+/// A page that a fault holds for a moment.
+pub(crate) struct Gup {
+    pub(crate) held: softmm::UserPages,
+    pub(crate) writable: bool,
+}
+
+/// hva_to_pfn: the page with a reference. A read fault in a slot that may be written takes the page for writing if that needs
+/// no fault, so that the first write does not fault again.
+pub(crate) fn gup(
+    cx: &mut MaySleep<'_>,
+    mm: &Mm,
+    cpu: usize,
+    page: PageAddr,
+    access: Access,
+    most: Access,
+) -> Result<Gup, DeviceFault> {
+    let range = Range::page(page);
+    let cpus = mm.machine().cpus();
+    let cpu = &cpus[cpu % cpus.len()];
+    let foll = if access == Access::Write { Foll::GET.write() } else { Foll::GET };
+    let held = mm
+        .get_user_pages_fast(cx, cpu, range, foll)
+        .map_err(|source| DeviceFault::Refused { page, source })?;
+    if access == Access::Read && most == Access::Write {
+        let again = mm.get_user_pages_fast_only(cx, cpu, range, Foll::GET.write());
+        if !again.is_empty() {
+            return Ok(Gup { held: again, writable: true });
+        }
+    }
+    Ok(Gup { held, writable: access == Access::Write })
+}
