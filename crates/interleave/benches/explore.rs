@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! One scenario under this explorer, shuttle and loom, in one run: `cargo bench -p interleave --bench explore`.
+//! One scenario under this explorer, shuttle and loom, in one run: `cargo bench -p interleave --bench explore`, with
+//! `-- NAME` for the rows whose name begins so.
 //!
 //! An mm thread unmaps (sequence, notifier callback under the driver's lock, page table, free) and faults again; a
 //! binder reads the sequence, gets the page, checks the sequence and installs the page; a device uses what is
@@ -13,7 +14,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
-use interleave::explore::{Config, Report, Strategy, explore};
+use interleave::explore::{Config, Strategy, explore};
 
 mod own {
     use interleave::{AtomicU64, Digest, LockClass, MaySleep, Mutex, Ordering, RwLock, SpinLock, explore};
@@ -196,7 +197,16 @@ fn row(name: &str, executions: u64, time: Duration, end: &str) {
     println!("{name:<34} {executions:>12} {:>10.2} ms {rate:>12.0}/s  {end}", time.as_secs_f64() * 1e3);
 }
 
-fn ours(name: &str, config: Config, rounds: u64, fault: bool) -> Report {
+/// Whether the row is asked for.
+fn wanted(name: &str) -> bool {
+    let mut names = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).peekable();
+    names.peek().is_none() || names.any(|wanted| name.starts_with(&wanted))
+}
+
+fn ours(name: &str, config: Config, rounds: u64, fault: bool) {
+    if !wanted(name) {
+        return;
+    }
     let report = explore(&config.minimise(0), |cx| own::scenario(rounds, fault, cx));
     let end = match (&report.failures.first(), report.exhausted, report.bound) {
         (Some(_), ..) => "found",
@@ -205,7 +215,6 @@ fn ours(name: &str, config: Config, rounds: u64, fault: bool) -> Report {
         (None, false, _) => "stopped",
     };
     row(name, report.executions, report.elapsed, end);
-    report
 }
 
 fn shuttle_run(
@@ -216,6 +225,9 @@ fn shuttle_run(
 ) {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
+    if !wanted(name) {
+        return;
+    }
     let runs = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&runs);
     let mut config = shuttle::Config::new();
@@ -238,6 +250,9 @@ fn shuttle_run(
 fn loom_run(name: &str, bound: Option<usize>, most: Duration, rounds: u64, fault: bool) {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
+    if !wanted(name) {
+        return;
+    }
     let runs = Arc::new(AtomicU64::new(0));
     let count = Arc::clone(&runs);
     let mut model = loom::model::Builder::new();

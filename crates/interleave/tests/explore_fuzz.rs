@@ -292,7 +292,7 @@ impl Totals {
 
 /// Wrong outcomes, in words; nothing if the program is too big to enumerate.
 fn check(program: &[Vec<Do>], totals: &mut Totals) -> Option<String> {
-    let (expected, plain) = outcomes(program, &config(Strategy::Plain).max_executions(2_000), false);
+    let (expected, plain) = outcomes(program, &config(Strategy::Plain).max_executions(1_000), false);
     if !plain.exhausted {
         totals.too_big += 1;
         return None;
@@ -357,18 +357,39 @@ fn every_strategy_has_the_outcomes_of_plain_enumeration() {
     let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
     let programs = number("EXPLORE_FUZZ").unwrap_or(if cfg!(debug_assertions) { 200 } else { 20_000 });
     let first = number("EXPLORE_SEED").unwrap_or(0);
-    let mut totals = Totals::default();
-    let mut wrong = Vec::new();
-    let mut seed = first;
+    let workers = std::thread::available_parallelism().map_or(1, |n| n.get() as u64);
+    // Explorations on several OS threads at once do not disturb each other.
+    let (mut wrong, mut all) = (Vec::new(), Totals::default());
+    std::thread::scope(|s| {
+        let worker = |n: u64| move || worker(first + n, workers, programs / workers);
+        let running: Vec<_> = (0..workers).map(|n| s.spawn(worker(n))).collect();
+        for thread in running {
+            let (mistakes, totals) = thread.join().expect("a worker does not panic");
+            wrong.extend(mistakes);
+            all.programs += totals.programs;
+            all.too_big += totals.too_big;
+            all.deadlocks += totals.deadlocks;
+            totals.executions.iter().for_each(|(name, n)| all.add(name, *n));
+        }
+    });
+    wrong.sort_by_key(|(_, program, _)| format!("{program:?}").len());
+    let (many, smallest) = (wrong.len(), wrong.first());
+    assert!(wrong.is_empty(), "{many} of {programs} wrong; the smallest: {smallest:?}\n{all:?}");
+    let tried = all.programs < 100 || all.deadlocks > 0 && all.executions.iter().all(|(_, n)| *n > 0);
+    assert!(tried, "{all:?}");
+}
+
+type Mistake = (u64, Vec<Vec<Do>>, String);
+
+/// Checks programs of each `stride`-th seed.
+fn worker(first: u64, stride: u64, programs: u64) -> (Vec<Mistake>, Totals) {
+    let (mut wrong, mut totals, mut seed) = (Vec::new(), Totals::default(), first);
     while totals.programs < programs {
         let program = Rng(seed.wrapping_mul(0x1234_5678_9abc_def1)).program();
         if let Some(what) = check(&program, &mut totals) {
             wrong.push((seed, program, what));
         }
-        seed += 1;
+        seed += stride;
     }
-    wrong.sort_by_key(|(_, program, _)| format!("{program:?}").len());
-    let (many, smallest) = (wrong.len(), wrong.first());
-    assert!(wrong.is_empty(), "{many} of {programs} wrong; the smallest: {smallest:?}\n{totals:?}");
-    assert!(totals.deadlocks > 0 && totals.executions.iter().all(|(_, n)| *n > 0), "{totals:?}");
+    (wrong, totals)
 }

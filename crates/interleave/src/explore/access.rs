@@ -6,6 +6,9 @@
 //!
 //! What matters for locks is which of two *takers* was first. A taker that waits cannot be put before the unlock that
 //! it waited for, so that an unlock races with none of them; only a try, which never waits, sees it.
+//!
+//! Whether two steps commute must not depend on which is first: two executions would else be taken for one although
+//! something can be told apart. So a failed try is said not to commute with readers that are not to blame, either.
 
 /// What a step did to an object.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,11 +29,14 @@ pub(super) enum Mode {
     /// The same, by a try.
     TryTake,
     TryTakeShared,
-    /// A try that failed.
+    /// A try that failed, while nobody had it for himself alone: a writer would not have waited to begin.
     Look,
-    LookShared,
+    /// A try that failed, while somebody had it for himself alone.
+    LookHeld,
     /// Let it go, and others try it.
     Give,
+    /// The same, of one reader among others.
+    GiveShared,
     /// Later takers come after this.
     Release,
     /// Later takers for themselves come after this.
@@ -55,24 +61,29 @@ impl Access {
     /// Whether the two, of different threads, could have had another effect in the other order.
     #[inline]
     pub(super) fn races_with_later(self, later: Access) -> bool {
-        use Mode::{Barrier, Give, Look, LookShared, Read, Take, TakeShared, TryTake, TryTakeShared, Write};
+        use Mode::{
+            Barrier, Give, GiveShared, Look, LookHeld, Read, Take, TakeShared, TryTake, TryTakeShared, Write,
+        };
         let same = self.object == later.object;
         match (self.mode, later.mode) {
             (Barrier, _) | (_, Barrier) => true,
             (Write, Read | Write) | (Read, Write) => same,
-            (Take | TryTake, Take | TryTake | TakeShared | TryTakeShared | Look | LookShared) => same,
+            (Take | TryTake, Take | TryTake | TakeShared | TryTakeShared | Look | LookHeld) => same,
             (TakeShared | TryTakeShared, Take | TryTake | Look) => same,
-            (Give, TryTake | TryTakeShared) | (Look | LookShared, Give) => same,
+            (Look, Take | TryTake | TakeShared | TryTakeShared | Give | GiveShared) => same,
+            (Give, TryTake | TryTakeShared | Look | LookHeld) | (GiveShared, TryTake | Look) => same,
+            // Between such a try and a later taker comes the unlock, which it races with.
+            (LookHeld, Give) => same,
             _ => false,
         }
     }
 
     /// Whether some later access can race with this one.
     pub(super) fn can_race(self) -> bool {
-        use Mode::{Give, Look, LookShared, Read, Take, TakeShared, TryTake, TryTakeShared, Write};
-        matches!(
+        use Mode::{Acquire, AcquireShared, Barrier, Join, Release, ReleaseShared, Start, Wake, Woken};
+        !matches!(
             self.mode,
-            Read | Write | Take | TakeShared | TryTake | TryTakeShared | Look | LookShared | Give
+            Acquire | AcquireShared | Barrier | Join | Release | ReleaseShared | Start | Wake | Woken
         )
     }
 }

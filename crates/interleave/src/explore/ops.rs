@@ -127,18 +127,7 @@ impl Exec {
         let mut answer = true;
         let mut applied = Applied::Runs;
         match op.kind {
-            OpKind::Lock => {
-                if self.threads[tid].phase == Phase::First {
-                    self.access(id, Mode::Take);
-                }
-                self.object(id).writer = Some(me);
-                if self.object(id).readers.is_empty() {
-                    self.access(id, Mode::Acquire);
-                } else {
-                    self.threads[tid].phase = Phase::Drain;
-                    applied = Applied::Waits;
-                }
-            }
+            OpKind::Lock => applied = self.lock(me, id),
             OpKind::LockShared => {
                 self.access(id, Mode::TakeShared);
                 self.access(id, Mode::AcquireShared);
@@ -146,36 +135,40 @@ impl Exec {
             }
             OpKind::TryLock => {
                 let object = self.object(id);
-                answer = object.writer.is_none() && object.readers.is_empty();
+                let held = object.writer.is_some();
+                answer = !held && object.readers.is_empty();
                 if answer {
                     object.writer = Some(me);
+                    self.access(id, Mode::TryTake);
+                    self.access(id, Mode::Acquire);
+                } else {
+                    self.access(id, if held { Mode::LookHeld } else { Mode::Look });
                 }
-                self.tried(id, answer, [Mode::TryTake, Mode::Acquire], Mode::Look);
             }
             OpKind::TryLockShared => {
                 let object = self.object(id);
                 answer = object.writer.is_none();
                 if answer {
                     object.readers.push(me);
+                    self.access(id, Mode::TryTakeShared);
+                    self.access(id, Mode::AcquireShared);
+                } else {
+                    self.access(id, Mode::LookHeld);
                 }
-                self.tried(id, answer, [Mode::TryTakeShared, Mode::AcquireShared], Mode::LookShared);
             }
             OpKind::Unlock => {
-                self.let_go(id, chosen, Mode::Release);
+                self.let_go(id, chosen.then_some(Mode::Give), Mode::Release);
                 self.object(id).writer = None;
             }
             OpKind::UnlockShared => {
-                self.let_go(id, chosen, Mode::ReleaseShared);
+                self.let_go(id, chosen.then_some(Mode::GiveShared), Mode::ReleaseShared);
                 let readers = &mut self.object(id).readers;
                 if let Some(at) = readers.iter().rposition(|r| r.tid == tid) {
                     readers.remove(at);
-                } else {
-                    // A guard may be let go by another thread than its taker only if it was sent there.
-                    readers.pop();
                 }
             }
             OpKind::Downgrade => {
-                self.let_go(id, chosen, Mode::Release);
+                self.let_go(id, chosen.then_some(Mode::Give), Mode::Release);
                 let object = self.object(id);
                 object.writer = None;
                 object.readers.push(me);
@@ -188,7 +181,7 @@ impl Exec {
                 self.access(id, if answer { Mode::TryTake } else { Mode::Look });
             }
             OpKind::Up => {
-                self.let_go(id, chosen, Mode::Release);
+                self.let_go(id, chosen.then_some(Mode::Give), Mode::Release);
                 let object = self.object(id);
                 if object.waiting.is_empty() {
                     object.permits += 1;
@@ -238,23 +231,35 @@ impl Exec {
         applied
     }
 
-    fn let_go(&mut self, id: u32, chosen: bool, mode: Mode) {
-        if chosen {
-            self.access(id, Mode::Give);
+    fn lock(&mut self, me: Holder, id: u32) -> Applied {
+        let first = self.threads[me.tid].phase == Phase::First;
+        let object = self.object(id);
+        object.writer = Some(me);
+        // Where readers are tried, shutting them out is a step by itself: it comes after no reader's leaving.
+        let waits =
+            !object.readers.is_empty() || object.watched && object.kind == ObjectKind::RwLock && first;
+        if first {
+            self.access(id, Mode::Take);
+            self.access(id, Mode::AcquireShared);
+        }
+        if waits {
+            self.threads[me.tid].phase = Phase::Drain;
+            return Applied::Waits;
+        }
+        self.access(id, Mode::Acquire);
+        Applied::Runs
+    }
+
+    /// `give`: how it is seen by those who try.
+    fn let_go(&mut self, id: u32, give: Option<Mode>, order: Mode) {
+        if let Some(give) = give {
+            self.access(id, give);
         }
         if self.object(id).kind == ObjectKind::Once {
             // Whoever looks without locking sees what was made.
             self.access(id, Mode::Write);
         }
-        self.access(id, mode);
-    }
-
-    fn tried(&mut self, id: u32, answer: bool, taken: [Mode; 2], failed: Mode) {
-        if answer {
-            taken.into_iter().for_each(|mode| self.access(id, mode));
-        } else {
-            self.access(id, failed);
-        }
+        self.access(id, order);
     }
 
     fn down(&mut self, tid: Tid, id: u32) -> Applied {
