@@ -171,7 +171,11 @@ mod tests {
             let outcome = explore(&mended, Strategy::Preemptions(1), None);
             let rules: Vec<_> = outcome.failures.iter().map(|(rule, f)| format!("{rule} {f}")).collect();
             assert!(rules.is_empty(), "{} {mended}: {}", bug.number, rules[0]);
-            assert!(outcome.facts.accesses > 0 && outcome.facts.refused.is_none(), "{mended}: {:?}", outcome.facts);
+            assert!(
+                outcome.facts.accesses > 0 && outcome.facts.refused.is_none(),
+                "{mended}: {:?}",
+                outcome.facts
+            );
         }
     }
 }

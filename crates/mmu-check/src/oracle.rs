@@ -91,12 +91,16 @@ impl Rule {
     pub const fn source(self) -> &'static str {
         match self {
             Rule::Coherence => "include/linux/mmu_notifier.h: the secondary MMU mirrors the primary one",
-            Rule::WritePermission => "mm/memory.c wp_page_copy, mm/ksm.c write_protect_page: nobody writes after the start",
+            Rule::WritePermission => {
+                "mm/memory.c wp_page_copy, mm/ksm.c write_protect_page: nobody writes after the start"
+            }
             Rule::MemorySafety => "mm/mmu_notifier.c: pages may be freed once the callback has returned",
             Rule::Isolation => "mm/memory.c do_wp_page: a page is reused only by its sole owner",
             Rule::Dirty => "Documentation/core-api/pin_user_pages.rst: unpin_user_pages_dirty_lock",
             Rule::Pairing => "include/linux/mmu_notifier.h: invalidate_range_start and _end are paired",
-            Rule::Context => "include/linux/mmu_notifier.h: change_pte, clear_flush_young and non-blockable ranges may not sleep",
+            Rule::Context => {
+                "include/linux/mmu_notifier.h: change_pte, clear_flush_young and non-blockable ranges may not sleep"
+            }
             Rule::Locks => "mm/mmu_notifier.c __mmu_notifier_invalidate_range_start_map, under fs_reclaim",
             Rule::Retry => "Documentation/mm/hmm.rst: mmu_interval_read_retry under the driver's lock",
             Rule::Lifetime => "mm/mmu_notifier.c mmu_notifier_unregister: no callback after it returns",
@@ -275,7 +279,8 @@ impl Oracle {
                 let whose = if theirs { ", and another process has the page" } else { "" };
                 match other {
                     Some((frame, _)) => {
-                        let differs = frames.read(frame, access.word) != frames.read(access.frame, access.word);
+                        let differs =
+                            frames.read(frame, access.word) != frames.read(access.frame, access.word);
                         let harm = access.access == Access::Write || differs;
                         harm.then(|| broken(rule, &format!("the CPU has {frame:?} there{whose}")))?
                     }

@@ -32,11 +32,13 @@ Examples:
   userptr answer --explain i915-3.16-mended/write/fork/unwrapped_a")]
     Answer(AnswerArgs),
     /// Look for a known bug in the kernel that had it, and in the one in which it was mended
-    #[command(after_help = "Exit codes: 0 found where it is and silent where it was mended, 1 not so, 2 could not run.
+    #[command(
+        after_help = "Exit codes: 0 found where it is and silent where it was mended, 1 not so, 2 could not run.
 
 Examples:
   userptr check --bug 19
-  userptr check --all")]
+  userptr check --all"
+    )]
     Check(CheckArgs),
     /// Print what this machine offers to a notifier source, what is missing, and how to get it
     #[command(after_help = "Exit codes: 0 a complete source is usable, 1 only a partial one is, 2 none is.

@@ -16,7 +16,9 @@ const BOUND: u32 = 2;
 pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, Error> {
     let known = || BUGS.iter().map(|bug| bug.number.to_string()).collect::<Vec<_>>().join(", ");
     let bugs: Vec<&Bug> = match args.bug {
-        Some(number) => vec![corpus::numbered(number).ok_or_else(|| Error::NoBug { number, known: known() })?],
+        Some(number) => {
+            vec![corpus::numbered(number).ok_or_else(|| Error::NoBug { number, known: known() })?]
+        }
         None => BUGS.iter().collect(),
     };
     let mut holds = true;

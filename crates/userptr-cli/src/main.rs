@@ -27,7 +27,9 @@ enum Error {
     NoEvent(String),
     #[error("this machine cannot run it: {0}; `userptr doctor` says what is missing and how to get it")]
     Machine(String),
-    #[error("there is no cell {name:?}: give driver/access/path/profile as `userptr answer --json` names them; {what}")]
+    #[error(
+        "there is no cell {name:?}: give driver/access/path/profile as `userptr answer --json` names them; {what}"
+    )]
     NoCell { name: String, what: String },
     #[error("bug {number} is not one that softmm can express; there are {known}")]
     NoBug { number: u32, known: String },
