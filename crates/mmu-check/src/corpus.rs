@@ -4,7 +4,7 @@
 
 use crate::path::named;
 use crate::scenario::Cell;
-use drivers::{Callback, Callbacks, Kind};
+use drivers::{Callbacks, Kind};
 use mmu_notifier::Access;
 use softmm::KernelProfile;
 
@@ -80,18 +80,6 @@ pub static BUGS: &[Bug] = &[
         Spec::new(I915_5_13, "dontneed", V3_16),
     ),
     bug(
-        18,
-        "invalidate_page in the place of the pair comes after the CPU can write the new page",
-        Spec::new(KVM, "cow", KernelProfile::UNWRAPPED_B).with(Callbacks::ALL.without(Callback::ChangePte)),
-        Spec::new(KVM, "cow", KernelProfile::UNWRAPPED_B),
-    ),
-    bug(
-        19,
-        "change_pte that does not move the sequence",
-        Spec::new(&drivers::kvm_v3_16::NO_BUMP, "cow", KernelProfile::UNWRAPPED_A),
-        Spec::new(KVM, "cow", KernelProfile::UNWRAPPED_A),
-    ),
-    bug(
         23,
         "invalidate_page after the page table lock was dropped",
         Spec::new(KVM, "writeback", V3_16),
@@ -110,12 +98,6 @@ pub static BUGS: &[Bug] = &[
         Spec::new(KVM, "oom-reap", V6_18),
     ),
     bug(
-        45,
-        "a page that is held is copied away because it is held",
-        Spec::new(VFIO, "swap-out", V5_10),
-        Spec::new(VFIO, "swap-out", V6_18),
-    ),
-    bug(
         47,
         "fork takes the page that a device writes",
         Spec::new(VFIO, "fork", V3_16),
@@ -132,12 +114,6 @@ pub static BUGS: &[Bug] = &[
         "a pin of the zero page",
         Spec::new(VFIO, "cow-zero", V5_10).reading(),
         Spec::new(VFIO, "cow-zero", V6_18).reading(),
-    ),
-    bug(
-        53,
-        "removing a uprobe takes a page that is pinned for writing",
-        Spec::new(I915, "uprobe-remove", KernelProfile::UNWRAPPED_A),
-        Spec::new(I915, "uprobe-remove", V3_16),
     ),
     bug(
         54,
