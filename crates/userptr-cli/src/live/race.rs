@@ -12,7 +12,6 @@ use hostmm::kvm::KvmSource;
 use hostmm::primary::HostMm;
 use hostmm::race::{self, Nothing, Outcome, RaceError, Subject, Way};
 use hostmm::uffd::{UffdSource, raced};
-use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
 use super::Listener;
@@ -155,9 +154,7 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
     Listener::chosen(args.source)?;
     let saved = Saved::create(args.save.as_ref())?;
     let plan = plan(args);
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar());
-    let progress = ProgressBar::new(plan.len() as u64).with_style(style);
+    let progress = super::progress(plan.len());
     let races: Vec<Raced> = plan
         .into_iter()
         .map(|(race, threads, contestant, control, rounds)| {
