@@ -109,4 +109,5 @@ pub mod setting;
 mod sys;
 #[doc(hidden)]
 pub mod testing;
+pub mod trace;
 pub mod uffd;

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Sleeping until a tracee has stopped or somebody wants an end.
+//!
+//! SIGCHLD, SIGINT, SIGTERM and SIGHUP are blocked in the tracing thread and read from a descriptor. Where other threads
+//! of the process leave SIGCHLD unblocked it may be lost there, so the sleep is bounded.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// The longest sleep, in milliseconds.
+const NAP: i32 = 50;
+
+/// While it lives the signals are blocked in this thread.
+pub(super) struct Signals {
+    fd: OwnedFd,
+    before: libc::sigset_t,
+}
+
+impl Signals {
+    pub(super) fn block() -> io::Result<Signals> {
+        // SAFETY: local sets; an all-zero sigset_t is valid; signalfd returns a new descriptor or -1.
+        unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            let mut before: libc::sigset_t = std::mem::zeroed();
+            for signal in [libc::SIGCHLD, libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+                libc::sigaddset(&raw mut set, signal);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, &raw mut before);
+            let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+            if fd < 0 {
+                let error = io::Error::last_os_error();
+                libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut());
+                return Err(error);
+            }
+            Ok(Signals { fd: OwnedFd::from_raw_fd(fd), before })
+        }
+    }
+
+    /// The mask that this thread had.
+    pub(super) fn mask_before(&self) -> &libc::sigset_t {
+        &self.before
+    }
+
+    /// Sleeps until something may have happened. `Some`: the signal by which an end was asked for.
+    pub(super) fn sleep(&self) -> Option<i32> {
+        let mut polled = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd.
+        unsafe { libc::poll(&raw mut polled, 1, NAP) };
+        let mut end = None;
+        loop {
+            let mut info = std::mem::MaybeUninit::<libc::signalfd_siginfo>::uninit();
+            let len = size_of::<libc::signalfd_siginfo>();
+            // SAFETY: a buffer of that length; the kernel fills whole records.
+            let got = unsafe { libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), len) };
+            if got != len as isize {
+                return end;
+            }
+            // SAFETY: filled.
+            let signal = unsafe { info.assume_init() }.ssi_signo as i32;
+            if signal != libc::SIGCHLD {
+                end = Some(signal);
+            }
+        }
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // SAFETY: the mask that was there.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+    }
+}
