@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use crate::watch::WorkingSet;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// MMU notifiers for user space: tells a program when Linux changes the memory that it shares with a device.
@@ -70,6 +71,18 @@ Examples:
   userptr diff --seed 7 --ops 1000000 --json"
     )]
     Diff(DiffArgs),
+    /// Run a program, or look at one that runs, and print what changes its memory, how often and from where
+    #[command(
+        after_help = "The report goes to standard error: standard output is the program's. Exit code: the program's (128 + N \
+if signal N killed it; 0 for --pid); 2 if it cannot be watched.
+
+Examples:
+  userptr watch -- python3 -c 'print(1)'
+  userptr watch --follow --report out.html -- make -j2
+  userptr watch --cost --working-set heap -- redis-server
+  userptr watch -p 1234              until Ctrl-C or its end"
+    )]
+    Watch(WatchArgs),
     /// Some scripts of `diff`, in a process of its own
     #[command(hide = true)]
     DiffBatch(DiffBatchArgs),
@@ -190,6 +203,34 @@ pub(crate) struct DiffArgs {
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct WatchArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Watch the processes that it makes, too
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Write a page with a map of the changes, self-contained, to FILE
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+    /// Write the table or the JSON document to FILE instead of standard error
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Say what each cause would cost a device that has memory of the program mapped
+    #[arg(long)]
+    pub(crate) cost: bool,
+    /// What the device has mapped: heap, all, or START-END (hexadecimal addresses)
+    #[arg(long, value_name = "SET", default_value = "heap", requires = "cost")]
+    pub(crate) working_set: WorkingSet,
+    /// A process that runs, instead of a program
+    #[arg(long, short, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) pid: Option<i32>,
+    /// The program and its arguments
+    #[arg(last = true, value_name = "PROGRAM ARGS", required_unless_present = "pid", conflicts_with = "pid")]
+    pub(crate) program: Vec<std::ffi::OsString>,
 }
 
 #[derive(Args)]

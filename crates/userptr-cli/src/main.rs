@@ -10,6 +10,7 @@ mod child;
 mod diff;
 mod doctor;
 mod live;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -38,6 +39,8 @@ enum Error {
     #[error(transparent)]
     Row(#[from] live::row::RowError),
     #[error(transparent)]
+    Watch(#[from] watch::WatchError),
+    #[error(transparent)]
     Diff(#[from] diff::DiffRunError),
     #[error(transparent)]
     Race(#[from] live::race::RaceRowError),
@@ -62,10 +65,17 @@ impl Saved {
     }
 
     fn write(self, value: &impl Serialize) -> Result<(), Error> {
+        if self.0.is_none() {
+            return Ok(());
+        }
+        self.write_bytes(serde_json::to_string_pretty(value)?.as_bytes())
+    }
+
+    /// Writes `bytes` if there is a file.
+    fn write_bytes(self, bytes: &[u8]) -> Result<(), Error> {
         use std::io::Write;
         let Some((path, mut file)) = self.0 else { return Ok(()) };
-        let text = serde_json::to_string_pretty(value)?;
-        file.write_all(text.as_bytes()).map_err(|source| Error::File { path, source })
+        file.write_all(bytes).map_err(|source| Error::File { path, source })
     }
 }
 
@@ -86,6 +96,7 @@ fn main() -> ExitCode {
         Command::Live(args) => live::run(&args),
         Command::LiveRow(args) => live::answer_row(&args),
         Command::Diff(args) => diff::run(&args),
+        Command::Watch(args) => watch::run(&args),
         Command::DiffBatch(args) => diff::answer(&args),
         Command::LiveRace(args) => live::race::answer(&args),
     };

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Names for places in code: the function of a program's or library's symbol table, where it has one.
+
+use super::tally::Site;
+use object::{Object, ObjectSegment, ObjectSymbol, SymbolMap, SymbolMapName};
+use std::collections::HashMap;
+use std::fs;
+
+/// The symbol tables that were read so far.
+#[derive(Default)]
+pub(super) struct Symbols {
+    files: HashMap<String, Option<Table>>,
+}
+
+struct Table {
+    /// File offset, length and address of each segment.
+    segments: Vec<(u64, u64, u64)>,
+    names: Vec<(u64, String)>,
+}
+
+impl Symbols {
+    /// `function+0x12 (file)`, or the file and an offset in it.
+    pub(super) fn name(&mut self, site: &Site) -> String {
+        let table = self.files.entry(site.file.clone()).or_insert_with(|| Table::read(&site.file));
+        let short = site.file.rsplit('/').next().unwrap_or(&site.file);
+        match table.as_ref().and_then(|table| table.at(site.offset)) {
+            Some((name, 0)) => format!("{name} ({short})"),
+            Some((name, more)) => format!("{name}+{more:#x} ({short})"),
+            None => format!("{short}+{:#x}", site.offset),
+        }
+    }
+}
+
+impl Table {
+    fn read(path: &str) -> Option<Table> {
+        // What is in brackets is no file, and a device must not be read.
+        if !path.starts_with('/') || !fs::metadata(path).is_ok_and(|m| m.is_file()) {
+            return None;
+        }
+        let data = fs::read(path).ok()?;
+        let file = object::File::parse(&*data).ok()?;
+        let segments = file.segments().map(|s| (s.file_range().0, s.file_range().1, s.address())).collect();
+        let map: SymbolMap<SymbolMapName<'_>> = file.symbol_map();
+        let mut names: Vec<(u64, String)> = map
+            .symbols()
+            .iter()
+            .map(|s| (s.address(), rustc_demangle::demangle(s.name()).to_string()))
+            .collect();
+        if names.is_empty() {
+            let dynamic = file.dynamic_symbols().filter(|s| s.is_definition() && s.address() != 0);
+            names = dynamic.filter_map(|s| Some((s.address(), s.name().ok()?.to_owned()))).collect();
+        }
+        names.sort();
+        Some(Table { segments, names })
+    }
+
+    fn at(&self, offset: u64) -> Option<(&str, u64)> {
+        let (from, _, address) =
+            self.segments.iter().find(|(from, len, _)| (*from..from + len).contains(&offset))?;
+        let address = offset - from + address;
+        let next = self.names.partition_point(|(at, _)| *at <= address);
+        let (at, name) = self.names.get(next.checked_sub(1)?)?;
+        // Beyond this it is some function without a name.
+        (address - at < 1 << 20).then_some((name.as_str(), address - at))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_own_program_has_symbols() {
+        let exe = std::env::current_exe().unwrap().display().to_string();
+        let table = Table::read(&exe).expect("an ELF file");
+        let (address, name) =
+            table.names.iter().find(|(_, n)| n.contains("our_own_program")).expect("this test");
+        let (from, _, base) =
+            table.segments.iter().find(|(_, len, a)| (*a..a + len).contains(address)).unwrap();
+        let site = Site { file: exe, offset: address - base + from };
+        assert!(Symbols::default().name(&site).starts_with(name.as_str()));
+    }
+
+    #[test]
+    fn what_is_no_file_has_an_offset() {
+        let name = |file: &str| Symbols::default().name(&Site { file: file.to_owned(), offset: 0x10 });
+        assert_eq!(name("[vdso]"), "[vdso]+0x10");
+        assert_eq!(name("/dev/null"), "null+0x10");
+        assert_eq!(name("/nonexistent/x"), "x+0x10");
+    }
+}

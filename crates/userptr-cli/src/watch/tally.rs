@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Whose memory each change was, what caused it, and how much of that there is.
+//!
+//! A record names the task that changed memory, not the memory's owner. A task of a watched process changes its own mm;
+//! anybody else (a kernel thread, a process that truncates a shared file) changes an mm that maps the address, and where
+//! more than one does it is said so.
+//!
+//! Records and the news of processes come from two threads, so a record may be here before the news that its process
+//! has an mm: it waits for one round.
+
+use super::cause;
+use super::cost::{Cost, WorkingSet};
+use super::regions::Regions;
+use super::timeline::Timeline;
+use hostmm::kvm::stream::Change;
+use hostmm::trace::Tgid;
+use mmu_notifier::PAGE_SIZE;
+use std::collections::{BTreeMap, HashMap};
+
+/// News of a process, in the order in which it happened.
+#[derive(Debug)]
+pub(super) enum News {
+    /// From `at` on `tgid` lives in a new mm.
+    Made { tgid: Tgid, at: u64, program: String },
+    /// From `at` on it lives in that of `with`.
+    Shared { tgid: Tgid, with: Tgid, at: u64 },
+    /// It has no notifier.
+    Unwatched { tgid: Tgid, why: String },
+    /// Its mappings, for the last time.
+    Ends { tgid: Tgid, maps: Regions },
+    /// It is gone.
+    Gone { tgid: Tgid },
+}
+
+/// A watched mm.
+#[derive(Debug)]
+pub(super) struct Mm {
+    pub(super) tgid: Tgid,
+    pub(super) program: String,
+    pub(super) regions: Regions,
+    pub(super) changes: u64,
+    alive: bool,
+}
+
+/// How many changes and how many pages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Amount {
+    pub(super) count: u64,
+    pub(super) pages: u64,
+}
+
+impl Amount {
+    fn add(&mut self, pages: u64) {
+        self.count += 1;
+        self.pages = self.pages.saturating_add(pages);
+    }
+}
+
+/// Where in a program's code: a file and an offset in it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(super) struct Site {
+    pub(super) file: String,
+    pub(super) offset: u64,
+}
+
+/// The sums.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    pub(super) mms: Vec<Mm>,
+    /// Since when each process lives in which mm, oldest first.
+    lives: HashMap<Tgid, Vec<(u64, usize)>>,
+    pub(super) by_cause: BTreeMap<String, Amount>,
+    pub(super) by_region: BTreeMap<(usize, String), Amount>,
+    pub(super) by_site: HashMap<(String, Site), Amount>,
+    /// Changes of an address that more than one watched mm maps, by somebody who is none of them.
+    pub(super) ambiguous: u64,
+    /// Changes by others of addresses that no watched mm maps: other programs' memory.
+    pub(super) foreign: u64,
+    pub(super) unwatched: Vec<(Tgid, String)>,
+    pub(super) timeline: Timeline,
+    pub(super) cost: Option<Cost>,
+    waiting: Vec<Change>,
+    /// Our own process, whose memory is not what is asked for.
+    ours: u32,
+}
+
+impl Tally {
+    pub(super) fn new(working_set: Option<WorkingSet>) -> Tally {
+        Tally { ours: std::process::id(), cost: working_set.map(Cost::new), ..Tally::default() }
+    }
+
+    pub(super) fn news(&mut self, news: News) {
+        match news {
+            News::Made { tgid, at, program } => {
+                self.end(tgid);
+                let mut regions = Regions::default();
+                regions.look(tgid);
+                self.mms.push(Mm { tgid, program, regions, changes: 0, alive: true });
+                self.lives.entry(tgid).or_default().push((at, self.mms.len() - 1));
+            }
+            News::Shared { tgid, with, at } => {
+                if let Some(mm) = self.lives.get(&with).and_then(|lives| lives.last()).map(|(_, mm)| *mm) {
+                    self.lives.entry(tgid).or_default().push((at, mm));
+                }
+            }
+            News::Unwatched { tgid, why } => self.unwatched.push((tgid, why)),
+            News::Ends { tgid, maps } => {
+                if let Some(mm) = self.mm_of(tgid) {
+                    let all = maps.all();
+                    self.mms[mm].regions.know(all);
+                }
+            }
+            News::Gone { tgid } => self.end(tgid),
+        }
+    }
+
+    fn mm_of(&self, tgid: Tgid) -> Option<usize> {
+        self.lives.get(&tgid)?.last().map(|(_, mm)| *mm)
+    }
+
+    /// The mm of `tgid` lives no longer, unless it was only borrowed.
+    fn end(&mut self, tgid: Tgid) {
+        if let Some(mm) = self.mm_of(tgid)
+            && self.mms[mm].tgid == tgid
+        {
+            self.mms[mm].alive = false;
+        }
+    }
+
+    /// Counts what has come. Those that nobody claims wait until the next call; `last`: there is none.
+    pub(super) fn changes(&mut self, new: &mut Vec<Change>, last: bool) {
+        for change in std::mem::take(&mut self.waiting) {
+            self.count(&change);
+        }
+        for change in new.drain(..) {
+            if change.record.tgid == self.ours {
+                continue;
+            }
+            if last || self.owner(&change).is_some() {
+                self.count(&change);
+            } else {
+                self.waiting.push(change);
+            }
+        }
+    }
+
+    /// The mm that the task which made the change lives in.
+    fn owner(&self, change: &Change) -> Option<usize> {
+        let lives = self.lives.get(&Tgid::try_from(change.record.tgid).ok()?)?;
+        lives.iter().rev().find(|(at, _)| *at <= change.record.ktime_ns).map(|(_, mm)| *mm)
+    }
+
+    fn count(&mut self, change: &Change) {
+        if let Some(mm) = self.owner(change) {
+            return self.add(mm, change, &cause::of_task(change));
+        }
+        let start = change.record.start;
+        let mut owners = Vec::new();
+        for (at, mm) in self.mms.iter_mut().enumerate().filter(|(_, mm)| mm.alive) {
+            if mm.regions.at(mm.tgid, start).is_some() && mm.regions.maps(start) {
+                owners.push(at);
+            }
+        }
+        match owners[..] {
+            [] => self.foreign += 1,
+            [mm] => self.add(mm, change, &cause::of_other(change.record.tgid)),
+            _ => self.ambiguous += 1,
+        }
+    }
+
+    fn add(&mut self, mm: usize, change: &Change, cause: &str) {
+        let (start, end) = (change.record.start, change.record.end);
+        // clear_refs announces everything: that is not so many pages.
+        let whole = start >= end || end > 1 << 47;
+        let pages = if whole { 0 } else { (end - start).div_ceil(PAGE_SIZE) };
+        let this = &mut self.mms[mm];
+        this.changes += 1;
+        let region = this.regions.at(this.tgid, start);
+        let name = match region {
+            _ if whole => "the whole address space",
+            Some((_, region)) => region.name.as_str(),
+            None => "gone before it was seen",
+        };
+        if let Some(cost) = &mut self.cost {
+            cost.add(cause, start, end, whole, region.map(|(_, r)| r));
+        }
+        match self.by_cause.get_mut(cause) {
+            Some(amount) => amount.add(pages),
+            None => self.by_cause.entry(cause.to_owned()).or_default().add(pages),
+        }
+        self.timeline.add(change.record.ktime_ns, mm, start, pages, cause);
+        self.by_region.entry((mm, name.to_owned())).or_default().add(pages);
+        if let Some(site) = this.site(change) {
+            self.by_site.entry((cause.to_owned(), site)).or_default().add(pages);
+        }
+    }
+}
+
+impl Mm {
+    /// The first place outside of the C library, which is in most stacks and says nothing; else the innermost.
+    fn site(&mut self, change: &Change) -> Option<Site> {
+        let mut first = None;
+        for (at, ip) in change.stack.iter().enumerate() {
+            // A return address may be the first of the next function.
+            let ip = if at == 0 { *ip } else { ip.saturating_sub(1) };
+            let Some((start, region)) = self.regions.at(self.tgid, ip) else { continue };
+            let site = Site { file: region.name.clone(), offset: ip - start + region.offset };
+            if !is_plumbing(&site.file) && !region.anonymous {
+                return Some(site);
+            }
+            first.get_or_insert(site);
+        }
+        first
+    }
+}
+
+/// Libraries through which system calls are made.
+fn is_plumbing(file: &str) -> bool {
+    let name = file.rsplit('/').next().unwrap_or(file);
+    ["libc.so", "libc-", "ld-linux", "ld-musl", "libpthread", "[vdso]"].iter().any(|p| name.starts_with(p))
+}
