@@ -43,6 +43,9 @@ pub(super) struct Borrowed {
     call_at: u64,
     /// It ended meanwhile, with this wait status.
     gone: Option<i32>,
+    /// One that it is about to be given.
+    signal: i32,
+    given_back: bool,
 }
 
 impl Borrowed {
@@ -52,7 +55,15 @@ impl Borrowed {
         let call_at = find_syscall(tid)?;
         let mask = ptrace::signal_mask(tid)?;
         ptrace::set_signal_mask(tid, ALL)?;
-        let mut borrowed = Borrowed { tid, regs: ptrace::regs(tid)?, mask, call_at, gone: None };
+        let mut borrowed = Borrowed {
+            tid,
+            regs: ptrace::regs(tid)?,
+            mask,
+            call_at,
+            gone: None,
+            signal: 0,
+            given_back: false,
+        };
         if in_call {
             borrowed.next_call_stop()?;
             borrowed.regs = ptrace::regs(tid)?;
@@ -111,9 +122,11 @@ impl Borrowed {
         })
     }
 
-    /// Puts the thread back; it stays stopped.
-    pub(super) fn give_back(mut self) -> Result<(), InjectError> {
-        self.restore()
+    /// Puts the thread back; it stays stopped, and is to go on with the signal returned (0: none).
+    pub(super) fn give_back(mut self) -> Result<i32, InjectError> {
+        self.given_back = true;
+        self.restore()?;
+        Ok(self.signal)
     }
 
     fn restore(&mut self) -> Result<(), InjectError> {
@@ -123,13 +136,39 @@ impl Borrowed {
         let regs = ptrace::set_regs(self.tid, &self.regs);
         // Whatever happens to the one, try the other.
         ptrace::set_signal_mask(self.tid, self.mask)?;
-        Ok(regs?)
+        regs?;
+        if self.was_interrupted() {
+            // Only on its way through a signal stop does the kernel begin an interrupted call again, or not.
+            ptrace::interrupt(self.tid)?;
+            ptrace::resume(self.tid, 0)?;
+            match ptrace::wait(self.tid, false)? {
+                Some((_, Stop::Trap | Stop::Group)) => {}
+                Some((_, Stop::Gone(status))) => {
+                    self.gone = Some(status);
+                    return Err(InjectError::Gone(status));
+                }
+                // Its signal comes again.
+                Some((_, Stop::Signal(signal))) => self.signal = signal,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Did it stand in a system call that an interruption has ended, to be begun again?
+    fn was_interrupted(&self) -> bool {
+        const ERESTART_RESTARTBLOCK: i64 = 516;
+        const ERESTARTSYS: i64 = 512;
+        let answer = -(self.regs.rax as i64);
+        (self.regs.orig_rax as i64) >= 0 && (ERESTARTSYS..=ERESTART_RESTARTBLOCK).contains(&answer)
     }
 }
 
 impl Drop for Borrowed {
     fn drop(&mut self) {
-        let _ = self.restore();
+        if !self.given_back {
+            let _ = self.restore();
+        }
     }
 }
 

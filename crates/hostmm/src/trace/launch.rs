@@ -43,6 +43,8 @@ pub(super) fn fork(program: &[OsString], mask: &libc::sigset_t) -> io::Result<Wa
             if libc::read(go_read.as_raw_fd(), (&raw mut byte).cast(), 1) != 1 {
                 libc::_exit(127);
             }
+            // Rust's runtime ignores it in us; std's Command does the same for what it starts.
+            libc::signal(libc::SIGPIPE, libc::SIG_DFL);
             libc::sigprocmask(libc::SIG_SETMASK, mask, std::ptr::null_mut());
             libc::execvp(pointers[0], pointers.as_ptr());
             let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO).to_ne_bytes();

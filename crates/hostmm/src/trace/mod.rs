@@ -27,12 +27,13 @@ mod tasks;
 
 use crate::kvm::OpenError;
 use crate::sys::vm;
-use signals::Signals;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 use tasks::Tasks;
+
+pub use signals::Signals;
 
 /// A process id.
 pub type Tgid = i32;
@@ -128,16 +129,22 @@ pub enum TraceError {
 /// A program that was started here and is interrupted from the terminal gets its own SIGINT, and decides itself; that
 /// signal ends only the tracing of a process that ran before. Sleeps all the while.
 ///
+/// `signals` are blocked since before this process had other threads, which would take them.
+///
 /// # Errors
 /// [`TraceError`].
-pub fn run(what: &What, options: Options, observer: &mut dyn Observer) -> Result<Ended, TraceError> {
+pub fn run(
+    what: &What,
+    options: Options,
+    signals: &Signals,
+    observer: &mut dyn Observer,
+) -> Result<Ended, TraceError> {
     interleave::might_sleep();
     let path = Path::new("/dev/kvm");
     let kvm = vm::open(path).map_err(|e| crate::kvm::kvm_error(path, e))?;
-    let signals = Signals::block().map_err(|cause| TraceError::System { what: "signalfd", cause })?;
     let mut tasks = Tasks::new(kvm.as_fd(), options, observer);
     let (first, launched) = match what {
-        What::Program(program) => tasks.launch(program, &signals)?,
+        What::Program(program) => tasks.launch(program, signals)?,
         What::Process(tgid) => (tasks.attach(*tgid)?, false),
     };
     let ended = loop {

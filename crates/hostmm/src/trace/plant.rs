@@ -55,8 +55,14 @@ pub(super) enum PlantError {
     Here(&'static str, io::Error),
 }
 
-/// Makes the VM on the mm of process `tgid`, whose thread `tid` is stopped (`in_call`: see [`Borrowed::new`]).
-pub(super) fn plant(kvm: BorrowedFd<'_>, tgid: Tid, tid: Tid, in_call: bool) -> Result<OwnedFd, PlantError> {
+/// Makes the VM on the mm of process `tgid`, whose thread `tid` is stopped (`in_call`: see [`Borrowed::new`]). With it, the
+/// signal that the thread is to go on with.
+pub(super) fn plant(
+    kvm: BorrowedFd<'_>,
+    tgid: Tid,
+    tid: Tid,
+    in_call: bool,
+) -> Result<(OwnedFd, i32), PlantError> {
     let pidfd = Pid::from_raw(tgid).ok_or(io::ErrorKind::InvalidInput.into());
     let pidfd = pidfd.and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
     let pidfd = pidfd.map_err(|e| PlantError::Here("pidfd_open", e))?;
@@ -72,9 +78,9 @@ pub(super) fn plant(kvm: BorrowedFd<'_>, tgid: Tid, tid: Tid, in_call: bool) -> 
         let _ = thread.call(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
     }
     let _ = thread.call(libc::SYS_close, [kvm_there, 0, 0, 0, 0, 0])?;
-    thread.give_back()?;
+    let signal = thread.give_back()?;
     vm_there.map_err(there("KVM_CREATE_VM"))?;
-    vm
+    Ok((vm?, signal))
 }
 
 /// A copy of its descriptor `fd`.

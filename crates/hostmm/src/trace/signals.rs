@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Sleeping until a tracee has stopped or somebody wants an end.
 //!
-//! SIGCHLD, SIGINT, SIGTERM and SIGHUP are blocked in the tracing thread and read from a descriptor. Where other threads
-//! of the process leave SIGCHLD unblocked it may be lost there, so the sleep is bounded.
+//! SIGCHLD, SIGINT, SIGTERM and SIGHUP are blocked, in the tracing thread and in those that it starts, and read from a
+//! descriptor. A thread that is older may take them; should it take SIGCHLD, the bound of the sleep helps.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -11,13 +11,18 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 const NAP: i32 = 50;
 
 /// While it lives the signals are blocked in this thread.
-pub(super) struct Signals {
+#[derive(Debug)]
+pub struct Signals {
     fd: OwnedFd,
     before: libc::sigset_t,
 }
 
 impl Signals {
-    pub(super) fn block() -> io::Result<Signals> {
+    /// Blocks them in the calling thread, and so in every one that it starts from now on.
+    ///
+    /// # Errors
+    /// No descriptor.
+    pub fn block() -> io::Result<Signals> {
         // SAFETY: local sets; an all-zero sigset_t is valid; signalfd returns a new descriptor or -1.
         unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();

@@ -46,12 +46,14 @@ pub(super) struct Tasks<'a> {
     starting: Option<(Tgid, Exec, String)>,
     /// A process that runs, until it has its VM.
     attaching: Option<Tgid>,
+    /// What the thread that was borrowed last is to go on with.
+    signal: i32,
 }
 
 impl<'a> Tasks<'a> {
     pub(super) fn new(kvm: BorrowedFd<'a>, options: Options, observer: &'a mut dyn Observer) -> Tasks<'a> {
         let (threads, vms, ends) = (BTreeMap::new(), HashMap::new(), HashMap::new());
-        Tasks { kvm, options, observer, threads, vms, ends, starting: None, attaching: None }
+        Tasks { kvm, options, observer, threads, vms, ends, starting: None, attaching: None, signal: 0 }
     }
 
     fn trace_options(&self) -> i32 {
@@ -147,7 +149,7 @@ impl<'a> Tasks<'a> {
             Stop::Trap | Stop::Child | Stop::Syscall => {}
         }
         // Fails only if it was killed meanwhile, which the next wait tells.
-        let _ = ptrace::resume(tid, 0);
+        let _ = ptrace::resume(tid, std::mem::take(&mut self.signal));
         Ok(())
     }
 
@@ -214,7 +216,8 @@ impl<'a> Tasks<'a> {
             let _ = ptrace::set_options(tid, self.trace_options());
         }
         match planted {
-            Ok(vm) => {
+            Ok((vm, signal)) => {
+                self.signal = signal;
                 self.vms.insert(tgid, Some(Rc::new(vm)));
                 self.observer.mm_made(tgid, at, &command(tgid));
                 Ok(())

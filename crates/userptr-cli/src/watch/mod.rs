@@ -16,8 +16,8 @@ mod timeline;
 use crate::Error;
 use crate::args::WatchArgs;
 use hostmm::kvm::stream::Stream;
-use hostmm::trace::{self, Ended, Observer, Options, Tgid, TraceError, What};
-use interleave::{AtomicBool, LockClass, MaySleep, Mutex, Ordering, scope};
+use hostmm::trace::{self, Ended, Observer, Options, Signals, Tgid, TraceError, What};
+use interleave::{AtomicBool, LockClass, MaySleep, Mutex, Ordering, scope, time};
 use regions::Regions;
 use report::Report;
 use std::io::Write;
@@ -31,6 +31,9 @@ pub(crate) use cost::WorkingSet;
 const RING: u32 = 16 << 20;
 /// The counting thread looks at least this often.
 const NAP: Duration = Duration::from_millis(50);
+
+/// No two looks are nearer.
+const ROUND: Duration = Duration::from_millis(10);
 
 static NEWS: LockClass = LockClass::new("watch_news");
 
@@ -83,6 +86,8 @@ pub(crate) fn run(args: &WatchArgs) -> Result<ExitCode, Error> {
     };
     let out = crate::Saved::create(args.output.as_ref())?;
     let page = crate::Saved::create(args.report.as_ref())?;
+    // Before there is another thread that could take them.
+    let signals = Signals::block()?;
     let began = Instant::now();
     let mut stream = Stream::open(RING).map_err(WatchError::from)?;
     let news = Mutex::new(&NEWS, Vec::new());
@@ -91,7 +96,7 @@ pub(crate) fn run(args: &WatchArgs) -> Result<ExitCode, Error> {
     let ended = MaySleep::enter(|cx| {
         scope(cx, |s, _| {
             s.spawn("watch-count", |cx| count(cx, &mut stream, &news, &done, &mut tally));
-            let ended = trace::run(&what, Options { follow: args.follow }, &mut Post(&news));
+            let ended = trace::run(&what, Options { follow: args.follow }, &signals, &mut Post(&news));
             done.store(true, Ordering::SeqCst);
             ended
         })
@@ -129,6 +134,8 @@ fn count(
             return;
         }
         stream.wait(NAP);
+        // Rounds of some length: what a program maps for a moment can then be named by its last look.
+        time::sleep(cx, ROUND);
     }
 }
 

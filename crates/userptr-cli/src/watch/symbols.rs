@@ -2,7 +2,7 @@
 //! Names for places in code: the function of a program's or library's symbol table, where it has one.
 
 use super::tally::Site;
-use object::{Object, ObjectSegment, ObjectSymbol, SymbolMap, SymbolMapName};
+use object::{Object, ObjectSegment, ObjectSymbol};
 use std::collections::HashMap;
 use std::fs;
 
@@ -15,7 +15,8 @@ pub(super) struct Symbols {
 struct Table {
     /// File offset, length and address of each segment.
     segments: Vec<(u64, u64, u64)>,
-    names: Vec<(u64, String)>,
+    /// Address, length (0: not said) and name of each function.
+    functions: Vec<(u64, u64, String)>,
 }
 
 impl Symbols {
@@ -40,28 +41,30 @@ impl Table {
         let data = fs::read(path).ok()?;
         let file = object::File::parse(&*data).ok()?;
         let segments = file.segments().map(|s| (s.file_range().0, s.file_range().1, s.address())).collect();
-        let map: SymbolMap<SymbolMapName<'_>> = file.symbol_map();
-        let mut names: Vec<(u64, String)> = map
-            .symbols()
-            .iter()
-            .map(|s| (s.address(), rustc_demangle::demangle(s.name()).to_string()))
-            .collect();
+        let functions = |symbols: &mut dyn Iterator<Item = object::Symbol<'_, '_>>| {
+            let code = symbols.filter(|s| s.is_definition() && s.kind() == object::SymbolKind::Text);
+            let named = code.filter_map(|s| {
+                Some((s.address(), s.size(), rustc_demangle::demangle(s.name().ok()?).to_string()))
+            });
+            let mut functions: Vec<_> = named.collect();
+            functions.sort();
+            functions
+        };
+        let mut names = functions(&mut file.symbols());
         if names.is_empty() {
-            let dynamic = file.dynamic_symbols().filter(|s| s.is_definition() && s.address() != 0);
-            names = dynamic.filter_map(|s| Some((s.address(), s.name().ok()?.to_owned()))).collect();
+            names = functions(&mut file.dynamic_symbols());
         }
-        names.sort();
-        Some(Table { segments, names })
+        Some(Table { segments, functions: names })
     }
 
     fn at(&self, offset: u64) -> Option<(&str, u64)> {
         let (from, _, address) =
             self.segments.iter().find(|(from, len, _)| (*from..from + len).contains(&offset))?;
         let address = offset - from + address;
-        let next = self.names.partition_point(|(at, _)| *at <= address);
-        let (at, name) = self.names.get(next.checked_sub(1)?)?;
-        // Beyond this it is some function without a name.
-        (address - at < 1 << 20).then_some((name.as_str(), address - at))
+        let next = self.functions.partition_point(|(at, ..)| *at <= address);
+        let (at, len, name) = self.functions.get(next.checked_sub(1)?)?;
+        // Stripped files keep the names of what they export: what lies between these is somebody else's.
+        (address - at < (*len).max(1)).then_some((name.as_str(), address - at))
     }
 }
 

@@ -6,7 +6,7 @@
 //! more than one does it is said so.
 //!
 //! Records and the news of processes come from two threads, so a record may be here before the news that its process
-//! has an mm: it waits for one round.
+//! has an mm, and before the last look at the mappings of a program that lives for a moment: each waits for one round.
 
 use super::cause;
 use super::cost::{Cost, WorkingSet};
@@ -127,19 +127,25 @@ impl Tally {
         }
     }
 
-    /// Counts what has come. Those that nobody claims wait until the next call; `last`: there is none.
+    /// Takes what has come and counts what came a round ago; `last`: counts everything.
     pub(super) fn changes(&mut self, new: &mut Vec<Change>, last: bool) {
-        for change in std::mem::take(&mut self.waiting) {
+        let ours = self.ours;
+        new.retain(|change| change.record.tgid != ours);
+        for change in std::mem::replace(&mut self.waiting, std::mem::take(new)) {
             self.count(&change);
         }
-        for change in new.drain(..) {
-            if change.record.tgid == self.ours {
-                continue;
-            }
-            if last || self.owner(&change).is_some() {
+        if last {
+            for change in std::mem::take(&mut self.waiting) {
                 self.count(&change);
-            } else {
-                self.waiting.push(change);
+            }
+            return;
+        }
+        // Whose mappings are not known yet are looked at now, while they may still be there.
+        for at in 0..self.waiting.len() {
+            if let Some(mm) = self.owner(&self.waiting[at]) {
+                let start = self.waiting[at].record.start;
+                let mm = &mut self.mms[mm];
+                let _ = mm.regions.at(mm.tgid, start);
             }
         }
     }
