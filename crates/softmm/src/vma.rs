@@ -177,6 +177,8 @@ pub(crate) struct VmaTree {
     vmas: BTreeMap<u64, Vma>,
     /// The last user is gone.
     pub(crate) exited: bool,
+    /// A breakpoint was set in this mm or in the one that it was forked from (MMF_HAS_UPROBES).
+    pub(crate) has_uprobes: bool,
 }
 
 impl VmaTree {
