@@ -41,10 +41,20 @@ pub enum Call {
     Protect(Range, Rights),
     /// madvise(`MADV_DONTNEED`).
     DontNeed(Range),
+    /// madvise(`MADV_PAGEOUT`).
+    PageOut(Range),
+    /// madvise(`MADV_MERGEABLE`), or `MADV_UNMERGEABLE`.
+    Mergeable(Range, bool),
     /// Load the first word of a page.
     Load(PageAddr),
     /// Store to the first word of a page.
     Store(PageAddr, u64),
+    /// Load the first word of a page through a pin for reading, as process_vm_readv takes one.
+    ReadPinned(PageAddr),
+    /// Store to the first word of a page through a pin for writing.
+    WritePinned(PageAddr, u64),
+    /// fsync.
+    Sync,
     /// ftruncate.
     Truncate {
         /// The new length.
@@ -71,11 +81,16 @@ impl Call {
     #[must_use]
     pub fn range(&self) -> Option<Range> {
         match *self {
-            Call::Map(range, ..) | Call::Unmap(range) | Call::Protect(range, _) | Call::DontNeed(range) => {
-                Some(range)
+            Call::Map(range, ..)
+            | Call::Unmap(range)
+            | Call::Protect(range, _)
+            | Call::DontNeed(range)
+            | Call::PageOut(range)
+            | Call::Mergeable(range, _) => Some(range),
+            Call::Load(page) | Call::Store(page, _) | Call::ReadPinned(page) | Call::WritePinned(page, _) => {
+                Some(Range::page(page))
             }
-            Call::Load(page) | Call::Store(page, _) => Some(Range::page(page)),
-            Call::Truncate { .. } | Call::Punch { .. } | Call::WriteFile { .. } => None,
+            Call::Sync | Call::Truncate { .. } | Call::Punch { .. } | Call::WriteFile { .. } => None,
         }
     }
 }
