@@ -19,7 +19,7 @@ pub enum Answer {
     Hole,
     /// Another error number.
     Errno(i32),
-    /// There was no child to do it.
+    /// There was nobody to do it, or nothing to do it to.
     Skipped,
 }
 
@@ -31,6 +31,8 @@ pub enum Frame {
     None,
     /// The zero page.
     Zero,
+    /// It is in swap space.
+    Swapped,
     /// This one.
     Number(u8),
 }

@@ -5,11 +5,16 @@
 //! page of its own, and the stream is cut at these marks once the script is over. The task that changes the memory runs on
 //! one CPU, so the stream is in order.
 
-use super::script::{FILE_PAGES, Op, PAGES, Span, Who};
-use super::step::{Answer, Frame, Frames, Heard, Page, Step, arena, page};
+mod run;
+
+use super::script::{FILE_PAGES, NOPS, Op, Span, Who};
+use super::step::{Heard, Step, arena, page};
+use hostmm::capability::{self, Capability, State};
 use hostmm::kvm::{self, KvmSource, Notice, Options, Record};
-use hostmm::lab::{self, Call, Errno, Fork, Lab};
+use hostmm::lab::{self, Call, Ksm, Lab};
 use hostmm::page::{self as host, Pagemap, PidOrSelf};
+use hostmm::pin::{PinError, Pinner};
+use hostmm::setting::SwapSpace;
 use mmu_notifier::{PAGE_SHIFT, Range};
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -19,6 +24,20 @@ use std::time::Duration;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Bytes of the ring for records: 48 each, and a script is not read before it is over.
 const RING: u32 = 1 << 20;
+
+/// ksmd has merged two pages, or seen them often enough, in some ten milliseconds; on a busy machine it has to wait.
+const KSM_PATIENCE: Duration = Duration::from_secs(10);
+/// How often a page is asked to go: reclaim passes over one that somebody looks at.
+const PAGE_OUT_TRIES: u32 = 5;
+
+/// Why an operation cannot be tried here, as far as one can tell without trying; `None` if it can.
+#[must_use]
+pub fn missing(needs: Capability) -> Option<String> {
+    match capability::probe(needs) {
+        State::There(_) => None,
+        State::Partial(why) | State::Missing(why) => Some(why),
+    }
+}
 
 /// Why the kernel could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +61,17 @@ pub enum SubjectError {
     /// The process could not be prepared, or its child not made.
     #[error("the process could not be prepared: {0}")]
     Lab(#[from] io::Error),
+    /// KSM's settings, swap space or pins could not be had.
+    #[error("{what} cannot be had: {source}")]
+    Needs {
+        /// What.
+        what: &'static str,
+        /// What the kernel says.
+        source: io::Error,
+    },
+    /// There is no ring to pin with.
+    #[error(transparent)]
+    Pins(#[from] PinError),
     /// A mark did not arrive.
     #[error("the kernel's announcements do not arrive")]
     Silent,
@@ -55,14 +85,23 @@ pub enum SubjectError {
 pub struct Done {
     /// What was seen.
     pub step: Step,
-    /// A store to a page that was present: did it get another frame? (For what the kernel may choose either way.)
-    pub moved: Option<bool>,
+    /// What the kernel chose, where it may choose either way. A store to a page that was present: did the page get another
+    /// frame? [`Op::PageOut`], [`Op::Merge`]: did it happen?
+    pub chose: Option<bool>,
+    /// The anonymous pages that [`Op::Unprobe`] left where they were, or brought back from swap space.
+    pub kept: Vec<(Who, u64)>,
 }
 
 /// This process as a subject. It must be a process of its own: see [`lab::calm`].
 #[derive(Debug)]
 pub struct Subject {
     lab: Lab,
+    /// Once a script has pinned.
+    pinner: Option<Pinner>,
+    /// Once a script has swapped.
+    swap: Option<SwapSpace>,
+    /// This mm has had a breakpoint, which removals ask for.
+    primed: bool,
     records: Receiver<Notice>,
     pagemap: Pagemap,
     /// The frame of the zero page.
@@ -91,8 +130,18 @@ impl Subject {
         })?;
         let pagemap = Pagemap::open(PidOrSelf::Myself)?;
         let zero = zero_page(&lab, &pagemap)?;
-        let mut subject =
-            Subject { lab, records, pagemap, zero, tgid: 0, _subscription: subscription, _source: source };
+        let mut subject = Subject {
+            lab,
+            pinner: None,
+            swap: None,
+            primed: false,
+            records,
+            pagemap,
+            zero,
+            tgid: 0,
+            _subscription: subscription,
+            _source: source,
+        };
         subject.lab.mark()?;
         while subject.tgid == 0 {
             match subject.next()? {
@@ -119,24 +168,59 @@ impl Subject {
     /// # Errors
     /// [`SubjectError`].
     pub fn run(&mut self, script: &[Op]) -> Result<Vec<Done>, SubjectError> {
-        self.lab.renew(FILE_PAGES)?;
+        if self.swap.is_none() && script.iter().any(|op| matches!(op, Op::PageOut(..))) {
+            let added = SwapSpace::add();
+            self.swap = Some(added.map_err(|source| SubjectError::Needs { what: "swap space", source })?);
+        }
+        if self.pinner.is_none() && script.iter().any(|op| matches!(op, Op::Pin(_))) {
+            self.pinner = Some(Pinner::new(1)?);
+        }
+        if !self.primed && script.iter().any(|op| matches!(op, Op::Probe(_))) {
+            self.prime()?;
+        }
+        match script.first() {
+            Some(Op::Disk) => self.lab.renew_on_disk(FILE_PAGES)?,
+            _ => self.lab.renew(FILE_PAGES)?,
+        }
+        // For as long as memory of ours is mergeable: another process's ksmd would merge it too.
+        let merges = script.iter().any(|op| matches!(op, Op::Merge(..)));
+        let ksm = merges.then(Ksm::take).transpose();
+        let ksm = ksm.map_err(|source| SubjectError::Needs { what: "KSM", source })?;
+        let done = self.run_prepared(script, ksm.as_ref());
+        self.lab.clear()?;
+        done
+    }
+
+    /// Has a breakpoint set and taken out, since what a removal does depends on whether the mm ever had one.
+    fn prime(&mut self) -> Result<(), SubjectError> {
+        let there = Call::Map(Range::page(page(0)), lab::Rights::Read, lab::Backing::PrivateFile(0));
+        for call in [Call::WriteFile { page: 0, value: NOPS }, there] {
+            self.lab.call(&call).map_err(io::Error::from)?;
+        }
+        drop(self.lab.probe(0)?);
+        self.primed = true;
+        Ok(self.lab.renew(FILE_PAGES)?)
+    }
+
+    fn run_prepared(&self, script: &[Op], ksm: Option<&Ksm>) -> Result<Vec<Done>, SubjectError> {
         self.lab.mark()?;
-        let mut run = Run { subject: self, child: None };
-        let mut done = script.iter().map(|op| run.one(op)).collect::<Result<Vec<_>, _>>()?;
-        drop(run);
-        self.until_mark()?;
+        // ksmd only while it is ours alone: what it does to others at these addresses is none of ours.
+        let ksmd = ksm.and_then(|_| Ksm::pid());
+        let pids = [self.tgid].into_iter().chain(ksmd).collect();
+        let (mut done, pids) = run::run(self, ksm, pids, script)?;
+        self.until_mark(&pids)?;
         for Done { step, .. } in &mut done {
-            step.heard = self.until_mark()?;
+            step.heard = self.until_mark(&pids)?;
         }
         Ok(done)
     }
 
-    /// What was announced in the arena up to the next mark.
-    fn until_mark(&self) -> Result<Vec<Heard>, SubjectError> {
+    /// What `pids` announced in the arena up to the next mark.
+    fn until_mark(&self, pids: &[u32]) -> Result<Vec<Heard>, SubjectError> {
         let mut heard = Vec::new();
         loop {
             match self.next()? {
-                Notice::Range(record) if record.tgid != self.tgid => {}
+                Notice::Range(record) if !pids.contains(&record.tgid) => {}
                 Notice::Range(record) if self.is_mark(&record) => return Ok(heard),
                 Notice::Range(record) if record.overlaps(self.lab.arena()) => {
                     heard.push(Heard::new(arena(), record.start, record.end));
@@ -152,107 +236,7 @@ fn zero_page(lab: &Lab, pagemap: &Pagemap) -> Result<host::Pfn, SubjectError> {
     let at = page(0);
     let map = Call::Map(Range::page(at), lab::Rights::Read, lab::Backing::Anonymous);
     lab.call(&map).and_then(|_| lab.call(&Call::Load(at))).map_err(io::Error::from)?;
-    present(pagemap, 0)?.ok_or(SubjectError::Hidden)
-}
-
-fn present(pagemap: &Pagemap, n: u64) -> Result<Option<host::Pfn>, SubjectError> {
-    Ok(match pagemap.entry(page(n))?.frame() {
-        host::Frame::Present(pfn) => Some(pfn),
-        _ => None,
-    })
-}
-
-/// A script under way.
-struct Run<'a> {
-    subject: &'a Subject,
-    child: Option<(Fork<'a>, Pagemap)>,
-}
-
-impl<'a> Run<'a> {
-    fn one(&mut self, op: &Op) -> Result<Done, SubjectError> {
-        let before = self.frame_behind(op)?;
-        let answer = self.answer(op)?;
-        self.subject.lab.mark()?;
-        let after = self.frame_behind(op)?;
-        let moved = before.zip(after).map(|(before, after)| before != after);
-        Ok(Done { step: Step { answer, heard: Vec::new(), pages: self.pages()? }, moved })
-    }
-
-    fn answer(&mut self, op: &Op) -> Result<Answer, SubjectError> {
-        let (by, call) = match *op {
-            Op::Fork if self.child.is_some() => return Ok(Answer::Skipped),
-            Op::Fork => {
-                let child = self.subject.lab.fork()?;
-                let pagemap = Pagemap::open(PidOrSelf::Pid(child.pid()))?;
-                self.child = Some((child, pagemap));
-                return Ok(Answer::Done);
-            }
-            Op::Exit => {
-                return Ok(if self.child.take().is_some() { Answer::Done } else { Answer::Skipped });
-            }
-            Op::Map(by, span, rights, backing) => (by, Call::Map(range(span), rights, backing)),
-            Op::Unmap(by, span) => (by, Call::Unmap(range(span))),
-            Op::Protect(by, span, rights) => (by, Call::Protect(range(span), rights)),
-            Op::DontNeed(by, span) => (by, Call::DontNeed(range(span))),
-            Op::Load(by, at) => (by, Call::Load(page(at))),
-            Op::Store(by, at, value) => (by, Call::Store(page(at), value)),
-            Op::Truncate(pages) => (Who::Parent, Call::Truncate { pages }),
-            Op::Punch(first, last) => (Who::Parent, Call::Punch { first, pages: last + 1 - first }),
-            Op::WriteFile(at, value) => (Who::Parent, Call::WriteFile { page: at, value }),
-        };
-        let Some(got) = self.call(by, &call) else { return Ok(Answer::Skipped) };
-        Ok(match got {
-            Ok(word) if matches!(op, Op::Load(..)) => Answer::Word(word),
-            Ok(_) => Answer::Done,
-            Err(Errno::FAULT) => Answer::Fault,
-            Err(Errno::NOMEM) => Answer::Hole,
-            Err(errno) => Answer::Errno(errno.raw_os_error()),
-        })
-    }
-
-    fn call(&mut self, by: Who, call: &Call) -> Option<lab::Answer> {
-        match by {
-            Who::Parent => Some(self.subject.lab.call(call)),
-            Who::Child => self.child.as_mut().map(|(child, _)| child.call(call)),
-        }
-    }
-
-    /// For a store: which frame is there?
-    fn frame_behind(&self, op: &Op) -> Result<Option<host::Pfn>, SubjectError> {
-        Ok(match (op, &self.child) {
-            (&Op::Store(Who::Parent, at, _), _) => present(&self.subject.pagemap, at)?,
-            (&Op::Store(Who::Child, at, _), Some((_, pagemap))) => present(pagemap, at)?,
-            _ => None,
-        })
-    }
-
-    fn pages(&mut self) -> Result<Vec<Page>, SubjectError> {
-        let mut frames = Frames::new();
-        let mut pages = Vec::new();
-        for by in [Who::Parent, Who::Child] {
-            let pagemap = match (by, &self.child) {
-                (Who::Parent, _) => &self.subject.pagemap,
-                (Who::Child, Some((_, pagemap))) => pagemap,
-                (Who::Child, None) => continue,
-            };
-            let entries = pagemap.entries(arena())?;
-            for (n, entry) in (0..PAGES).zip(entries) {
-                let frame = match entry.frame() {
-                    host::Frame::None => Frame::None,
-                    host::Frame::Present(pfn) if pfn == self.subject.zero => Frame::Zero,
-                    host::Frame::Present(pfn) => frames.number(pfn),
-                    host::Frame::Hidden => return Err(SubjectError::Hidden),
-                    odd => return Err(SubjectError::Odd(n, odd)),
-                };
-                // A load of a page that is not there would bring it in.
-                let there = frame != Frame::None;
-                let word =
-                    if there { self.call(by, &Call::Load(page(n))).and_then(Result::ok) } else { None };
-                pages.push(Page { frame, word });
-            }
-        }
-        Ok(pages)
-    }
+    run::present(pagemap.entry(at)?).ok_or(SubjectError::Hidden)
 }
 
 pub(super) fn range(span: Span) -> Range {
