@@ -45,6 +45,13 @@ pub enum Call {
     PageOut(Range),
     /// madvise(`MADV_MERGEABLE`), or `MADV_UNMERGEABLE`.
     Mergeable(Range, bool),
+    /// mremap of one page with `MREMAP_MAYMOVE` and `MREMAP_FIXED`, to another place.
+    Move {
+        /// From here.
+        from: PageAddr,
+        /// To here.
+        to: PageAddr,
+    },
     /// Load the first word of a page.
     Load(PageAddr),
     /// Store to the first word of a page.
@@ -77,9 +84,18 @@ pub enum Call {
 }
 
 impl Call {
-    /// The addresses that it changes or touches.
+    /// Do the addresses that it changes or touches lie in `arena`?
     #[must_use]
-    pub fn range(&self) -> Option<Range> {
+    pub fn is_inside(&self, arena: Range) -> bool {
+        let inside = |range: Option<Range>| range.is_none_or(|range| arena.contains(range));
+        match *self {
+            Call::Move { from, to } => [from, to].into_iter().all(|page| inside(Some(Range::page(page)))),
+            _ => inside(self.range()),
+        }
+    }
+
+    /// The range of addresses that it changes or touches, if it is one.
+    fn range(&self) -> Option<Range> {
         match *self {
             Call::Map(range, ..)
             | Call::Unmap(range)
@@ -90,7 +106,11 @@ impl Call {
             Call::Load(page) | Call::Store(page, _) | Call::ReadPinned(page) | Call::WritePinned(page, _) => {
                 Some(Range::page(page))
             }
-            Call::Sync | Call::Truncate { .. } | Call::Punch { .. } | Call::WriteFile { .. } => None,
+            Call::Move { .. }
+            | Call::Sync
+            | Call::Truncate { .. }
+            | Call::Punch { .. }
+            | Call::WriteFile { .. } => None,
         }
     }
 }

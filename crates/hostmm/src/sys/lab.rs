@@ -71,7 +71,7 @@ pub(crate) fn disable_huge_pages() -> io::Result<()> {
 
 /// Make `call` on a lab's `arena` and `file`. Makes system calls and nothing else, so a forked child may call it.
 pub(crate) fn call(arena: Range, file: &File, call: &Call) -> Answer {
-    if call.range().is_some_and(|range| !arena.contains(range)) {
+    if !call.is_inside(arena) {
         return Err(Errno::INVAL);
     }
     match *call {
@@ -88,6 +88,7 @@ pub(crate) fn call(arena: Range, file: &File, call: &Call) -> Answer {
         Call::PageOut(range) => advise(range, libc::MADV_PAGEOUT),
         Call::Mergeable(range, true) => advise(range, libc::MADV_MERGEABLE),
         Call::Mergeable(range, false) => advise(range, libc::MADV_UNMERGEABLE),
+        Call::Move { from, to } => move_page(from, to),
         Call::Load(page) => load(page),
         Call::Store(page, value) => store(page, value),
         Call::ReadPinned(page) => read_pinned(page),
@@ -114,6 +115,14 @@ pub(crate) fn call(arena: Range, file: &File, call: &Call) -> Answer {
             answer(ret as i64)
         }
     }
+}
+
+fn move_page(from: PageAddr, to: PageAddr) -> Answer {
+    let (page, flags) = (PAGE_SIZE as usize, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+    let at = |page: PageAddr| page.get() as *mut libc::c_void;
+    // SAFETY: both pages lie inside the arena, so what is moved and what is replaced are the lab's.
+    let got = unsafe { libc::mremap(at(from), page, page, flags, at(to)) };
+    if got == libc::MAP_FAILED { Err(last_errno()) } else { Ok(0) }
 }
 
 fn advise(range: Range, advice: i32) -> Answer {

@@ -44,6 +44,8 @@ pub enum Op {
     Protect(Who, Span, Rights),
     /// madvise(MADV_DONTNEED).
     DontNeed(Who, Span),
+    /// mremap of page `.1` to page `.2` (MREMAP_FIXED).
+    Move(Who, u64, u64),
     /// Load the first word of a page.
     Load(Who, u64),
     /// Store it.
@@ -158,7 +160,7 @@ pub fn random(seed: u64, ops: usize, may: impl Fn(Capability) -> bool) -> Vec<Op
     while script.len() < ops {
         let by = if child && rng.below(3) == 0 { Who::Child } else { Who::Parent };
         let value = script.len() as u64;
-        let op = match rng.below(120) {
+        let op = match rng.below(124) {
             // What readahead brings in is no business of a path's, so nothing on a disk leaves the page cache.
             88..=94 if disk => Op::Sync,
             0..=9 => {
@@ -199,6 +201,7 @@ pub fn random(seed: u64, ops: usize, may: impl Fn(Capability) -> bool) -> Vec<Op
                 Op::Merge(first, second)
             }
             115..=116 => Op::Unmerge(rng.span()),
+            117..=120 => Op::Move(by, rng.below(PAGES), rng.below(PAGES)),
             _ if may(Capability::Uprobes) => {
                 script.push(Op::Probe(rng.below(FILE_PAGES)));
                 script.extend((0..rng.below(8)).map(|n| under_probe(&mut rng, by, n)));

@@ -17,6 +17,8 @@ pub enum Answer {
     Fault,
     /// ENOMEM: a part of the range is not mapped.
     Hole,
+    /// EINVAL: the ranges of mremap overlap.
+    Invalid,
     /// Another error number.
     Errno(i32),
     /// There was nobody to do it, or nothing to do it to.

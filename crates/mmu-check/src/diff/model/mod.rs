@@ -17,10 +17,10 @@ use super::step::{Answer, Frame, Frames, Heard, Page, Step, arena, page};
 use super::subject::{Done, range};
 use hostmm::lab::{Backing, Rights};
 use interleave::{LockClass, MaySleep, Sleep, SpinLock};
-use mmu_notifier::{Invalidation, MmuNotifier, Ops, RegisterError, WouldBlock};
+use mmu_notifier::{Invalidation, MmuNotifier, Ops, Range, RegisterError, WouldBlock};
 use softmm::{
     AccessError, ChangeError, Config, FaultError, File, FileError, FileKind, ForkError, KernelProfile,
-    Machine, MapKind, MmUser, MmapError, OutOfMemory, Placement, Prot, UserPages, ZERO_PAGE,
+    Machine, MapKind, MmUser, MmapError, MremapError, OutOfMemory, Placement, Prot, UserPages, ZERO_PAGE,
 };
 use std::sync::Arc;
 
@@ -199,6 +199,7 @@ impl Model {
             | Op::Unmap(by, _)
             | Op::Protect(by, ..)
             | Op::DontNeed(by, _)
+            | Op::Move(by, ..)
             | Op::Load(by, _)
             | Op::Store(by, ..)
             | Op::ReadPinned(by, _)
@@ -223,6 +224,12 @@ impl Model {
             }
             Op::Protect(_, span, rights) => changed(mm.mprotect(cx, range(span), prot(rights))),
             Op::DontNeed(_, span) => changed(mm.madvise_dontneed(cx, range(span))),
+            Op::Move(_, from, to) => match mm.mremap(cx, Range::page(page(from)), Range::page(page(to))) {
+                Ok(()) => Ok(Answer::Done),
+                Err(MremapError::Ranges) => Ok(Answer::Invalid),
+                Err(MremapError::NotOneVma) => Ok(Answer::Fault),
+                Err(e) => Err(odd(e)),
+            },
             Op::Load(_, at) => accessed(cpu.load(cx, mm, page(at).get()).map(Answer::Word)),
             Op::Store(_, at, value) | Op::WritePinned(_, at, value) => {
                 let held = if chose == Some(true) { hold(cx, mm, page(at)) } else { None };

@@ -43,7 +43,7 @@ write protection itself is in the scripts of ksm-replace",
 /// All of them.
 #[must_use]
 pub fn all() -> Vec<Path> {
-    let plain = [plain::anonymous(), plain::files(), provoked::pins()];
+    let plain = [plain::anonymous(), plain::moves(), plain::files(), provoked::pins()];
     let provoked = [provoked::reclaim(), provoked::ksm(), provoked::disk(), provoked::uprobes()];
     [plain.concat(), provoked.concat()].concat()
 }

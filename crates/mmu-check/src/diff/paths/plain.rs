@@ -99,6 +99,49 @@ pub(super) fn anonymous() -> Vec<Path> {
     ]
 }
 
+pub(super) fn moves() -> Vec<Path> {
+    vec![
+        path(
+            "mremap: the old place twice, the new one where something was",
+            &[],
+            8,
+            vec![
+                anon(4, 4),
+                anon(12, 2),
+                Op::Store(Parent, 4, 1),
+                Op::Store(Parent, 12, 2),
+                Op::Move(Parent, 4, 20),
+                Op::Load(Parent, 20),
+                Op::Load(Parent, 4),
+                Op::Move(Parent, 20, 12),
+                Op::Load(Parent, 12),
+                Op::Move(Parent, 5, 6),
+                Op::Move(Parent, 5, 5),
+                Op::Move(Parent, 4, 9),
+            ],
+        ),
+        path(
+            "mremap: a moved page is forked, copied and fetched again",
+            &["fork", "cow"],
+            8,
+            vec![
+                anon(4, 4),
+                Op::Store(Parent, 4, 1),
+                Op::Store(Parent, 5, 2),
+                Op::Move(Parent, 4, 8),
+                Op::Move(Parent, 5, 20),
+                Op::Store(Parent, 6, 3),
+                Op::Fork,
+                Op::Store(Child, 8, 4),
+                Op::Store(Parent, 20, 5),
+                Op::Move(Child, 20, 4),
+                Op::Exit,
+                Op::Store(Parent, 8, 6),
+            ],
+        ),
+    ]
+}
+
 pub(super) fn files() -> Vec<Path> {
     vec![
         path(

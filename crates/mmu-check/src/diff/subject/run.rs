@@ -211,6 +211,7 @@ impl<'a> Run<'a> {
             Op::Unmap(by, span) => (by, Call::Unmap(range(span))),
             Op::Protect(by, span, rights) => (by, Call::Protect(range(span), rights)),
             Op::DontNeed(by, span) => (by, Call::DontNeed(range(span))),
+            Op::Move(by, from, to) => (by, Call::Move { from: page(from), to: page(to) }),
             Op::Load(by, at) => (by, Call::Load(page(at))),
             Op::Store(by, at, value) => (by, Call::Store(page(at), value)),
             Op::ReadPinned(by, at) => (by, Call::ReadPinned(page(at))),
@@ -226,6 +227,7 @@ impl<'a> Run<'a> {
             Ok(word) if matches!(op, Op::Load(..) | Op::ReadPinned(..)) => Answer::Word(seen(word)),
             Ok(_) => Answer::Done,
             Err(Errno::FAULT) => Answer::Fault,
+            Err(Errno::INVAL) => Answer::Invalid,
             Err(Errno::NOMEM) => Answer::Hole,
             Err(errno) => Answer::Errno(errno.raw_os_error()),
         })
