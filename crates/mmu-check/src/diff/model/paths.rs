@@ -2,7 +2,7 @@
 //! Operations that are more than one call of softmm's, and those in which the kernel may choose.
 
 use super::{Model, ModelError, faulted, odd};
-use crate::diff::script::{NOPS, Who};
+use crate::diff::script::{NOPS, PAGES, Who};
 use crate::diff::step::{Answer, page};
 use interleave::MaySleep;
 use mmu_notifier::{PageAddr, Range};
@@ -28,20 +28,35 @@ impl Model {
         kept: &[(Who, u64)],
     ) -> Result<Answer, ModelError> {
         let Some(probed) = self.probe.take() else { return Ok(Answer::Skipped) };
-        let frames = self.machine.frames();
         let mut held = Vec::new();
         for &(by, at) in kept {
             let Some(mm) = self.mm(by) else { continue };
             // What is in swap space, the removal reads back as this does.
             let Ok(got) = mm.get_user_pages(cx, Range::page(page(at)), Foll::GET.force()) else { continue };
-            if got.frames().all(|frame| frames.is_anon(frame.pfn) && frames.read(frame, 0) == Ok(BREAKPOINT))
-            {
+            if got.frames().all(|frame| self.is_probed(frame)) {
                 held.push(got);
             }
         }
+        let everywhere =
+            [Who::Parent, Who::Child].into_iter().flat_map(|by| (0..PAGES).map(move |at| (by, at)));
+        let owned = |&(by, at): &(Who, u64)| {
+            let mm = self.mm(by)?;
+            self.anonymous(mm, at).filter(|&frame| self.is_probed(frame))
+        };
+        let probes: Vec<_> = everywhere.filter(|place| owned(place).is_some()).collect();
         self.file.uprobe_unregister(cx, probed, 0).map_err(odd)?;
+        // Closing a perf event looks at every mapping once more, and finds the file's page where a copy was given up.
+        for (by, at) in probes {
+            let Some(mm) = self.mm(by).filter(|mm| mm.peek_pte(page(at)).is_none()) else { continue };
+            drop(mm.get_user_pages(cx, Range::page(page(at)), Foll::GET.force()));
+        }
         self.told += usize::from(!held.is_empty());
         Ok(Answer::Done)
+    }
+
+    fn is_probed(&self, frame: FrameId) -> bool {
+        let frames = self.machine.frames();
+        frames.is_anon(frame.pfn) && frames.read(frame, 0) == Ok(BREAKPOINT)
     }
 
     pub(super) fn pin(&mut self, cx: &mut MaySleep<'_>, range: Range) -> Result<Answer, ModelError> {
