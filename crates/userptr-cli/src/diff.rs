@@ -60,6 +60,8 @@ struct Counts {
     unprovoked: usize,
     /// Differences that did not show again.
     passing: usize,
+    /// Scripts that were run again since announcements were lost.
+    repeated: usize,
     /// Scripts by hand that did not run, and why.
     skipped: Vec<Skipped>,
     differences: Vec<Difference>,
@@ -100,6 +102,7 @@ impl Counts {
         self.told += other.told;
         self.unprovoked += other.unprovoked;
         self.passing += other.passing;
+        self.repeated += other.repeated;
         self.skipped.extend(other.skipped);
         for difference in other.differences {
             // Many scripts shrink to the same.
@@ -122,6 +125,7 @@ impl Counts {
             told: compared.told,
             unprovoked: compared.unprovoked,
             passing: compared.passing,
+            repeated: 0,
             skipped: Vec::new(),
             differences: difference.into_iter().collect(),
         }
@@ -176,6 +180,7 @@ pub(crate) fn answer(args: &DiffBatchArgs) -> Result<ExitCode, Error> {
         let compared = compare(&mut subject, PROFILE, &script).map_err(DiffRunError::from)?;
         counts.add(Counts::of(from, compared));
     }
+    counts.repeated = subject.repeated();
     print_json(&counts)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -281,7 +286,7 @@ fn ask(what: &str, args: &[&str]) -> Result<Counts, DiffRunError> {
 fn print(report: &Report) -> Result<(), Error> {
     use std::io::Write;
     let mut out = std::io::stdout().lock();
-    let Counts { operations, ranges, faults, told, unprovoked, passing, skipped, differences } =
+    let Counts { operations, ranges, faults, told, unprovoked, passing, repeated, skipped, differences } =
         &report.counts;
     writeln!(out, "softmm {} beside Linux {}, seed {}", report.profile, report.kernel, report.seed)?;
     writeln!(out, "equal: {operations} operations, {ranges} announced ranges, {faults} faults")?;
@@ -294,6 +299,9 @@ fn print(report: &Report) -> Result<(), Error> {
     }
     for Skipped { script, why } in skipped {
         writeln!(out, "skipped: {script}: {why}")?;
+    }
+    if *repeated > 0 {
+        writeln!(out, "scripts run again since announcements were lost: {repeated}")?;
     }
     if *passing > 0 {
         writeln!(out, "differences that did not show again: {passing}")?;

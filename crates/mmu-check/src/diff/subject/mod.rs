@@ -18,10 +18,14 @@ use hostmm::setting::SwapSpace;
 use mmu_notifier::{PAGE_SHIFT, Range};
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long an announcement may take to arrive. Usually a quarter of a millisecond.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// After so long without an announcement none is under way.
+const QUIET: Duration = Duration::from_millis(300);
+/// How often a script is run again whose announcements got lost.
+const TRIES: u32 = 3;
 /// Bytes of the ring for records: 48 each, and a script is not read before it is over.
 const RING: u32 = 1 << 20;
 
@@ -102,6 +106,7 @@ pub struct Subject {
     swap: Option<SwapSpace>,
     /// This mm has had a breakpoint, which removals ask for.
     primed: bool,
+    repeated: usize,
     records: Receiver<Notice>,
     pagemap: Pagemap,
     /// The frame of the zero page.
@@ -135,6 +140,7 @@ impl Subject {
             pinner: None,
             swap: None,
             primed: false,
+            repeated: 0,
             records,
             pagemap,
             zero,
@@ -142,17 +148,28 @@ impl Subject {
             _subscription: subscription,
             _source: source,
         };
-        subject.lab.mark()?;
-        while subject.tgid == 0 {
-            match subject.next()? {
-                Notice::Range(record) if subject.is_mark(&record) => subject.tgid = record.tgid,
-                _ => {}
+        for _ in 0..=TRIES {
+            subject.lab.mark()?;
+            let since = Instant::now();
+            loop {
+                match subject.next(since) {
+                    Ok(Notice::Range(record)) if subject.is_mark(&record) => {
+                        subject.tgid = record.tgid;
+                        return Ok(subject);
+                    }
+                    Ok(_) => {}
+                    Err(_) => break,
+                }
             }
         }
-        Ok(subject)
+        Err(SubjectError::Silent)
     }
 
-    fn next(&self) -> Result<Notice, SubjectError> {
+    /// Other processes' announcements come too, so silence is the time `since` a mark was due.
+    fn next(&self, since: Instant) -> Result<Notice, SubjectError> {
+        if since.elapsed() > PATIENCE {
+            return Err(SubjectError::Silent);
+        }
         self.records.recv_timeout(PATIENCE).map_err(|e| match e {
             RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected => SubjectError::Silent,
         })
@@ -168,6 +185,28 @@ impl Subject {
     /// # Errors
     /// [`SubjectError`].
     pub fn run(&mut self, script: &[Op]) -> Result<Vec<Done>, SubjectError> {
+        for _ in 0..TRIES {
+            match self.run_once(script) {
+                // The kernel skips a program now and then while somebody updates BPF maps: see `KvmSource::health`.
+                Err(SubjectError::Silent | SubjectError::Lost) => self.forget(),
+                outcome => return outcome,
+            }
+        }
+        self.run_once(script)
+    }
+
+    /// How many scripts were run again since announcements were lost.
+    #[must_use]
+    pub fn repeated(&self) -> usize {
+        self.repeated
+    }
+
+    fn forget(&mut self) {
+        self.repeated += 1;
+        while self.records.recv_timeout(QUIET).is_ok() {}
+    }
+
+    fn run_once(&mut self, script: &[Op]) -> Result<Vec<Done>, SubjectError> {
         if self.swap.is_none() && script.iter().any(|op| matches!(op, Op::PageOut(..))) {
             let added = SwapSpace::add();
             self.swap = Some(added.map_err(|source| SubjectError::Needs { what: "swap space", source })?);
@@ -217,9 +256,9 @@ impl Subject {
 
     /// What `pids` announced in the arena up to the next mark.
     fn until_mark(&self, pids: &[u32]) -> Result<Vec<Heard>, SubjectError> {
-        let mut heard = Vec::new();
+        let (mut heard, since) = (Vec::new(), Instant::now());
         loop {
-            match self.next()? {
+            match self.next(since)? {
                 Notice::Range(record) if !pids.contains(&record.tgid) => {}
                 Notice::Range(record) if self.is_mark(&record) => return Ok(heard),
                 Notice::Range(record) if record.overlaps(self.lab.arena()) => {
