@@ -126,7 +126,8 @@ pub fn run(profile: KernelProfile, script: &[Op], done: &[Done]) -> Result<Model
         let mut steps = Vec::new();
         for (n, op) in script.iter().enumerate() {
             let answer = match (op, done.get(n)) {
-                (Op::Unprobe, Some(done)) => model.unprobe(cx, &done.kept)?,
+                (Op::Unprobe, Some(done)) => model.unprobe(cx, &done.held)?,
+                (Op::Pin(span), Some(done)) => model.pin(cx, range(*span), &done.held)?,
                 (_, done) => model.one(cx, op, done.and_then(|done| done.chose))?,
             };
             model.started = true;
@@ -188,7 +189,7 @@ impl Model {
             Op::Truncate(_) | Op::Punch(..) | Op::WriteFile(..) | Op::Sync => return self.on_file(cx, op),
             Op::Probe(at) => return self.probe(cx, at),
             Op::Unprobe => return self.unprobe(cx, &[]),
-            Op::Pin(span) => return self.pin(cx, range(span)),
+            Op::Pin(span) => return self.pin(cx, range(span), &[]),
             Op::Unpin => return Ok(if self.pin.take().is_some() { Answer::Done } else { Answer::Skipped }),
             Op::Merge(first, second) => return self.merge(cx, first, second, chose),
             Op::Unmerge(span) => {

@@ -59,10 +59,17 @@ impl Model {
         frames.is_anon(frame.pfn) && frames.read(frame, 0) == Ok(BREAKPOINT)
     }
 
-    pub(super) fn pin(&mut self, cx: &mut MaySleep<'_>, range: Range) -> Result<Answer, ModelError> {
+    pub(super) fn pin(
+        &mut self,
+        cx: &mut MaySleep<'_>,
+        range: Range,
+        moved: &[(Who, u64)],
+    ) -> Result<Answer, ModelError> {
         if self.pin.is_some() {
             return Ok(Answer::Skipped);
         }
+        let held: Vec<_> = moved.iter().filter_map(|&(_, at)| hold(cx, &self.parent, page(at))).collect();
+        self.told += usize::from(!held.is_empty());
         let cpu = &self.machine.cpus()[0];
         match self.parent.get_user_pages_fast(cx, cpu, range, Foll::PIN.write().longterm()) {
             Ok(pages) => {

@@ -92,8 +92,9 @@ pub struct Done {
     /// What the kernel chose, where it may choose either way. A store to a page that was present: did the page get another
     /// frame? [`Op::PageOut`], [`Op::Merge`]: did it happen?
     pub chose: Option<bool>,
-    /// The anonymous pages that [`Op::Unprobe`] left where they were, or brought back from swap space.
-    pub kept: Vec<(Who, u64)>,
+    /// The anonymous pages that [`Op::Unprobe`] left where they were, or brought back from swap space; those of an [`Op::Pin`] that
+    /// got another frame.
+    pub held: Vec<(Who, u64)>,
 }
 
 /// This process as a subject. It must be a process of its own: see [`lab::calm`].

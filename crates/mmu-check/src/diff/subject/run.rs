@@ -64,7 +64,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn one(&mut self, op: &Op) -> Result<Done, SubjectError> {
-        let mut kept = Vec::new();
+        let mut held = Vec::new();
         let (answer, chose) = match *op {
             Op::PageOut(by, at) => self.page_out(by, at)?,
             Op::Merge(first, second) => self.merge(first, second)?,
@@ -74,6 +74,15 @@ impl<'a> Run<'a> {
                 let after = self.entry(by, at)?.and_then(present);
                 (answer, before.zip(after).map(|(before, after)| before != after))
             }
+            Op::Pin(_) => {
+                let before = self.all_anonymous()?;
+                let answer = self.answer(op)?;
+                let after = self.all_anonymous()?;
+                let moved =
+                    |page: &Owned| page.by == Who::Parent && page.frame.is_some() && !after.contains(page);
+                held = before.into_iter().filter(moved).map(|page| (page.by, page.at)).collect();
+                (answer, None)
+            }
             Op::Unprobe => {
                 let before = self.all_anonymous()?;
                 let answer = self.answer(op)?;
@@ -81,14 +90,14 @@ impl<'a> Run<'a> {
                     |page: &Owned| before.contains(page) || before.contains(&Owned { frame: None, ..*page });
                 let after = self.all_anonymous()?.into_iter();
                 let there = after.filter(|page| page.frame.is_some() && stayed(page));
-                kept = there.map(|page| (page.by, page.at)).collect();
+                held = there.map(|page| (page.by, page.at)).collect();
                 (answer, None)
             }
             _ => (self.answer(op)?, None),
         };
         self.started = true;
         self.subject.lab.mark()?;
-        Ok(Done { step: Step { answer, heard: Vec::new(), pages: self.pages()? }, chose, kept })
+        Ok(Done { step: Step { answer, heard: Vec::new(), pages: self.pages()? }, chose, held })
     }
 
     fn pagemap(&self, by: Who) -> Option<&Pagemap> {
