@@ -7,9 +7,13 @@
 //! The registers of the task at its entry to the kernel tell the system call (`orig_ax`; -1 where it came by a page
 //! fault or an interrupt) and its third argument, which is what madvise(2) is told to do. A task that faults inside a
 //! system call (a copy on write in read(2)) shows that call. A kernel thread has no such registers: what is there
-//! means nothing, and its reader must know it by its process id.
+//! means nothing, and its reader must know it by its empty stack.
 //!
-//! Licence: bpf_get_current_task_btf, bpf_task_pt_regs (Linux 5.15) and bpf_get_stack are for GPL-compatible programs;
+//! The stack comes twice: return addresses as far as frame pointers lead, and the words at its top, because the frame
+//! pointer says nothing of a function that was entered last and has made no frame: a system call's wrapper, whose return
+//! address is the call site.
+//!
+//! Licence: bpf_get_current_task_btf, bpf_task_pt_regs (Linux 5.15), bpf_probe_read_user and bpf_get_stack are for GPL-compatible programs;
 //! the program says "Dual MIT/GPL". SPDX of the program: MIT OR GPL-2.0-only.
 
 use crate::sys::bpf::asm::{Asm, Cond, Helper, Insn, Reg};
@@ -17,13 +21,23 @@ use std::os::fd::BorrowedFd;
 
 /// Return addresses kept of the user-space stack, the innermost first.
 pub const STACK_DEPTH: usize = 12;
+/// Words kept of the top of the user-space stack.
+pub const TOP_WORDS: usize = 16;
 
-/// Words of a record: kind and CPU, start, end, pid_tgid, ktime, orig_ax, third argument, stack bytes, stack.
-pub(super) const WORDS: usize = 8 + STACK_DEPTH;
+/// Where in a record the stack begins, after: kind and CPU, start, end, pid_tgid, ktime, orig_ax, third argument, bytes
+/// of stack.
+pub(super) const STACK: usize = 8;
+/// The task's command, two words.
+pub(super) const COMM: usize = STACK + STACK_DEPTH;
+/// The top of the stack.
+pub(super) const TOP: usize = COMM + 2;
+/// Words of a record.
+pub(super) const WORDS: usize = TOP + TOP_WORDS;
 
 /// Offsets in struct pt_regs of x86-64.
 const DX: i16 = 96;
 const ORIG_AX: i16 = 120;
+const SP: i16 = 152;
 /// bpf_get_stack: of user space.
 const BPF_F_USER_STACK: i32 = 1 << 8;
 
@@ -64,11 +78,21 @@ pub(super) fn assemble(
     asm.store(R9, 48, R1);
     asm.mov(R1, R6);
     asm.mov(R2, R9);
-    asm.add_imm(R2, 64);
+    asm.add_imm(R2, 8 * STACK as i32);
     asm.mov_imm(R3, 8 * STACK_DEPTH as i32);
     asm.mov_imm(R4, BPF_F_USER_STACK);
     asm.call(Helper::GetStack);
     asm.store(R9, 56, R0);
+    asm.mov(R1, R9);
+    asm.add_imm(R1, 8 * COMM as i32);
+    asm.mov_imm(R2, 16);
+    asm.call(Helper::GetCurrentComm);
+    asm.load(R3, R8, SP);
+    asm.mov(R1, R9);
+    asm.add_imm(R1, 8 * TOP as i32);
+    asm.mov_imm(R2, 8 * TOP_WORDS as i32);
+    // What cannot be read becomes zeroes.
+    asm.call(Helper::ProbeReadUser);
     asm.mov(R1, R9);
     asm.mov_imm(R2, 0);
     asm.call(Helper::RingbufSubmit);

@@ -47,7 +47,7 @@ pub mod stream;
 mod subscription;
 mod watch;
 
-pub use cause::STACK_DEPTH;
+pub use cause::{STACK_DEPTH, TOP_WORDS};
 pub(crate) use error::kvm as kvm_error;
 pub use error::{Gone, OpenError, SubscribeError};
 pub use grant::{CanaryPage, Grant};

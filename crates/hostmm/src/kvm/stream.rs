@@ -7,7 +7,7 @@
 //! Whose memory a record is about is *not* in it: the tracepoint has no mm. A task of a watched process changes its own
 //! memory; a kernel thread, or another process that truncates a file, changes anybody's who maps the address.
 
-use super::cause::{self, STACK_DEPTH, WORDS};
+use super::cause::{self, COMM, STACK, STACK_DEPTH, TOP, TOP_WORDS, WORDS};
 use super::layout::Kind;
 use super::parts::{check_ring, tracepoint};
 use super::{OpenError, Record, error};
@@ -34,6 +34,9 @@ pub struct Change {
     /// Return addresses in user space, the innermost first, as far as frame pointers lead: the first is right, the
     /// others only in programs that keep them. Empty for a kernel thread.
     pub stack: Vec<u64>,
+    /// The words at the top of the user-space stack; zeroes where they could not be read.
+    pub top: [u64; TOP_WORDS],
+    comm: [u8; 16],
 }
 
 impl Change {
@@ -41,8 +44,33 @@ impl Change {
         let record = Record::from_words([w[0] & 0xffff_ffff, w[1], w[2], w[3], w[4]]);
         // bpf_get_stack: bytes, or an error.
         let depth = usize::try_from(w[7].cast_signed()).map_or(0, |bytes| bytes / 8).min(STACK_DEPTH);
-        let stack = w[8..8 + depth].iter().copied().take_while(|ip| *ip != 0).collect();
-        Change { record, syscall: u32::try_from(w[5]).ok(), third: w[6], stack }
+        let stack = w[STACK..STACK + depth].iter().copied().take_while(|ip| *ip != 0).collect();
+        let mut comm = [0; 16];
+        comm[..8].copy_from_slice(&w[COMM].to_ne_bytes());
+        comm[8..].copy_from_slice(&w[COMM + 1].to_ne_bytes());
+        let mut top = [0; TOP_WORDS];
+        top.copy_from_slice(&w[TOP..]);
+        Change { record, syscall: u32::try_from(w[5]).ok(), third: w[6], stack, top, comm }
+    }
+
+    /// One that no kernel told: for the tests of those who count them.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn invented(record: Record, syscall: Option<u32>, third: u64, stack: Vec<u64>) -> Change {
+        Change { record, syscall, third, stack, top: [0; TOP_WORDS], comm: [0; 16] }
+    }
+
+    /// The command of the task (comm), at most 15 bytes.
+    #[must_use]
+    pub fn comm(&self) -> String {
+        let len = self.comm.iter().position(|byte| *byte == 0).unwrap_or(self.comm.len());
+        String::from_utf8_lossy(&self.comm[..len]).into_owned()
+    }
+
+    /// Did a kernel thread do it?
+    #[must_use]
+    pub fn by_kernel_thread(&self) -> bool {
+        self.stack.is_empty()
     }
 }
 
@@ -59,7 +87,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Opens it with a ring of `len` bytes (a power of two from 4096; a record takes 168) and checks that it hears.
+    /// Opens it with a ring of `len` bytes (a power of two from 4096; a record takes 312) and checks that it hears.
     ///
     /// # Errors
     /// [`OpenError`]. May sleep.

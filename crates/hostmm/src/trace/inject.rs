@@ -6,10 +6,14 @@
 //! Signals are blocked meanwhile; one that arrives waits and is delivered afterwards. Stops at system calls and not
 //! single steps, because a step ends in a forced SIGTRAP, which resets the program's own action for that signal.
 //!
+//! While the thread is borrowed seccomp filters look away from it, and should we die it is killed: to go on at a place
+//! that is not its own could do anything.
+//!
 //! Preconditions of every call: the thread is stopped and ours. On any error but the death of the thread its registers
 //! and mask are put back.
 
-use super::ptrace::{self, Regs, Stop, Tid};
+use super::facts::has_seccomp;
+use super::ptrace::{self, EXITKILL, OPTIONS, Regs, SUSPEND_SECCOMP, Stop, Tid, Waited};
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -24,15 +28,28 @@ const PATIENCE: u32 = 64;
 /// Why the thread could not be made to call.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum InjectError {
-    /// Gone meanwhile; the wait status.
+    /// Gone meanwhile, with this wait status; `None`: on its way, and its end will be told by a later wait.
     #[error("the thread ended")]
-    Gone(i32),
+    Gone(Option<i32>),
+    /// Nobody is allowed to make its filter look away.
+    #[error("its seccomp filter cannot be suspended without CAP_SYS_ADMIN, or from under a filter: {0}")]
+    Seccomp(io::Error),
     /// ptrace, wait or /proc.
     #[error(transparent)]
-    System(#[from] io::Error),
+    System(io::Error),
     /// Nothing to call with.
     #[error("it has no vDSO with a system call instruction in it (a 32-bit program, or vdso=0)")]
     NoVdso,
+}
+
+impl From<io::Error> for InjectError {
+    /// A stopped thread that is killed is no longer there for any request.
+    fn from(error: io::Error) -> InjectError {
+        match error.raw_os_error() {
+            Some(libc::ESRCH) => InjectError::Gone(None),
+            _ => InjectError::System(error),
+        }
+    }
 }
 
 /// A stopped thread that is borrowed. [`Borrowed::give_back`] or dropping it puts the thread back as it was.
@@ -41,8 +58,8 @@ pub(super) struct Borrowed {
     regs: Regs,
     mask: u64,
     call_at: u64,
-    /// It ended meanwhile, with this wait status.
-    gone: Option<i32>,
+    /// It ended meanwhile, or is about to.
+    gone: bool,
     /// One that it is about to be given.
     signal: i32,
     given_back: bool,
@@ -53,17 +70,16 @@ impl Borrowed {
     /// of that call first, so that the call's result is among what is put back.
     pub(super) fn new(tid: Tid, in_call: bool) -> Result<Borrowed, InjectError> {
         let call_at = find_syscall(tid)?;
+        let regs = ptrace::regs(tid)?;
         let mask = ptrace::signal_mask(tid)?;
+        if let Err(refused) = ptrace::set_options(tid, OPTIONS | EXITKILL | SUSPEND_SECCOMP) {
+            if has_seccomp(tid) {
+                return Err(InjectError::Seccomp(refused));
+            }
+            ptrace::set_options(tid, OPTIONS | EXITKILL)?;
+        }
+        let mut borrowed = Borrowed { tid, regs, mask, call_at, gone: false, signal: 0, given_back: false };
         ptrace::set_signal_mask(tid, ALL)?;
-        let mut borrowed = Borrowed {
-            tid,
-            regs: ptrace::regs(tid)?,
-            mask,
-            call_at,
-            gone: None,
-            signal: 0,
-            given_back: false,
-        };
         if in_call {
             borrowed.next_call_stop()?;
             borrowed.regs = ptrace::regs(tid)?;
@@ -76,21 +92,31 @@ impl Borrowed {
         for _ in 0..PATIENCE {
             ptrace::resume_to_syscall(self.tid)?;
             match ptrace::wait(self.tid, false)? {
-                Some((_, Stop::Syscall)) => return Ok(()),
-                Some((_, Stop::Gone(status))) => {
-                    self.gone = Some(status);
-                    return Err(InjectError::Gone(status));
+                Waited::For(_, Stop::Syscall) => return Ok(()),
+                Waited::For(_, Stop::Gone(status)) => return Err(self.ends(Some(status))),
+                // To wait for its end could be for ever: a first thread's is told after those of threads that
+                // themselves wait for us.
+                Waited::For(_, Stop::Exit) => {
+                    ptrace::resume(self.tid, 0)?;
+                    return Err(self.ends(None));
                 }
-                None => return Err(InjectError::Gone(0)),
+                Waited::Nobody => return Err(self.ends(None)),
+                // It cannot be blocked, but it can wait.
+                Waited::For(_, Stop::Signal(libc::SIGSTOP)) => self.signal = libc::SIGSTOP,
                 // Blocked signals do not come here; a synchronous one would be our own mistake.
-                Some((_, Stop::Signal(signal))) => {
+                Waited::For(_, Stop::Signal(signal)) => {
                     return Err(io::Error::other(format!("signal {signal} during a borrowed call")).into());
                 }
                 // Job control and interrupts change nothing about where it stands.
-                Some(_) => {}
+                Waited::For(..) | Waited::Nothing => {}
             }
         }
         Err(io::Error::other("the thread does not reach the borrowed call").into())
+    }
+
+    fn ends(&mut self, status: Option<i32>) -> InjectError {
+        self.gone = true;
+        InjectError::Gone(status)
     }
 
     /// Makes the thread call `number` with up to six arguments. The kernel's answer, an errno as an error.
@@ -130,25 +156,27 @@ impl Borrowed {
     }
 
     fn restore(&mut self) -> Result<(), InjectError> {
-        if let Some(status) = self.gone {
-            return Err(InjectError::Gone(status));
+        if self.gone {
+            return Ok(());
         }
         let regs = ptrace::set_regs(self.tid, &self.regs);
         // Whatever happens to the one, try the other.
         ptrace::set_signal_mask(self.tid, self.mask)?;
         regs?;
+        ptrace::set_options(self.tid, OPTIONS)?;
         if self.was_interrupted() {
             // Only on its way through a signal stop does the kernel begin an interrupted call again, or not.
             ptrace::interrupt(self.tid)?;
             ptrace::resume(self.tid, 0)?;
             match ptrace::wait(self.tid, false)? {
-                Some((_, Stop::Trap | Stop::Group)) => {}
-                Some((_, Stop::Gone(status))) => {
-                    self.gone = Some(status);
-                    return Err(InjectError::Gone(status));
+                Waited::For(_, Stop::Trap | Stop::Group) => {}
+                Waited::For(_, Stop::Gone(status)) => return Err(self.ends(Some(status))),
+                Waited::For(_, Stop::Exit) => {
+                    ptrace::resume(self.tid, 0)?;
+                    return Err(self.ends(None));
                 }
                 // Its signal comes again.
-                Some((_, Stop::Signal(signal))) => self.signal = signal,
+                Waited::For(_, Stop::Signal(signal)) => self.signal = signal,
                 _ => {}
             }
         }

@@ -36,6 +36,7 @@ pub(super) fn fork(program: &[OsString], mask: &libc::sigset_t) -> io::Result<Wa
     // musl), so locks that other threads held do not matter; pointers and strings live in its copy of our memory.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
+        // SAFETY: as above: system calls on descriptors and strings that this copy of our memory holds, and no return.
         0 => unsafe {
             // A parent that is gone closes the pipe.
             libc::close(go.as_raw_fd());

@@ -12,21 +12,28 @@
 //! # When we die
 //!
 //! The kernel then detaches: tracees go on, untraced. A thread that is at that very moment borrowed for one of our calls
-//! (about a millisecond after an exec or fork) would go on at the wrong place. The VMs go with our descriptors.
+//! (about a millisecond after an exec or fork) would go on at the wrong place, and so its process is killed. The VMs go
+//! with our descriptors.
 //!
 //! # Threads
 //!
-//! ptrace belongs to a thread: [`run`] does all of it on the calling one, and waits only for that thread's children.
+//! ptrace belongs to a thread: [`run`] does all of it on the calling one, which must have no children of its own: they
+//! would be waited for. Others close the VMs.
 
+mod attach;
+mod facts;
 mod inject;
 mod launch;
 mod plant;
 mod ptrace;
+mod reaper;
 mod signals;
 mod tasks;
 
 use crate::kvm::OpenError;
 use crate::sys::vm;
+use interleave::{MaySleep, scope};
+use reaper::Reaper;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::AsFd;
@@ -58,16 +65,17 @@ pub struct Options {
 ///
 /// Times are CLOCK_MONOTONIC in nanoseconds, as in the stream's records.
 pub trait Observer {
-    /// From `at` on what `tgid` does is about a new mm, with a notifier on it; `program` is its command.
+    /// From `at` on what `tgid` does is about a new mm, with a notifier on it; `program` is its command. What is opened
+    /// of it in /proc now stays about this mm whatever becomes of the process.
     fn mm_made(&mut self, tgid: Tgid, at: u64, program: &str);
-    /// `tgid` begins its life in the mm of `with` (vfork).
+    /// `tgid` begins its life in the mm of `with` (vfork, clone with CLONE_VM).
     fn mm_shared(&mut self, tgid: Tgid, with: Tgid, at: u64);
     /// There is no notifier on the mm of `tgid`, and this is why.
     fn unwatched(&mut self, tgid: Tgid, at: u64, why: &str);
-    /// `tgid` is about to end or to lose its mm by exec, which is still there to be looked at.
+    /// `tgid` is about to end; its mm is still there to be looked at. Not told before an exec.
     fn mm_ends(&mut self, tgid: Tgid);
-    /// `tgid` is gone.
-    fn gone(&mut self, tgid: Tgid);
+    /// `tgid` is gone, or lives on in an mm that is not watched.
+    fn gone(&mut self, tgid: Tgid, at: u64);
 }
 
 /// How it ended.
@@ -124,10 +132,12 @@ pub enum TraceError {
     },
 }
 
-/// Traces until the last process ends, or until this process is sent SIGINT, SIGTERM or SIGHUP.
+/// Traces until the last process ends, or until an end is asked for.
 ///
-/// A program that was started here and is interrupted from the terminal gets its own SIGINT, and decides itself; that
-/// signal ends only the tracing of a process that ran before. Sleeps all the while.
+/// A program that was started here is as if it stood in our place: SIGINT, SIGQUIT, SIGTERM and SIGHUP that somebody
+/// sends to this process are passed on to it, and those of the terminal it gets by itself; it decides what becomes of
+/// them. To a process that ran before, or when the first process is gone and its children are followed, such a signal
+/// ends the tracing. Sleeps all the while.
 ///
 /// `signals` are blocked since before this process had other threads, which would take them.
 ///
@@ -142,28 +152,36 @@ pub fn run(
     interleave::might_sleep();
     let path = Path::new("/dev/kvm");
     let kvm = vm::open(path).map_err(|e| crate::kvm::kvm_error(path, e))?;
-    let mut tasks = Tasks::new(kvm.as_fd(), options, observer);
+    MaySleep::enter(|cx| {
+        scope(cx, |scope, _| {
+            let mut tasks = Tasks::new(kvm.as_fd(), options, observer, Reaper::start(scope));
+            trace(what, signals, &mut tasks)
+        })
+    })
+}
+
+fn trace(what: &What, signals: &Signals, tasks: &mut Tasks<'_>) -> Result<Ended, TraceError> {
     let (first, launched) = match what {
-        What::Program(program) => tasks.launch(program, signals)?,
+        What::Program(program) => (tasks.launch(program, signals)?, true),
         What::Process(tgid) => (tasks.attach(*tgid)?, false),
     };
-    let ended = loop {
+    loop {
         match tasks.handle_stops()? {
-            tasks::Left::None => break None,
+            tasks::Left::None => return Ok(tasks.status_of(first)),
             tasks::Left::Some => {}
         }
-        match signals.sleep() {
-            None => {}
-            // The terminal sent it to the program as well.
-            Some(libc::SIGINT) if launched => {}
-            Some(signal) => break Some(signal),
-        }
-    };
-    match ended {
-        Some(signal) => {
+        let Some(asked) = signals.sleep() else { continue };
+        if !launched {
             tasks.detach_all();
-            Ok(Ended::Asked(signal))
+            return Ok(Ended::Asked(asked.signal));
         }
-        None => Ok(tasks.status_of(first)),
+        if !tasks.first_lives() {
+            tasks.detach_all();
+            return Ok(tasks.status_of(first));
+        }
+        if asked.by_process {
+            // It may have ended just now, which the next wait tells.
+            let _ = ptrace::kill(first, asked.signal);
+        }
     }
 }

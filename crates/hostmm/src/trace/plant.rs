@@ -17,7 +17,7 @@
 //!
 //! /dev/kvm is sent, not opened there: the program may be unprivileged, or live in another root. Everything with memory
 //! in it comes before the VM, so that the program's own stream begins empty. All descriptors are close-on-exec and gone
-//! at the end; the VM lives by the one here.
+//! at the end; the VM lives by the one here. A program whose table of descriptors is full is given room for the moment.
 
 use super::inject::{Borrowed, InjectError};
 use super::ptrace::Tid;
@@ -28,6 +28,7 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::ptr::{null, null_mut};
 
 const KVM_CREATE_VM: u64 = 0xAE01;
 const PAGE: u64 = 4096;
@@ -38,6 +39,8 @@ const MESSAGE: u64 = 64;
 const VECTOR: u64 = 192;
 const BYTE: u64 = 256;
 const CONTROL: u64 = 320;
+/// Descriptors that are open there at once, and some.
+const FEW: u64 = 8;
 /// CMSG_SPACE(sizeof(int)).
 const CONTROL_LEN: u64 = 24;
 
@@ -55,6 +58,20 @@ pub(super) enum PlantError {
     Here(&'static str, io::Error),
 }
 
+impl PlantError {
+    /// The thread ended meanwhile: see [`InjectError::Gone`].
+    pub(super) fn gone(&self) -> Option<Option<i32>> {
+        match self {
+            PlantError::Inject(InjectError::Gone(status)) => Some(*status),
+            _ => None,
+        }
+    }
+
+    fn table_is_full(&self) -> bool {
+        matches!(self, PlantError::There(_, e) if e.raw_os_error() == Some(libc::EMFILE))
+    }
+}
+
 /// Makes the VM on the mm of process `tgid`, whose thread `tid` is stopped (`in_call`: see [`Borrowed::new`]). With it, the
 /// signal that the thread is to go on with.
 pub(super) fn plant(
@@ -63,9 +80,45 @@ pub(super) fn plant(
     tid: Tid,
     in_call: bool,
 ) -> Result<(OwnedFd, i32), PlantError> {
-    let pidfd = Pid::from_raw(tgid).ok_or(io::ErrorKind::InvalidInput.into());
-    let pidfd = pidfd.and_then(|pid| Ok(pidfd_open(pid, PidfdFlags::empty())?));
-    let pidfd = pidfd.map_err(|e| PlantError::Here("pidfd_open", e))?;
+    let planted = try_plant(kvm, tgid, tid, in_call);
+    let full = planted.as_ref().is_err_and(PlantError::table_is_full);
+    match full.then(|| Room::make(tgid)).flatten() {
+        // It has left the call by now.
+        Some(_room) => try_plant(kvm, tgid, tid, false),
+        None => planted,
+    }
+}
+
+/// A higher limit of open files for another process, until dropped.
+struct Room {
+    tgid: Tid,
+    old: libc::rlimit,
+}
+
+impl Room {
+    fn make(tgid: Tid) -> Option<Room> {
+        let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: a local struct to write to; no new limit.
+        let got = unsafe { libc::prlimit(tgid, libc::RLIMIT_NOFILE, null(), &raw mut old) };
+        let cur = old.rlim_cur.checked_add(FEW)?;
+        let new = libc::rlimit { rlim_cur: cur, rlim_max: old.rlim_max.max(cur) };
+        (got == 0 && set_limit(tgid, &new)).then_some(Room { tgid, old })
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        set_limit(self.tgid, &self.old);
+    }
+}
+
+fn set_limit(tgid: Tid, limit: &libc::rlimit) -> bool {
+    // SAFETY: a struct to read from; the old limit is not asked for.
+    unsafe { libc::prlimit(tgid, libc::RLIMIT_NOFILE, limit, null_mut()) == 0 }
+}
+
+fn try_plant(kvm: BorrowedFd<'_>, tgid: Tid, tid: Tid, in_call: bool) -> Result<(OwnedFd, i32), PlantError> {
+    let pidfd = open_pidfd(tgid, tid).map_err(InjectError::from)?;
     let mut thread = Borrowed::new(tid, in_call)?;
     let there = |what| move |e| PlantError::There(what, e);
     let kvm_there = send_kvm(&mut thread, kvm, &pidfd, tid)?;
@@ -81,6 +134,17 @@ pub(super) fn plant(
     let signal = thread.give_back()?;
     vm_there.map_err(there("KVM_CREATE_VM"))?;
     Ok((vm?, signal))
+}
+
+/// A pidfd through which the descriptors of the thread can be had. A first thread that is dead has none any more.
+fn open_pidfd(tgid: Tid, tid: Tid) -> io::Result<OwnedFd> {
+    let pid = |id| Pid::from_raw(id).ok_or(io::ErrorKind::InvalidInput);
+    // PIDFD_THREAD, Linux 6.9.
+    let thread = PidfdFlags::from_bits_retain(libc::O_EXCL as u32);
+    match pidfd_open(pid(tid)?, thread) {
+        Err(rustix::io::Errno::INVAL) => Ok(pidfd_open(pid(tgid)?, PidfdFlags::empty())?),
+        other => Ok(other?),
+    }
 }
 
 /// A copy of its descriptor `fd`.

@@ -21,8 +21,8 @@ pub(super) const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
     | libc::PTRACE_O_TRACEFORK
     | libc::PTRACE_O_TRACEVFORK
     | libc::PTRACE_O_TRACEEXIT;
-/// Without the children: clone is still asked for, because it makes the threads.
-pub(super) const OPTIONS_ALONE: i32 = OPTIONS & !(libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK);
+/// The tracee is killed if its tracer ends.
+pub(super) const EXITKILL: i32 = libc::PTRACE_O_EXITKILL;
 /// Seccomp filters look away (CAP_SYS_ADMIN, Linux 4.3). Not in every libc.
 pub(super) const SUSPEND_SECCOMP: i32 = 1 << 21;
 
@@ -75,6 +75,12 @@ pub(super) fn detach(tid: Tid, signal: i32) -> io::Result<()> {
     request(libc::PTRACE_DETACH, tid, 0, signal as usize).map(drop)
 }
 
+/// Sends a process a signal.
+pub(super) fn kill(tid: Tid, signal: i32) -> io::Result<()> {
+    // SAFETY: takes integers.
+    if unsafe { libc::kill(tid, signal) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 pub(super) fn regs(tid: Tid) -> io::Result<Regs> {
     let mut regs = MaybeUninit::<Regs>::uninit();
     request(libc::PTRACE_GETREGS, tid, 0, regs.as_mut_ptr() as usize)?;
@@ -103,13 +109,6 @@ pub(super) fn at_syscall_entry(tid: Tid) -> io::Result<bool> {
     let mut info = [0_u64; 16];
     request(GET_SYSCALL_INFO, tid, size_of_val(&info), info.as_mut_ptr() as usize)?;
     Ok(info[0].to_ne_bytes()[0] == ENTRY)
-}
-
-/// What the event of a stop says: the new child's id, or the former id of a thread that called exec.
-pub(super) fn event_message(tid: Tid) -> io::Result<u64> {
-    let mut message: libc::c_ulong = 0;
-    request(libc::PTRACE_GETEVENTMSG, tid, 0, &raw mut message as usize)?;
-    Ok(message)
 }
 
 /// Why a wait returned.
@@ -153,17 +152,29 @@ impl Stop {
     }
 }
 
-/// Waits for any tracee (-1) or one. `Ok(None)`: none is left, or, with `nohang`, none has stopped.
-pub(super) fn wait(tid: Tid, nohang: bool) -> io::Result<Option<(Tid, Stop)>> {
+/// What a wait found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Waited {
+    /// This thread has stopped or ended.
+    For(Tid, Stop),
+    /// None has, yet.
+    Nothing,
+    /// There is nobody to wait for: no tracee and no child of the calling thread.
+    Nobody,
+}
+
+/// Waits for any tracee (-1) or one of the calling thread; with `nohang` only looks.
+pub(super) fn wait(tid: Tid, nohang: bool) -> io::Result<Waited> {
     let mut status = 0;
-    let flags = libc::__WALL | if nohang { libc::WNOHANG } else { 0 };
+    let flags = libc::__WALL | libc::__WNOTHREAD | if nohang { libc::WNOHANG } else { 0 };
     // SAFETY: a local integer for the status; no usage is asked for.
     match unsafe { libc::wait4(tid, &raw mut status, flags, null_mut()) } {
-        0 => Ok(None),
+        0 => Ok(Waited::Nothing),
         -1 => match io::Error::last_os_error() {
-            e if e.raw_os_error() == Some(libc::ECHILD) => Ok(None),
+            e if e.raw_os_error() == Some(libc::ECHILD) => Ok(Waited::Nobody),
+            e if e.kind() == io::ErrorKind::Interrupted => Ok(Waited::Nothing),
             e => Err(e),
         },
-        tid => Ok(Some((tid, Stop::of(status)))),
+        tid => Ok(Waited::For(tid, Stop::of(status))),
     }
 }

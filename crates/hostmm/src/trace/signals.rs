@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Sleeping until a tracee has stopped or somebody wants an end.
 //!
-//! SIGCHLD, SIGINT, SIGTERM and SIGHUP are blocked, in the tracing thread and in those that it starts, and read from a
+//! SIGCHLD, SIGINT, SIGQUIT, SIGTERM and SIGHUP are blocked, in the tracing thread and in those that it starts, and read from a
 //! descriptor. A thread that is older may take them; should it take SIGCHLD, the bound of the sleep helps.
 
 use std::io;
@@ -9,6 +9,14 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 /// The longest sleep, in milliseconds.
 const NAP: i32 = 50;
+
+/// By what an end was asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked {
+    pub(super) signal: i32,
+    /// Sent to this process by another one; else by the terminal, to every process in its foreground.
+    pub(super) by_process: bool,
+}
 
 /// While it lives the signals are blocked in this thread.
 #[derive(Debug)]
@@ -27,7 +35,7 @@ impl Signals {
         unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             let mut before: libc::sigset_t = std::mem::zeroed();
-            for signal in [libc::SIGCHLD, libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+            for signal in [libc::SIGCHLD, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGHUP] {
                 libc::sigaddset(&raw mut set, signal);
             }
             libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, &raw mut before);
@@ -46,8 +54,8 @@ impl Signals {
         &self.before
     }
 
-    /// Sleeps until something may have happened. `Some`: the signal by which an end was asked for.
-    pub(super) fn sleep(&self) -> Option<i32> {
+    /// Sleeps until something may have happened.
+    pub(super) fn sleep(&self) -> Option<Asked> {
         let mut polled = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd.
         unsafe { libc::poll(&raw mut polled, 1, NAP) };
@@ -61,9 +69,11 @@ impl Signals {
                 return end;
             }
             // SAFETY: filled.
-            let signal = unsafe { info.assume_init() }.ssi_signo as i32;
+            let info = unsafe { info.assume_init() };
+            let signal = info.ssi_signo as i32;
             if signal != libc::SIGCHLD {
-                end = Some(signal);
+                // The terminal's come from the kernel, whose codes are positive.
+                end = Some(Asked { signal, by_process: info.ssi_code <= 0 });
             }
         }
     }

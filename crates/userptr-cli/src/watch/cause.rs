@@ -77,6 +77,7 @@ const FAULTS: &[(u32, &str)] = &[
     (293, "pipe2"),
     (302, "prlimit64"),
     (310, "process_vm_readv"),
+    (311, "process_vm_writev"),
     (318, "getrandom"),
     (332, "statx"),
     (334, "rseq"),
@@ -121,22 +122,29 @@ pub(super) fn of_task(change: &Change) -> String {
     }
 }
 
+/// Calls by which a program changes memory that is not its own as well: files' and other processes'.
+const REACHES: &[u32] = &[2, 26, 74, 75, 76, 77, 85, 162, 256, 257, 277, 279, 285, 306, 437, 440];
+
+/// Is it such a call?
+pub(super) fn reaches_others(change: &Change) -> bool {
+    change.syscall.is_some_and(|number| REACHES.contains(&number))
+}
+
+/// Is the change surely of the memory of the task that made it? So is all that changes mappings. A fault, in that or in any
+/// other call, may have to reclaim, which can be anybody's memory.
+pub(super) fn is_of_own(change: &Change) -> bool {
+    !reaches_others(change) && change.syscall.is_some_and(|number| named(CHANGES, &number).is_some())
+}
+
 /// The cause of a change that somebody else made.
-pub(super) fn of_other(pid: u32) -> String {
-    let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    let comm = comm.trim_end();
-    // Kernel threads have no command line; pid 0 is an idle task, which an interrupt has borrowed.
-    let command = std::fs::read(format!("/proc/{pid}/cmdline"));
-    match (comm, command) {
-        ("", _) => "another process".to_owned(),
-        (comm, Ok(line)) if line.is_empty() => {
-            // Workers are named by number.
-            let family =
-                comm.split(['/', ':']).next().unwrap_or(comm).trim_end_matches(|c: char| c.is_ascii_digit());
-            format!("kernel: {family}")
-        }
-        (comm, _) => format!("process {comm}"),
+pub(super) fn of_other(change: &Change) -> String {
+    let comm = change.comm();
+    if change.by_kernel_thread() {
+        // Workers are named by number; one that works on something has that as its name.
+        let family = comm.split(['/', ':']).next().unwrap_or(&comm);
+        return format!("kernel: {}", family.trim_end_matches(|c: char| c.is_ascii_digit()));
     }
+    format!("{} by process {comm}", of_task(change))
 }
 
 #[cfg(test)]
@@ -146,7 +154,7 @@ mod tests {
 
     fn change(syscall: Option<u32>, third: u64) -> Change {
         let record = Record { kind: Kind::Unmap, start: 0, end: 1, cpu: 0, tgid: 1, pid: 1, ktime_ns: 1 };
-        Change { record, syscall, third, stack: Vec::new() }
+        Change::invented(record, syscall, third, Vec::new())
     }
 
     #[test]
@@ -157,5 +165,18 @@ mod tests {
         assert_eq!(of_task(&change(Some(0), 0)), "page fault in read");
         assert_eq!(of_task(&change(Some(999), 0)), "page fault in system call 999");
         assert_eq!(of_task(&change(None, 0)), "page fault");
+    }
+
+    #[test]
+    fn what_is_done_to_mappings_is_done_to_ones_own() {
+        assert!(is_of_own(&change(Some(11), 0)) && is_of_own(&change(Some(28), 4)));
+        assert!(!is_of_own(&change(Some(77), 0)) && reaches_others(&change(Some(77), 0)));
+        assert!(!is_of_own(&change(None, 0)) && !reaches_others(&change(None, 0)));
+        assert!(!is_of_own(&change(Some(1), 0)) && !reaches_others(&change(Some(1), 0)));
+    }
+
+    #[test]
+    fn every_call_that_reaches_others_has_a_name() {
+        assert!(REACHES.iter().all(|number| named(CHANGES, number).is_some()));
     }
 }

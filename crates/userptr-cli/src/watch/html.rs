@@ -3,7 +3,8 @@
 //!
 //! The map has time from left to right and the address space from top to bottom, a band for each mapping in which
 //! something changed, with the bands' heights by the logarithm of their sizes. Points are put into cells here, so the file
-//! stays small whatever was recorded.
+//! stays below a few megabytes whatever was recorded. A cell has one colour; where causes mix, neighbouring cells show
+//! them in proportion.
 
 use super::report::Report;
 use super::tally::Tally;
@@ -15,6 +16,10 @@ use std::collections::{BTreeMap, HashMap};
 const COLUMNS: u64 = 720;
 /// Bands at most; the busiest are kept.
 const BANDS: usize = 60;
+/// Rows of the map at most, but for the gaps between bands.
+const ROWS: usize = 180;
+/// A band must have room for its name.
+const LOWEST: usize = 2;
 
 #[derive(Serialize)]
 struct Data<'a> {
@@ -23,6 +28,8 @@ struct Data<'a> {
     bands: Vec<BandData>,
     /// Column, row, count, cause.
     cells: Vec<(u64, usize, u64, u32)>,
+    /// Column, cause, count.
+    rates: Vec<(u64, u32, u64)>,
     columns: u64,
     rows: usize,
     seconds: f64,
@@ -80,13 +87,17 @@ fn data<'a>(report: &'a Report, tally: &'a Tally) -> Data<'a> {
     let hidden_bands = busy.len().saturating_sub(BANDS);
     busy.truncate(BANDS);
     busy.sort_by_key(|at| (bands[*at].mm, bands[*at].start));
+    let tall = |at: &usize| {
+        let pages = (bands[*at].end - bands[*at].start) / PAGE_SIZE;
+        (1 + pages.max(1).ilog2() as usize).min(24)
+    };
+    let total = busy.iter().map(tall).sum::<usize>().max(ROWS);
     let mut rows = 0;
     let mut shown = Vec::new();
     let mut place = HashMap::new();
     for at in busy {
         let band = &bands[at];
-        let pages = (band.end - band.start) / PAGE_SIZE;
-        let height = (1 + pages.max(1).ilog2() as usize).min(24);
+        let height = (tall(&at) * ROWS / total).max(LOWEST);
         place.insert(at, (rows, height));
         shown.push(BandData {
             name: band.name.clone(),
@@ -101,11 +112,14 @@ fn data<'a>(report: &'a Report, tally: &'a Tally) -> Data<'a> {
     }
     let (first, last) = points.iter().fold((u64::MAX, 0), |(a, b), p| (a.min(p.at), b.max(p.at)));
     let span = last.saturating_sub(first).max(1);
-    let mut cells = BTreeMap::<(u64, usize), HashMap<u32, u64>>::new();
+    let column_of = |at: u64| ((at - first) as u128 * u128::from(COLUMNS - 1) / u128::from(span)) as u64;
+    let mut rates = BTreeMap::<(u64, u32), u64>::new();
+    let mut cells = BTreeMap::<(u64, usize), BTreeMap<u32, u64>>::new();
     for point in points {
+        *rates.entry((column_of(point.at), point.cause)).or_default() += tally.timeline.weight;
         let Some(at) = band_of(point.mm, point.start, &bands) else { continue };
         let Some((row, height)) = place.get(&at) else { continue };
-        let column = ((point.at - first) as u128 * u128::from(COLUMNS - 1) / u128::from(span)) as u64;
+        let column = column_of(point.at);
         let (start, len) = (bands[at].start, bands[at].end - bands[at].start);
         let part = |address: u64| {
             let into = u128::from(address.saturating_sub(start)) * *height as u128 / u128::from(len);
@@ -119,22 +133,35 @@ fn data<'a>(report: &'a Report, tally: &'a Tally) -> Data<'a> {
     let cells = cells
         .into_iter()
         .map(|((column, row), causes)| {
-            let count = causes.values().sum::<u64>() * tally.timeline.weight;
-            let most = causes.into_iter().max_by_key(|(cause, n)| (*n, std::cmp::Reverse(*cause)));
-            (column, row, count, most.map_or(0, |(cause, _)| cause))
+            let points = causes.values().sum::<u64>();
+            (column, row, points * tally.timeline.weight, shown_of(&causes, points, column, row))
         })
         .collect();
+    let rates = rates.into_iter().map(|((column, cause), count)| (column, cause, count)).collect();
     Data {
         report,
         causes: &tally.timeline.causes,
         bands: shown,
         cells,
+        rates,
         columns: COLUMNS,
         rows,
         seconds: span as f64 / 1e9,
         weight: tally.timeline.weight,
         hidden_bands,
     }
+}
+
+/// The cause whose colour a cell has: of two that share cells evenly each has every other one.
+fn shown_of(causes: &BTreeMap<u32, u64>, points: u64, column: u64, row: usize) -> u32 {
+    let mut turn = (column * 7 + row as u64 * 13) % 16 * points / 16;
+    for (cause, n) in causes {
+        match turn.checked_sub(*n) {
+            Some(left) => turn = left,
+            None => return *cause,
+        }
+    }
+    0
 }
 
 /// Every mapping that was seen; neighbours of one name are one band.
@@ -157,4 +184,17 @@ fn bands(tally: &Tally) -> Vec<Band> {
         }
     }
     bands
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn causes_that_share_cells_are_shown_in_proportion() {
+        let causes = BTreeMap::from([(3, 30), (5, 10)]);
+        let cells = (0..160).flat_map(|column| (0..160).map(move |row| (column, row)));
+        let of_three = cells.filter(|(column, row)| shown_of(&causes, 40, *column, *row) == 3).count();
+        assert_eq!(of_three, 160 * 160 * 3 / 4);
+    }
 }

@@ -4,6 +4,7 @@
 //! The tracing thread is this one: it stops the program where its mms are made. Another one drains the stream and
 //! counts. The report goes to standard error or a file, because standard output is the program's.
 
+mod calls;
 mod cause;
 mod cost;
 mod html;
@@ -27,8 +28,8 @@ use tally::{News, Tally};
 
 pub(crate) use cost::WorkingSet;
 
-/// Bytes of the ring: 100,000 changes, which is a second of the fastest storm that was seen.
-const RING: u32 = 16 << 20;
+/// Bytes of the ring: 100,000 changes, which is a good part of a second of the fastest storm that was seen.
+const RING: u32 = 32 << 20;
 /// The counting thread looks at least this often.
 const NAP: Duration = Duration::from_millis(50);
 
@@ -57,7 +58,7 @@ impl Post<'_> {
 
 impl Observer for Post<'_> {
     fn mm_made(&mut self, tgid: Tgid, at: u64, program: &str) {
-        self.send(News::Made { tgid, at, program: program.to_owned() });
+        self.send(News::Made { tgid, at, program: program.to_owned(), maps: Regions::open(tgid) });
     }
 
     fn mm_shared(&mut self, tgid: Tgid, with: Tgid, at: u64) {
@@ -69,13 +70,11 @@ impl Observer for Post<'_> {
     }
 
     fn mm_ends(&mut self, tgid: Tgid) {
-        let mut maps = Regions::default();
-        maps.look(tgid);
-        self.send(News::Ends { tgid, maps });
+        self.send(News::Ends { tgid, maps: Regions::seen(tgid) });
     }
 
-    fn gone(&mut self, tgid: Tgid) {
-        self.send(News::Gone { tgid });
+    fn gone(&mut self, tgid: Tgid, at: u64) {
+        self.send(News::Gone { tgid, at });
     }
 }
 

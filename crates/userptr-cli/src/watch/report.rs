@@ -63,6 +63,7 @@ pub(super) struct Process {
     pub(super) pid: i32,
     pub(super) program: String,
     pub(super) changes: u64,
+    pub(super) pages: u64,
 }
 
 #[derive(Debug, Serialize)]
@@ -79,6 +80,14 @@ pub(super) struct ByPrice {
     pub(super) object_pages: u64,
     /// Single translations that are dropped and faulted in again.
     pub(super) translations: u64,
+}
+
+/// What changed in mappings of one name.
+#[derive(Default)]
+struct Range {
+    count: u64,
+    pages: u64,
+    spaces: u64,
 }
 
 impl Report {
@@ -149,7 +158,12 @@ impl Report {
             processes: tally
                 .mms
                 .iter()
-                .map(|mm| Process { pid: mm.tgid, program: mm.program.clone(), changes: mm.changes })
+                .map(|mm| Process {
+                    pid: mm.tgid,
+                    program: mm.program.clone(),
+                    changes: mm.changed.count,
+                    pages: mm.changed.pages,
+                })
                 .collect(),
             unwatched: tally
                 .unwatched
@@ -163,6 +177,20 @@ impl Report {
         }
     }
 
+    /// The ranges by name, of all address spaces together.
+    fn ranges(&self) -> Vec<(&str, Range)> {
+        let mut named = std::collections::BTreeMap::<&str, Range>::new();
+        for r in &self.by_range {
+            let sum = named.entry(&r.range).or_default();
+            sum.count += r.count;
+            sum.pages = sum.pages.saturating_add(r.pages);
+            sum.spaces += 1;
+        }
+        let mut ranges: Vec<_> = named.into_iter().collect();
+        ranges.sort_by_key(|(_, r)| std::cmp::Reverse(r.count));
+        ranges
+    }
+
     /// For a terminal.
     pub(super) fn table(&self) -> String {
         use std::fmt::Write;
@@ -170,7 +198,7 @@ impl Report {
         let _ = writeln!(
             out,
             "{} ({}): {} invalidations of {} pages in {:.2} s, {} address space{}",
-            self.program,
+            line(&self.program),
             self.ended,
             self.changes,
             self.pages,
@@ -182,10 +210,10 @@ impl Report {
             vec![c.cause.clone(), c.count.to_string(), c.pages.to_string(), format!("{:.1}", c.per_second)]
         });
         section(&mut out, ["cause", "count", "pages", "per second"], causes);
-        let ranges = self.by_range.iter().map(|r| {
-            vec![format!("{} ({})", r.range, r.pid), r.count.to_string(), r.pages.to_string(), String::new()]
+        let ranges = self.ranges().into_iter().map(|(name, r)| {
+            vec![name.to_owned(), r.count.to_string(), r.pages.to_string(), r.spaces.to_string()]
         });
-        section(&mut out, ["range (process)", "count", "pages", ""], ranges);
+        section(&mut out, ["range", "count", "pages", "address spaces"], ranges);
         let sites = self
             .by_site
             .iter()
@@ -214,6 +242,17 @@ impl Report {
         }
         out
     }
+}
+
+/// A command as one line that is not too long.
+fn line(command: &str) -> String {
+    const LONGEST: usize = 120;
+    let mut words: String = command.split_whitespace().collect::<Vec<_>>().join(" ");
+    if let Some((at, _)) = words.char_indices().nth(LONGEST) {
+        words.truncate(at);
+        words.push('…');
+    }
+    words
 }
 
 fn section(out: &mut String, head: [&str; 4], rows: impl Iterator<Item = Vec<String>>) {

@@ -44,7 +44,7 @@ impl Table {
         let functions = |symbols: &mut dyn Iterator<Item = object::Symbol<'_, '_>>| {
             let code = symbols.filter(|s| s.is_definition() && s.kind() == object::SymbolKind::Text);
             let named = code.filter_map(|s| {
-                Some((s.address(), s.size(), rustc_demangle::demangle(s.name().ok()?).to_string()))
+                Some((s.address(), s.size(), format!("{:#}", rustc_demangle::demangle(s.name().ok()?))))
             });
             let mut functions: Vec<_> = named.collect();
             functions.sort();
@@ -76,8 +76,8 @@ mod tests {
     fn our_own_program_has_symbols() {
         let exe = std::env::current_exe().unwrap().display().to_string();
         let table = Table::read(&exe).expect("an ELF file");
-        let (address, name) =
-            table.names.iter().find(|(_, n)| n.contains("our_own_program")).expect("this test");
+        let (address, _, name) =
+            table.functions.iter().find(|(.., n)| n.contains("our_own_program")).expect("this test");
         let (from, _, base) =
             table.segments.iter().find(|(_, len, a)| (*a..a + len).contains(address)).unwrap();
         let site = Site { file: exe, offset: address - base + from };

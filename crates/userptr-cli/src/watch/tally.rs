@@ -8,28 +8,31 @@
 //! Records and the news of processes come from two threads, so a record may be here before the news that its process
 //! has an mm, and before the last look at the mappings of a program that lives for a moment: each waits for one round.
 
+use super::calls::Calls;
 use super::cause;
 use super::cost::{Cost, WorkingSet};
-use super::regions::Regions;
+use super::regions::{Region, Regions};
 use super::timeline::Timeline;
 use hostmm::kvm::stream::Change;
 use hostmm::trace::Tgid;
 use mmu_notifier::PAGE_SIZE;
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::ops::Range;
 
 /// News of a process, in the order in which it happened.
 #[derive(Debug)]
 pub(super) enum News {
-    /// From `at` on `tgid` lives in a new mm.
-    Made { tgid: Tgid, at: u64, program: String },
+    /// From `at` on `tgid` lives in a new mm; its maps, opened then.
+    Made { tgid: Tgid, at: u64, program: String, maps: Option<File> },
     /// From `at` on it lives in that of `with`.
     Shared { tgid: Tgid, with: Tgid, at: u64 },
     /// It has no notifier.
     Unwatched { tgid: Tgid, why: String },
     /// Its mappings, for the last time.
-    Ends { tgid: Tgid, maps: Regions },
-    /// It is gone.
-    Gone { tgid: Tgid },
+    Ends { tgid: Tgid, maps: BTreeMap<u64, Region> },
+    /// It is gone, since `at`.
+    Gone { tgid: Tgid, at: u64 },
 }
 
 /// A watched mm.
@@ -38,8 +41,9 @@ pub(super) struct Mm {
     pub(super) tgid: Tgid,
     pub(super) program: String,
     pub(super) regions: Regions,
-    pub(super) changes: u64,
-    alive: bool,
+    pub(super) changed: Amount,
+    /// From when to when.
+    lived: Range<u64>,
 }
 
 /// How many changes and how many pages.
@@ -80,6 +84,7 @@ pub(super) struct Tally {
     pub(super) timeline: Timeline,
     pub(super) cost: Option<Cost>,
     waiting: Vec<Change>,
+    calls: Calls,
     /// Our own process, whose memory is not what is asked for.
     ours: u32,
 }
@@ -91,11 +96,11 @@ impl Tally {
 
     pub(super) fn news(&mut self, news: News) {
         match news {
-            News::Made { tgid, at, program } => {
-                self.end(tgid);
-                let mut regions = Regions::default();
-                regions.look(tgid);
-                self.mms.push(Mm { tgid, program, regions, changes: 0, alive: true });
+            News::Made { tgid, at, program, maps } => {
+                self.end(tgid, at);
+                let mut regions = Regions::of(maps);
+                let _ = regions.at(0);
+                self.mms.push(Mm { tgid, program, regions, changed: Amount::default(), lived: at..u64::MAX });
                 self.lives.entry(tgid).or_default().push((at, self.mms.len() - 1));
             }
             News::Shared { tgid, with, at } => {
@@ -106,11 +111,10 @@ impl Tally {
             News::Unwatched { tgid, why } => self.unwatched.push((tgid, why)),
             News::Ends { tgid, maps } => {
                 if let Some(mm) = self.mm_of(tgid) {
-                    let all = maps.all();
-                    self.mms[mm].regions.know(all);
+                    self.mms[mm].regions.know(maps);
                 }
             }
-            News::Gone { tgid } => self.end(tgid),
+            News::Gone { tgid, at } => self.end(tgid, at),
         }
     }
 
@@ -119,11 +123,12 @@ impl Tally {
     }
 
     /// The mm of `tgid` lives no longer, unless it was only borrowed.
-    fn end(&mut self, tgid: Tgid) {
+    fn end(&mut self, tgid: Tgid, at: u64) {
         if let Some(mm) = self.mm_of(tgid)
             && self.mms[mm].tgid == tgid
         {
-            self.mms[mm].alive = false;
+            self.mms[mm].lived.end = at;
+            self.mms[mm].regions.close();
         }
     }
 
@@ -144,8 +149,7 @@ impl Tally {
         for at in 0..self.waiting.len() {
             if let Some(mm) = self.owner(&self.waiting[at]) {
                 let start = self.waiting[at].record.start;
-                let mm = &mut self.mms[mm];
-                let _ = mm.regions.at(mm.tgid, start);
+                let _ = self.mms[mm].regions.at(start);
             }
         }
     }
@@ -157,19 +161,30 @@ impl Tally {
     }
 
     fn count(&mut self, change: &Change) {
-        if let Some(mm) = self.owner(change) {
-            return self.add(mm, change, &cause::of_task(change));
-        }
         let start = change.record.start;
+        match self.owner(change) {
+            // What it faults in is its own, or, if it had to reclaim, most likely so.
+            Some(mm) if !cause::reaches_others(change) || self.mms[mm].regions.maps(start) => {
+                return self.add(mm, change, &cause::of_task(change));
+            }
+            // Another program's own memory: it has a VM as well.
+            None if cause::is_of_own(change) => {
+                self.foreign += 1;
+                return;
+            }
+            _ => {}
+        }
         let mut owners = Vec::new();
-        for (at, mm) in self.mms.iter_mut().enumerate().filter(|(_, mm)| mm.alive) {
-            if mm.regions.at(mm.tgid, start).is_some() && mm.regions.maps(start) {
+        for (at, mm) in self.mms.iter_mut().enumerate() {
+            if mm.lived.contains(&change.record.ktime_ns) && mm.regions.maps(start) {
                 owners.push(at);
             }
         }
-        match owners[..] {
-            [] => self.foreign += 1,
-            [mm] => self.add(mm, change, &cause::of_other(change.record.tgid)),
+        match (&owners[..], self.owner(change)) {
+            ([mm], own) if own != Some(*mm) => self.add(*mm, change, &cause::of_other(change)),
+            // Nobody maps it any more: then it was the memory of who did it.
+            ([] | [_], Some(own)) => self.add(own, change, &cause::of_task(change)),
+            ([], None) => self.foreign += 1,
             _ => self.ambiguous += 1,
         }
     }
@@ -180,8 +195,8 @@ impl Tally {
         let whole = start >= end || end > 1 << 47;
         let pages = if whole { 0 } else { (end - start).div_ceil(PAGE_SIZE) };
         let this = &mut self.mms[mm];
-        this.changes += 1;
-        let region = this.regions.at(this.tgid, start);
+        this.changed.add(pages);
+        let region = this.regions.at(start);
         let name = match region {
             _ if whole => "the whole address space",
             Some((_, region)) => region.name.as_str(),
@@ -196,7 +211,7 @@ impl Tally {
         }
         self.timeline.add(change.record.ktime_ns, mm, start, pages, cause);
         self.by_region.entry((mm, name.to_owned())).or_default().add(pages);
-        if let Some(site) = this.site(change) {
+        if let Some(site) = this.site(change, &mut self.calls) {
             self.by_site.entry((cause.to_owned(), site)).or_default().add(pages);
         }
     }
@@ -204,24 +219,35 @@ impl Tally {
 
 impl Mm {
     /// The first place outside of the C library, which is in most stacks and says nothing; else the innermost.
-    fn site(&mut self, change: &Change) -> Option<Site> {
-        let mut first = None;
-        for (at, ip) in change.stack.iter().enumerate() {
-            // A return address may be the first of the next function.
-            let ip = if at == 0 { *ip } else { ip.saturating_sub(1) };
-            let Some((start, region)) = self.regions.at(self.tgid, ip) else { continue };
-            let site = Site { file: region.name.clone(), offset: ip - start + region.offset };
-            if !is_plumbing(&site.file) && !region.anonymous {
-                return Some(site);
-            }
-            first.get_or_insert(site);
+    ///
+    /// First the place itself, then what looks like a return address at the top of the stack, then the return addresses
+    /// that frame pointers lead to: these skip the caller of a function that makes no frame, as the C library's do.
+    fn site(&self, change: &Change, calls: &mut Calls) -> Option<Site> {
+        let (ip, callers) = change.stack.split_first()?;
+        let innermost = self.place(*ip);
+        if let Some(site) = innermost.as_ref().filter(|site| !is_plumbing(&site.file)) {
+            return Some(site.clone());
         }
-        first
+        // A return address may be the first of the next function.
+        let caller = |address: &u64| self.place(address.wrapping_sub(1));
+        let outside = |site: &Site| !is_plumbing(&site.file);
+        let at_top = change.top.iter().filter_map(|word| {
+            let site = caller(word).filter(outside)?;
+            calls.one_ends_at(&site.file, site.offset + 1).then_some(site)
+        });
+        at_top.chain(callers.iter().filter_map(caller).filter(outside)).next().or(innermost)
+    }
+
+    /// Where in which file's code an address lies.
+    fn place(&self, address: u64) -> Option<Site> {
+        let (start, region) = self.regions.known(address)?;
+        let in_file = region.executable && !region.anonymous;
+        in_file.then(|| Site { file: region.name.clone(), offset: address - start + region.offset })
     }
 }
 
 /// Libraries through which system calls are made.
 fn is_plumbing(file: &str) -> bool {
     let name = file.rsplit('/').next().unwrap_or(file);
-    ["libc.so", "libc-", "ld-linux", "ld-musl", "libpthread", "[vdso]"].iter().any(|p| name.starts_with(p))
+    ["libc.so", "libc-", "ld-linux", "ld-musl", "libpthread"].iter().any(|p| name.starts_with(p))
 }

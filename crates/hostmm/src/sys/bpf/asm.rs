@@ -58,8 +58,12 @@ pub(crate) enum Helper {
     GetSmpProcessorId = 8,
     /// bpf_get_current_pid_tgid: of the initial pid namespace.
     GetCurrentPidTgid = 14,
+    /// bpf_get_current_comm(buffer, size).
+    GetCurrentComm = 16,
     /// bpf_get_stack(context, buffer, size, flags): the bytes written. GPL-compatible programs only.
     GetStack = 67,
+    /// bpf_probe_read_user(buffer, size, address) (Linux 5.5). GPL-compatible programs only.
+    ProbeReadUser = 112,
     /// bpf_ringbuf_reserve(map, size, flags): null when full.
     RingbufReserve = 131,
     /// bpf_ringbuf_submit(record, flags).
