@@ -60,6 +60,7 @@ mod observer;
 mod pasid;
 pub mod rdma_odp;
 mod sequence;
+mod site;
 pub mod vfio;
 mod work;
 

@@ -11,9 +11,11 @@ use std::collections::HashSet;
 use std::panic::resume_unwind;
 use std::time::Duration;
 
+use super::config::Config;
 use super::exec::{Exec, Set, Status, Tid};
 use super::fiber::{self, Fiber, Job, Paused};
 use super::hooks;
+use super::mutate::{Mutant, Mutation, SiteKind};
 use super::ops::Applied;
 use super::report::FailureKind;
 use super::search::{Choice, Pick, Search};
@@ -61,15 +63,16 @@ pub(crate) struct Engine {
     /// Who goes on when a fiber pauses; `None`: the execution is over.
     next: Cell<Option<Tid>>,
     stack: usize,
+    pub(super) mutation: Mutation,
 }
 
 impl Engine {
-    pub(super) fn new(search: Search, max_steps: usize, lockdep: bool, stack: usize) -> Engine {
+    pub(super) fn new(search: Search, config: &Config) -> Engine {
         let inner = Inner {
             exec: Exec::new(search.hashes()),
             search,
-            max_steps,
-            lockdep,
+            max_steps: config.max_steps,
+            lockdep: config.lockdep,
             watched: HashSet::new(),
             stale: false,
             draining: false,
@@ -81,7 +84,8 @@ impl Engine {
             aborting: Cell::new(false),
             unwound: Cell::new(0),
             next: Cell::new(None),
-            stack: stack.max(256 << 10),
+            stack: config.stack.max(256 << 10),
+            mutation: Mutation::new(config.without, config.find_sites),
         }
     }
 
@@ -92,6 +96,7 @@ impl Engine {
             inner.draining = false;
             inner.exec.reset(op);
         }
+        self.mutation.reset();
         self.aborting.set(false);
         self.unwound.set(0);
         self.give(0, main);
@@ -344,6 +349,11 @@ impl World for Engine {
             if matches!(op.kind, OpKind::TryLock | OpKind::TryLockShared | OpKind::TryDown) {
                 inner.watch(op);
             }
+            if self.mutation.off.is_some()
+                && let Some(race) = self.mutation.race(&inner.exec, op)
+            {
+                inner.exec.fail(FailureKind::Race, race);
+            }
             let me = inner.exec.current;
             if inner.exec.at_once(op) {
                 inner.exec.apply(me, op, false);
@@ -385,6 +395,18 @@ impl World for Engine {
         self.next.set(Some(tid));
         self.pause();
         tid as Id
+    }
+
+    fn off(&self, op: &Op) -> bool {
+        self.mutation.asked(Mutant { kind: SiteKind::Lock, site: op.site })
+    }
+
+    fn enter_without(&self, op: &Op) -> bool {
+        Engine::enter_without(self, op)
+    }
+
+    fn leave_without(&self, op: &Op) -> bool {
+        self.mutation.off.is_some() && Engine::leave_without(self, op)
     }
 
     fn noted(&self, op: &Op) {
