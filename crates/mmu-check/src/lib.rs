@@ -6,13 +6,16 @@
 #![forbid(unsafe_code)]
 
 pub mod answer;
+pub mod check;
 pub mod corpus;
 pub mod diff;
 pub mod explain;
+pub mod mutate;
 pub mod oracle;
 pub mod path;
 pub mod scenario;
 
+pub use check::{Check, Checked, check};
 pub use oracle::{Broken, Oracle, Rule};
 pub use path::{PATHS, Path};
 pub use scenario::{Cell, Facts, Outcome};

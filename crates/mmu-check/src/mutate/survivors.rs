@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Why some mutants live: what is known of operations that can be switched off and nothing notices.
+//!
+//! An entry is a claim that an exploration made good: that the operation is not needed by what is explored. An entry that
+//! explains nothing any more is stale, and the test of this module's command says so.
+
+use super::{Off, source};
+use drivers::{Callback, Kind};
+use interleave::explore::SiteKind;
+
+/// What an entry is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum What {
+    /// An operation of this kind, in a function of a file.
+    Site(&'static str, &'static str, SiteKind),
+    /// A callback of a driver.
+    Callback(&'static str, Callback),
+}
+
+/// One explanation.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    /// Of what.
+    pub what: What,
+    /// Why nothing breaks without it.
+    pub why: &'static str,
+}
+
+/// All that are known.
+pub static SURVIVORS: &[Entry] = &[];
+
+/// Why `off` may survive in `kind`, if anybody knows.
+pub fn why(kind: &Kind, off: Off) -> Option<&'static str> {
+    let is = |what: What| match (what, off) {
+        (What::Site(file, function, of), Off::Site(mutant)) => {
+            of == mutant.kind
+                && file == source::file_name(mutant.site)
+                && source::function(mutant.site) == Some(function)
+        }
+        (What::Callback(driver, of), Off::Callback(callback)) => of == callback && driver == kind.name,
+        _ => false,
+    };
+    SURVIVORS.iter().find(|entry| is(entry.what)).map(|entry| entry.why)
+}
