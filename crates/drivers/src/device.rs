@@ -117,7 +117,7 @@ pub struct Translation {
 
 /// Where walks of a context begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Root {
+pub enum Root {
     /// The context's own table.
     Own,
     /// The page table of the process (IOMMU with a PASID).
@@ -171,7 +171,8 @@ pub struct DeviceContext {
 }
 
 impl DeviceContext {
-    pub(crate) fn open(
+    /// A context for `mm`, whose driver calls itself `driver` to the observer.
+    pub fn open(
         cx: &mut MaySleep<'_>,
         device: &Arc<Device>,
         mm: &Arc<Mm>,
@@ -192,13 +193,13 @@ impl DeviceContext {
     }
 
     /// Mappings follow the page and not the address, by design.
-    pub(crate) fn following_pages(self) -> DeviceContext {
+    pub fn following_pages(self) -> DeviceContext {
         DeviceContext { follows_page: true, ..self }
     }
 
     /// Each request begins with a flush of the TLB (batches of a GPU).
     #[track_caller]
-    pub(crate) fn flushing_at_start(self) -> DeviceContext {
+    pub fn flushing_at_start(self) -> DeviceContext {
         DeviceContext { flushes_at_start: !mutated(SiteKind::Flush, Location::caller()), ..self }
     }
 
@@ -226,7 +227,7 @@ impl DeviceContext {
     }
 
     /// Writes an entry of the page table. What the TLB has cached of an older one stays.
-    pub(crate) fn map(
+    pub fn map(
         &self,
         cx: &mut impl Context,
         binding: Binding,
@@ -239,7 +240,7 @@ impl DeviceContext {
     }
 
     /// Takes entries out of the page table: of `binding`, or of every binding, within `range`. The TLB stays as it is.
-    pub(crate) fn unmap(
+    pub fn unmap(
         &self,
         cx: &mut impl Context,
         binding: Option<Binding>,
@@ -260,7 +261,7 @@ impl DeviceContext {
 
     /// Forgets cached translations within `range`, of `binding` or of all, and waits for accesses through them.
     #[track_caller]
-    pub(crate) fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
+    pub fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
         if mutated(SiteKind::Flush, Location::caller()) {
             return;
         }
@@ -273,7 +274,7 @@ impl DeviceContext {
     }
 
     /// Switches to another page table. What the TLB has cached stays.
-    pub(crate) fn set_root(&self, cx: &mut impl Context, root: Root) {
+    pub fn set_root(&self, cx: &mut impl Context, root: Root) {
         self.table.lock(cx).root = root;
     }
 
@@ -290,7 +291,7 @@ impl DeviceContext {
     }
 
     /// Were pages of `range` used? `clear` forgets it in the page table; the TLB stays as it is.
-    pub(crate) fn young(&self, cx: &mut impl Context, range: Range, clear: bool) -> bool {
+    pub fn young(&self, cx: &mut impl Context, range: Range, clear: bool) -> bool {
         let mut young = false;
         for ((_, page), entry) in &mut self.table.lock(cx).entries {
             if range.contains_addr(page.get()) {
@@ -383,7 +384,7 @@ impl DeviceContext {
     }
 
     /// The callback that runs had an effect.
-    pub(crate) fn effect(&self, kind: Callback) {
+    pub fn effect(&self, kind: Callback) {
         self.counters.effect(kind);
     }
 }

@@ -76,6 +76,15 @@ pub static NO_BUMP: Kind = Kind {
     ..KIND
 };
 
+/// A fault installs what it got, whatever happened meanwhile.
+pub static NO_RETRY: Kind = Kind {
+    name: "kvm-no-retry",
+    kernel: "none",
+    summary: "as kvm-3.16; faults do not look at count and sequence again",
+    open: |cx, mm, device, options| Ok(Kvm::open(cx, mm, device, options, &NO_RETRY, ChangePte::NoBump)?),
+    ..KIND
+};
+
 /// What change_pte does about a fault in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChangePte {
@@ -235,7 +244,8 @@ impl MmuNotifier for Kvm {
         let mut effect = false;
         if self.change_pte == ChangePte::Bumps {
             bump(&mut mmu.seq);
-            effect = mmu.faults > 0;
+            // Inside a pair its end moves the sequence all the same.
+            effect = mmu.faults > 0 && mmu.count == 0;
         }
         let range = Range::page(page);
         for (binding, _) in mmu.slots_of(page) {
@@ -324,7 +334,7 @@ impl Driver for Kvm {
         if !mmu.slots.contains_key(&binding) {
             return Err(missing);
         }
-        if changed(mmu.count > 0 || mmu.seq != seq) {
+        if changed(mmu.count > 0 || mmu.seq != seq) && *self.kind != NO_RETRY {
             self.context.counters().retried(1);
             return Ok(());
         }

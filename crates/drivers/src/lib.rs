@@ -48,6 +48,7 @@ pub mod device;
 mod driver;
 mod engine;
 mod hmm;
+pub mod i915_mistakes;
 pub mod i915_sleeping;
 pub mod i915_v3_16;
 pub mod i915_v3_16_ro;
@@ -59,6 +60,7 @@ mod listener;
 pub mod mirror;
 mod observer;
 mod pasid;
+pub mod proc_mem;
 pub mod rdma_odp;
 mod sequence;
 mod site;
@@ -67,9 +69,10 @@ mod work;
 
 pub use callbacks::{Callback, Callbacks};
 pub use counters::{Counters, Counts};
-pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Translation};
+pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root, Translation};
 pub use driver::{BindError, Driver, DriverError, Holds, Kind, Open, OpenError, Options, SubmitError};
 pub use engine::RequestId;
+pub use listener::Registered;
 pub use mirror::{Mirror, Port};
 pub use observer::{DeviceAccess, DriverBug, Observer};
 pub use work::WorkMode;
@@ -124,6 +127,7 @@ static SOURCES: &[(&str, &str)] = sources![
     "kvm_v3_16.rs",
     "kvm_v6_18.rs",
     "pasid.rs",
+    "proc_mem.rs",
     "rdma_odp.rs",
     "sequence.rs",
     "vfio.rs",

@@ -32,8 +32,8 @@ enum Error {
         "there is no cell {name:?}: give driver/access/path/profile as `userptr answer --json` names them; {what}"
     )]
     NoCell { name: String, what: String },
-    #[error("bug {number} is not one that softmm can express; there are {known}")]
-    NoBug { number: u32, known: String },
+    #[error("bug {id} cannot be shown: {why}; there are {known}")]
+    NoBug { id: String, why: &'static str, known: String },
     #[error("no driver to switch anything off in has {name:?} in its name; there are {known}")]
     NoSubject { name: String, known: String },
     #[error("the schedule cannot be read: {0:?} is not a replay string")]
