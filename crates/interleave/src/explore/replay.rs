@@ -5,12 +5,22 @@
 //! to read-lock an `mmap_lock`; mm runs until it is about to take a `ptl` for the second time in this turn; binder
 //! runs on. After the last turn, whoever runs goes on, and then the first that can. No line or step numbers: a turn
 //! means the same when the code around it has changed. A turn that cannot be taken is passed over, and said so.
+//!
+//! `[page_lock; mmap_lock] ...`: somebody tries locks of these classes, so that letting them go is a step of its own.
 
 use std::fmt::Write;
 
+use super::engine::Watched;
 use super::exec::{Exec, Tid};
 use super::search::Choice;
 use crate::world::{Op, OpKind};
+
+/// What it takes to run a schedule again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Schedule {
+    pub(super) watched: Watched,
+    pub(super) turns: Vec<Turn>,
+}
 
 /// One thread's uninterrupted steps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,7 +77,7 @@ pub(super) fn op_name(exec: &Exec, op: &Op) -> String {
     format!("{of}.{verb}")
 }
 
-/// The turns of an execution that has ended, without those that come to pass by themselves.
+/// The turns of an execution that has ended and was remembered, without those that come to pass by themselves.
 pub(super) fn turns(exec: &Exec) -> Vec<Turn> {
     let mut turns: Vec<Turn> = Vec::new();
     let steps = &exec.steps;
@@ -76,11 +86,12 @@ pub(super) fn turns(exec: &Exec) -> Vec<Turn> {
         let tid = steps[at].tid;
         let end = steps[at..].iter().position(|s| s.tid != tid).map_or(steps.len(), |n| at + n);
         // The next operation of this thread is what it was about to do when it was left.
-        let next = steps[end..].iter().find(|s| s.tid == tid).map_or(exec.threads[tid].op, |s| s.op);
+        let next = (end..steps.len()).find(|&s| steps[s].tid == tid);
+        let next = next.map_or(exec.threads[tid].op, |s| exec.ops[s]);
         let preempted = steps.get(end).is_some_and(|s| s.preempts);
         let until = preempted.then(|| {
             let name = op_name(exec, &next);
-            let before = steps[at..end].iter().filter(|s| op_name(exec, &s.op) == name).count();
+            let before = exec.ops[at..end].iter().filter(|op| op_name(exec, op) == name).count();
             (name, before as u32 + 1)
         });
         turns.push(Turn { thread: exec.threads[tid].name.clone(), until });
@@ -89,11 +100,11 @@ pub(super) fn turns(exec: &Exec) -> Vec<Turn> {
     turns
 }
 
-/// Writes turns down.
-pub(super) fn write(turns: &[Turn]) -> String {
-    let mut text = String::new();
-    for turn in turns {
-        let comma = if text.is_empty() { "" } else { ", " };
+/// Writes a schedule down.
+pub(super) fn write(watched: &Watched, turns: &[Turn]) -> String {
+    let mut text = if watched.is_empty() { String::new() } else { format!("[{}] ", watched.join("; ")) };
+    for (n, turn) in turns.iter().enumerate() {
+        let comma = if n == 0 { "" } else { ", " };
         let _ = write!(text, "{comma}{}", turn.thread);
         match &turn.until {
             None => {}
@@ -106,8 +117,14 @@ pub(super) fn write(turns: &[Turn]) -> String {
     text
 }
 
-/// Reads turns.
-pub(super) fn read(text: &str) -> Option<Vec<Turn>> {
+/// Reads a schedule.
+pub(super) fn read(text: &str) -> Option<Schedule> {
+    let (watched, text) = match text.trim_start().strip_prefix('[') {
+        Some(text) => text.split_once(']')?,
+        None => ("", text),
+    };
+    let names = watched.split(';').map(str::trim).filter(|name| !name.is_empty());
+    let watched = names.map(str::to_owned).collect();
     let turn = |part: &str| {
         let part = part.trim();
         let (thread, until) = match part.split_once('@') {
@@ -122,7 +139,8 @@ pub(super) fn read(text: &str) -> Option<Vec<Turn>> {
         };
         (!thread.is_empty()).then(|| Turn { thread: thread.to_owned(), until })
     };
-    text.split(',').filter(|part| !part.trim().is_empty()).map(turn).collect()
+    let turns: Option<Vec<Turn>> = text.split(',').filter(|part| !part.trim().is_empty()).map(turn).collect();
+    Some(Schedule { watched, turns: turns? })
 }
 
 /// Follows turns.
@@ -153,7 +171,7 @@ impl Follow {
                 (0..choice.exec.threads.len()).find(|&tid| choice.exec.threads[tid].name == turn.thread);
             let Some(tid) = tid.filter(|&tid| choice.enabled & (1 << tid) != 0) else {
                 if !self.taken {
-                    self.missed.push(write(std::slice::from_ref(turn)));
+                    self.missed.push(write(&Watched::new(), std::slice::from_ref(turn)));
                 }
                 self.advance();
                 continue;

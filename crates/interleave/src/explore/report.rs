@@ -90,7 +90,8 @@ pub struct Failure {
     pub kind: FailureKind,
     /// What is wrong, where; for a deadlock who waits for whom.
     pub message: String,
-    /// For [`replay`](super::replay). Outlives edits that do not change what the named threads do.
+    /// For [`replay`](super::replay). Outlives edits that do not change what the named threads do. If there are several
+    /// failures, a replay may stop at a lock order that another one tells of: replay without lockdep, then.
     pub replay: String,
     /// All that happened, in order.
     pub schedule: Vec<Event>,
