@@ -12,6 +12,7 @@ pub mod diff;
 pub mod explain;
 pub mod mutate;
 pub mod oracle;
+pub mod own;
 pub mod path;
 pub mod scenario;
 

@@ -18,7 +18,7 @@ pub mod survivors;
 
 use crate::answer::Row;
 use crate::oracle::Rule;
-use crate::path::{PATHS, Path};
+use crate::path::{MORE, PATHS, Path, VARIANTS};
 use crate::scenario::{Cell, Facts, execute};
 use drivers::{Callback, Callbacks, Holds, Kind};
 use interleave::explore::{self, Config, Failure, FailureKind, Mutant, Report, SiteKind, Strategy};
@@ -255,7 +255,8 @@ fn cells(subject: &Subject) -> Vec<Cell> {
         let callbacks = kind.callbacks;
         Cell { kind, access: row.access, path, profile, callbacks }
     };
-    rows(kind).flat_map(|row| PATHS.iter().map(move |path| cell(row, path))).collect()
+    let paths = PATHS.iter().chain(MORE).chain(VARIANTS);
+    rows(kind).flat_map(|row| paths.clone().map(move |path| cell(row, path))).collect()
 }
 
 fn search(cell: &Cell, config: Config) -> (Report, Facts) {
