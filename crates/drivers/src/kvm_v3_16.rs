@@ -80,9 +80,7 @@ pub static NO_RETRY: Kind = Kind {
     name: "kvm-no-retry",
     kernel: "none",
     summary: "as kvm-3.16; faults do not look at count and sequence again",
-    open: |cx, mm, device, options| {
-        Ok(Kvm::open(cx, mm, device, options, &NO_RETRY, ChangePte::NoBump)?)
-    },
+    open: |cx, mm, device, options| Ok(Kvm::open(cx, mm, device, options, &NO_RETRY, ChangePte::NoBump)?),
     ..KIND
 };
 

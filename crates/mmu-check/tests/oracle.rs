@@ -6,9 +6,9 @@ mod common;
 use common::{beside_a_refuser, never_closed};
 use drivers::{Callback, Callbacks, Kind};
 use interleave::explore::Strategy;
+use mmu_check::Rule;
 use mmu_check::path;
 use mmu_check::scenario::{Cell, Outcome, explore, replay};
-use mmu_check::Rule;
 use mmu_notifier::Access;
 use softmm::KernelProfile;
 
@@ -110,7 +110,11 @@ fn retry() {
 
 #[test]
 fn lifetime() {
-    judges(Rule::Lifetime, cell(&never_closed::KIND, "dontneed", V3_16, ALL), cell(SEQ, "dontneed", V3_16, ALL));
+    judges(
+        Rule::Lifetime,
+        cell(&never_closed::KIND, "dontneed", V3_16, ALL),
+        cell(SEQ, "dontneed", V3_16, ALL),
+    );
     judges(
         Rule::Lifetime,
         cell(AS_RELEASED, "dontneed-unbind", V3_16, ALL),

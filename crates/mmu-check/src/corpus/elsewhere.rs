@@ -22,7 +22,10 @@ pub static ELSEWHERE: &[(&str, &str)] = &[
     ("34", "parallel zaps are modelled mended: each waits for the flush of the other"),
     ("35", "this mm has no device memory"),
     ("36", "the callback is judged by what it does, and to say that a page is not young is no error"),
-    ("38", "a fault that is answered between start and end goes on after the end: no rule breaks, it costs faults"),
+    (
+        "38",
+        "a fault that is answered between start and end goes on after the end: no rule breaks, it costs faults",
+    ),
     ("40", "this mm has no mlock"),
     ("42", NO_THP),
     ("43", "this mm has no userfaultfd"),

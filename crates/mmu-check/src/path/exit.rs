@@ -17,8 +17,12 @@ pub(super) const LAST_OBJECT: Path =
     Path { name: "exit-last-object", bound: |cx, s| s.make_cold(cx), ..EXIT };
 
 /// The driver is closed at the same time.
-pub(super) const CLOSE: Path =
-    Path { name: "exit-close", kernel: "exit_mmap beside mmu_notifier_unregister", user: User::Closes, ..EXIT };
+pub(super) const CLOSE: Path = Path {
+    name: "exit-close",
+    kernel: "exit_mmap beside mmu_notifier_unregister",
+    user: User::Closes,
+    ..EXIT
+};
 
 pub(super) const OOM_REAP: Path = Path {
     name: "oom-reap",

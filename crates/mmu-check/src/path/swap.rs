@@ -40,8 +40,7 @@ pub(super) const READ_BACK: Path = Path {
 };
 
 /// The pin comes after reclaim has looked for one.
-pub(super) const PINNED_LATE: Path =
-    Path { name: "swap-pinned-late", user: User::Binds, ..READ_BACK };
+pub(super) const PINNED_LATE: Path = Path { name: "swap-pinned-late", user: User::Binds, ..READ_BACK };
 
 /// Reclaim comes twice: what the device writes in between is lost if it is let go clean.
 pub(super) const OUT_UNBIND: Path = Path {
