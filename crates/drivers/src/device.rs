@@ -117,7 +117,7 @@ pub struct Translation {
 
 /// Where walks of a context begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Root {
+pub(crate) enum Root {
     /// The context's own table.
     Own,
     /// The page table of the process (IOMMU with a PASID).
@@ -171,8 +171,7 @@ pub struct DeviceContext {
 }
 
 impl DeviceContext {
-    /// A context for `mm`, whose driver calls itself `driver` to the observer.
-    pub fn open(
+    pub(crate) fn open(
         cx: &mut MaySleep<'_>,
         device: &Arc<Device>,
         mm: &Arc<Mm>,
@@ -193,13 +192,13 @@ impl DeviceContext {
     }
 
     /// Mappings follow the page and not the address, by design.
-    pub fn following_pages(self) -> DeviceContext {
+    pub(crate) fn following_pages(self) -> DeviceContext {
         DeviceContext { follows_page: true, ..self }
     }
 
     /// Each request begins with a flush of the TLB (batches of a GPU).
     #[track_caller]
-    pub fn flushing_at_start(self) -> DeviceContext {
+    pub(crate) fn flushing_at_start(self) -> DeviceContext {
         DeviceContext { flushes_at_start: !mutated(SiteKind::Flush, Location::caller()), ..self }
     }
 
@@ -227,7 +226,7 @@ impl DeviceContext {
     }
 
     /// Writes an entry of the page table. What the TLB has cached of an older one stays.
-    pub fn map(
+    pub(crate) fn map(
         &self,
         cx: &mut impl Context,
         binding: Binding,
@@ -240,7 +239,7 @@ impl DeviceContext {
     }
 
     /// Takes entries out of the page table: of `binding`, or of every binding, within `range`. The TLB stays as it is.
-    pub fn unmap(
+    pub(crate) fn unmap(
         &self,
         cx: &mut impl Context,
         binding: Option<Binding>,
@@ -261,7 +260,7 @@ impl DeviceContext {
 
     /// Forgets cached translations within `range`, of `binding` or of all, and waits for accesses through them.
     #[track_caller]
-    pub fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
+    pub(crate) fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
         if mutated(SiteKind::Flush, Location::caller()) {
             return;
         }
@@ -274,7 +273,7 @@ impl DeviceContext {
     }
 
     /// Switches to another page table. What the TLB has cached stays.
-    pub fn set_root(&self, cx: &mut impl Context, root: Root) {
+    pub(crate) fn set_root(&self, cx: &mut impl Context, root: Root) {
         self.table.lock(cx).root = root;
     }
 
@@ -291,7 +290,7 @@ impl DeviceContext {
     }
 
     /// Were pages of `range` used? `clear` forgets it in the page table; the TLB stays as it is.
-    pub fn young(&self, cx: &mut impl Context, range: Range, clear: bool) -> bool {
+    pub(crate) fn young(&self, cx: &mut impl Context, range: Range, clear: bool) -> bool {
         let mut young = false;
         for ((_, page), entry) in &mut self.table.lock(cx).entries {
             if range.contains_addr(page.get()) {
@@ -384,7 +383,7 @@ impl DeviceContext {
     }
 
     /// The callback that runs had an effect.
-    pub fn effect(&self, kind: Callback) {
+    pub(crate) fn effect(&self, kind: Callback) {
         self.counters.effect(kind);
     }
 }

@@ -15,7 +15,6 @@ use crate::{Error, print_json};
 #[derive(Serialize)]
 struct JsonFate {
     driver: &'static str,
-    profile: &'static str,
     off: String,
     noticed: bool,
     by: Option<String>,
@@ -30,7 +29,6 @@ impl JsonFate {
     fn new(fate: &Fate) -> JsonFate {
         JsonFate {
             driver: fate.subject.kind.name,
-            profile: fate.subject.profile.name,
             off: fate.off.to_string(),
             noticed: fate.noticed.is_some(),
             by: fate.noticed.as_ref().map(|noticed| noticed.by()),
@@ -82,9 +80,9 @@ fn print(mutation: &Mutation, all: bool) {
     }
     let mut last = None;
     for fate in mutation.fates.iter().filter(|fate| all || fate.noticed.is_none()) {
-        let name = (fate.subject.kind.name, fate.subject.profile.name);
+        let name = fate.subject.kind.name;
         if last.replace(name) != Some(name) {
-            println!("{} under {}", name.0, name.1);
+            println!("{name}");
         }
         match &fate.noticed {
             Some(noticed) => println!("  {:<60} {} in {}", fate.off.to_string(), noticed.by(), noticed.cell),

@@ -15,6 +15,9 @@
 
 pub mod source;
 pub mod survivors;
+mod young;
+
+pub use young::YOUNG;
 
 use crate::answer::Row;
 use crate::oracle::Rule;
@@ -34,35 +37,37 @@ static QUEUE: LockClass = LockClass::new("mutants");
 const NO_DRIVER: [&str; 7] =
     ["device.rs", "driver.rs", "engine.rs", "listener.rs", "site.rs", "work.rs", "counters.rs"];
 
-/// A driver in the kernel in which it lived, or in the one nearest to it.
+/// A driver, and the kernels in which it is looked at: one in which it lived, and for one with change_pte also the one in which
+/// that is all it has.
 #[derive(Debug, Clone, Copy)]
 pub struct Subject {
     /// The driver.
     pub kind: &'static Kind,
-    /// The kernel.
-    pub profile: KernelProfile,
+    /// The kernels.
+    pub profiles: &'static [KernelProfile],
 }
 
-const fn subject(kind: &'static Kind, profile: KernelProfile) -> Subject {
-    Subject { kind, profile }
+const fn subject(kind: &'static Kind, profiles: &'static [KernelProfile]) -> Subject {
+    Subject { kind, profiles }
 }
 
-/// The drivers that are meant to be safe; whether they are is found out.
+const V3_16: KernelProfile = KernelProfile::V3_16;
+const V5_10: KernelProfile = KernelProfile::V5_10;
+const V6_18: KernelProfile = KernelProfile::V6_18;
+
+/// The drivers that are meant to be safe; where one is not is found out, and left out.
 pub static SUBJECTS: &[Subject] = &[
-    subject(&drivers::i915_v5_13::KIND, KernelProfile::V5_10),
-    subject(&drivers::i915_v5_13::KIND_6_10, KernelProfile::V6_18),
-    subject(&drivers::kvm_v3_16::KIND, KernelProfile::V3_16),
-    subject(&drivers::kvm_v3_16::KIND, KernelProfile::UNWRAPPED_A),
-    subject(&drivers::kvm_v3_16::KIND_5_13, KernelProfile::V5_10),
-    subject(&drivers::kvm_v6_18::KIND, KernelProfile::V6_18),
-    subject(&drivers::amd_iommu_v2_3_16::KIND, KernelProfile::V3_16),
-    subject(&drivers::amd_iommu_invalidate_range::KIND_3_19, KernelProfile::V3_19),
-    subject(&drivers::amd_iommu_invalidate_range::KIND, KernelProfile::V6_18),
-    subject(&drivers::rdma_odp::KIND, KernelProfile::V6_18),
-    subject(&drivers::vfio::KIND, KernelProfile::V6_18),
-    subject(&drivers::design_start_with_seq::KIND, KernelProfile::V3_16),
-    subject(&drivers::design_atomic_change_pte::KIND, KernelProfile::V3_16),
-    subject(&drivers::design_atomic_change_pte::KIND, KernelProfile::UNWRAPPED_A),
+    subject(&drivers::i915_v5_13::KIND, &[V5_10]),
+    subject(&drivers::i915_v5_13::KIND_6_10, &[V6_18]),
+    subject(&drivers::kvm_v3_16::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
+    subject(&drivers::kvm_v6_18::KIND, &[V6_18]),
+    subject(&drivers::amd_iommu_v2_3_16::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
+    subject(&drivers::amd_iommu_invalidate_range::KIND_3_19, &[KernelProfile::V3_19]),
+    subject(&drivers::amd_iommu_invalidate_range::KIND, &[V6_18]),
+    subject(&drivers::rdma_odp::KIND, &[V6_18]),
+    subject(&drivers::vfio::KIND, &[V6_18]),
+    subject(&drivers::design_start_with_seq::KIND, &[V3_16]),
+    subject(&drivers::design_atomic_change_pte::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
 ];
 
 /// How far to go.
@@ -78,7 +83,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Limits {
-        Limits { bound: 1, executions: 3000, threads: 2 }
+        Limits { bound: 1, executions: 1500, threads: 2 }
     }
 }
 
@@ -250,18 +255,30 @@ fn rows(kind: &'static Kind) -> impl Iterator<Item = Row> {
 }
 
 fn cells(subject: &Subject) -> Vec<Cell> {
-    let Subject { kind, profile } = *subject;
-    let cell = |row: Row, path: &'static Path| {
+    let Subject { kind, profiles } = *subject;
+    let ages = kind.callbacks.contains(Callback::ClearFlushYoung);
+    let young = ages.then_some(&YOUNG);
+    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young);
+    let rows: Vec<Row> = rows(kind).collect();
+    let cell = |row: &Row, path: &'static Path, profile: KernelProfile| {
         let callbacks = kind.callbacks;
         Cell { kind, access: row.access, path, profile, callbacks }
     };
-    let paths = PATHS.iter().chain(MORE).chain(VARIANTS);
-    rows(kind).flat_map(|row| paths.clone().map(move |path| cell(row, path))).collect()
+    let of = |profile: KernelProfile| {
+        let paths = paths.clone();
+        let row = move |row| paths.clone().map(move |path| cell(row, path, profile));
+        rows.iter().flat_map(row).collect::<Vec<_>>()
+    };
+    profiles.iter().copied().flat_map(of).collect()
 }
 
 fn search(cell: &Cell, config: Config) -> (Report, Facts) {
     let facts = RefCell::new(Facts::default());
-    let report = explore::explore(&config, |cx| execute(cx, cell, &facts));
+    let report = if std::ptr::eq(cell.path, &YOUNG) {
+        explore::explore(&config, |cx| young::execute(cx, cell))
+    } else {
+        explore::explore(&config, |cx| execute(cx, cell, &facts))
+    };
     (report, facts.into_inner())
 }
 
@@ -279,8 +296,9 @@ fn ground(cell: &Cell, limits: &Limits) -> Result<Option<Ground>, Box<LeftOut>> 
         return Ok(None);
     }
     let sites = report.sites.into_iter().filter(of_a_driver).collect();
+    let asks = std::ptr::eq(cell.path, &YOUNG);
     let run: Vec<Callback> =
-        cell.callbacks.iter().filter(|&kind| facts.callbacks[kind as usize] > 0).collect();
+        cell.callbacks.iter().filter(|&kind| asks || facts.callbacks[kind as usize] > 0).collect();
     Ok(Some(Ground { cell: *cell, sites, callbacks: Callbacks::of(&run), executions: report.executions }))
 }
 
@@ -295,11 +313,9 @@ fn of_a_driver(mutant: &Mutant) -> bool {
 }
 
 fn tasks(subject: &Subject, grounds: &[Ground]) -> Vec<Task> {
-    let Subject { kind, profile } = *subject;
-    let mut grounds: Vec<&Ground> = grounds
-        .iter()
-        .filter(|ground| ground.cell.kind.name == kind.name && ground.cell.profile.name == profile.name)
-        .collect();
+    let kind = subject.kind;
+    let mut grounds: Vec<&Ground> =
+        grounds.iter().filter(|ground| ground.cell.kind.name == kind.name).collect();
     grounds.sort_by_key(|ground| ground.executions);
     let mut sites: Vec<Mutant> = grounds.iter().flat_map(|ground| ground.sites.iter().copied()).collect();
     sites.sort();

@@ -106,6 +106,7 @@ pub static PATHS: &[Path] = &[
     cow::AFTER_FORK,
     cow::ZERO,
     cow::FILE,
+    cow::IN_FLIGHT,
     cow::FORK,
     ksm::PROTECT,
     ksm::REPLACE,
@@ -128,7 +129,6 @@ pub static PATHS: &[Path] = &[
 
 /// Paths that only the corpus needs.
 pub static MORE: &[Path] = &[
-    cow::IN_FLIGHT,
     cow::OTHER_WAY,
     cow::FORK_IDLE,
     swap::READ_BACK,

@@ -19,7 +19,7 @@ use drivers::{
 use interleave::explore::{self, Config, Failure, Report, Strategy};
 use interleave::{Atomic, MaySleep, PageContext, Sleep, scope};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
-use softmm::{KernelProfile, Machine, Mm};
+use softmm::{FaultError, KernelProfile, Machine, Mm};
 use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
@@ -323,17 +323,26 @@ fn judge_end(
     // A worker's error of before is told once.
     let last = (0..3).map(|_| turn(cx, cell, driver, binding, 102)).find(Result::is_ok);
     let last = last.unwrap_or_else(|| turn(cx, cell, driver, binding, 102));
-    if cell.path.leaves_memory
-        && let Err(
-            error @ (DriverError::Device(DeviceFault::GaveUp { .. } | DeviceFault::Refused { .. })
-            | DriverError::Submit(SubmitError::Again | SubmitError::Fault(_))),
-        ) = last
+    if let Err(error) = last
+        && cell.path.leaves_memory
+        && stands_still(&error)
     {
         oracle.broken(Rule::Liveness, format!("nothing goes on any more, and still: {error}"));
     }
     let follows = driver.kind().callbacks.is_empty();
     if last.is_ok() && !(cell.path.explicit && follows) {
         judge_written(cx, cell, stage, oracle);
+    }
+}
+
+/// Has the device not got what the process could have? Not so if what is mapped by then is memory that nobody can hold.
+fn stands_still(error: &DriverError) -> bool {
+    match error {
+        DriverError::Device(DeviceFault::Refused { source: FaultError::NotPinnable(_), .. })
+        | DriverError::Submit(SubmitError::Fault(FaultError::NotPinnable(_))) => false,
+        DriverError::Device(DeviceFault::GaveUp { .. } | DeviceFault::Refused { .. }) => true,
+        DriverError::Submit(error) => matches!(error, SubmitError::Again | SubmitError::Fault(_)),
+        DriverError::Device(_) => false,
     }
 }
 
