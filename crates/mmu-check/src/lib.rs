@@ -21,3 +21,8 @@ pub use check::{Check, Checked, check};
 pub use oracle::{Broken, Oracle, Rule};
 pub use path::{PATHS, Path};
 pub use scenario::{Cell, Facts, Outcome};
+
+/// The listings of docs/tutorial.md are run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/tutorial.md")]
+struct Tutorial;

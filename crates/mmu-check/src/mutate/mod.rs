@@ -15,8 +15,10 @@
 
 pub mod source;
 pub mod survivors;
+mod users;
 mod young;
 
+pub use users::{UNBOUND, USERS};
 pub use young::YOUNG;
 
 use crate::answer::Row;
@@ -258,7 +260,7 @@ fn cells(subject: &Subject) -> Vec<Cell> {
     let Subject { kind, profiles } = *subject;
     let ages = kind.callbacks.contains(Callback::ClearFlushYoung);
     let young = ages.then_some(&YOUNG);
-    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young);
+    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young).chain([&USERS, &UNBOUND]);
     let rows: Vec<Row> = rows(kind).collect();
     let cell = |row: &Row, path: &'static Path, profile: KernelProfile| {
         let callbacks = kind.callbacks;
@@ -274,11 +276,12 @@ fn cells(subject: &Subject) -> Vec<Cell> {
 
 fn search(cell: &Cell, config: Config) -> (Report, Facts) {
     let facts = RefCell::new(Facts::default());
-    let report = if std::ptr::eq(cell.path, &YOUNG) {
-        explore::explore(&config, |cx| young::execute(cx, cell))
-    } else {
-        explore::explore(&config, |cx| execute(cx, cell, &facts))
-    };
+    let report = explore::explore(&config, |cx| match cell.path.name {
+        name if name == YOUNG.name => young::execute(cx, cell),
+        name if name == USERS.name => users::beside(cx, cell),
+        name if name == UNBOUND.name => users::unbound(cx, cell),
+        _ => execute(cx, cell, &facts),
+    });
     (report, facts.into_inner())
 }
 
@@ -296,7 +299,7 @@ fn ground(cell: &Cell, limits: &Limits) -> Result<Option<Ground>, Box<LeftOut>> 
         return Ok(None);
     }
     let sites = report.sites.into_iter().filter(of_a_driver).collect();
-    let asks = std::ptr::eq(cell.path, &YOUNG);
+    let asks = cell.path.name == YOUNG.name;
     let run: Vec<Callback> =
         cell.callbacks.iter().filter(|&kind| asks || facts.callbacks[kind as usize] > 0).collect();
     Ok(Some(Ground { cell: *cell, sites, callbacks: Callbacks::of(&run), executions: report.executions }))

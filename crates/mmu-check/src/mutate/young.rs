@@ -4,7 +4,7 @@
 
 use crate::path::{Path, Stage, User, X, page, range};
 use crate::scenario::Cell;
-use drivers::{Callback, Device, DeviceOp, Options, WorkMode};
+use drivers::{Callback, Device, DeviceOp, Driver, Options, WorkMode};
 use interleave::MaySleep;
 use interleave::explore::violation;
 use softmm::{FileKind, Machine};
@@ -26,8 +26,13 @@ pub static YOUNG: Path = Path {
     other: None,
 };
 
-/// One execution of a cell of [`YOUNG`].
-pub(super) fn execute(cx: &mut MaySleep<'_>, cell: &Cell) {
+/// A process with two pages, and the driver of a cell open on it. Nobody judges its device.
+pub(super) struct Scene {
+    pub(super) stage: Stage,
+    pub(super) driver: Arc<dyn Driver>,
+}
+
+pub(super) fn scene(cx: &mut MaySleep<'_>, cell: &Cell) -> Option<Scene> {
     let machine = Machine::new(softmm::Config {
         frames: 10,
         tables: 12,
@@ -38,36 +43,38 @@ pub(super) fn execute(cx: &mut MaySleep<'_>, cell: &Cell) {
         fault_around: 1,
         profile: cell.profile,
     });
-    let Ok(user) = machine.new_mm() else { return };
+    let user = machine.new_mm().ok()?;
     let stage = Stage::new(machine, user, cell.path.file);
     (cell.path.prepare)(cx, &stage);
     let options = Options { callbacks: cell.callbacks, work: WorkMode::Manual, ..Options::default() };
-    let device = Device::new(Arc::new(()));
-    if let Ok(driver) = (cell.kind.open)(cx, &stage.mm, &device, options) {
-        if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
-            let mut asked = |what: &str, of: Callback, ask: &dyn Fn(&mut MaySleep<'_>) -> bool| {
-                let used = driver.access(cx, binding, DeviceOp::Read(X << 12)).is_ok();
-                if used && cell.kind.callbacks.contains(of) && !ask(cx) {
-                    violation(|| {
-                        format!("young: {what} says that nobody uses what the device has just read")
-                    });
-                }
-            };
-            let referenced = |cx: &mut MaySleep<'_>| match crate::oracle::mapped(&stage.mm, page(X)) {
-                Some((frame, _)) => stage.machine.page_referenced(cx, frame),
-                None => true,
-            };
-            // The first answer is the CPU's own.
-            for _ in 0..3 {
-                asked("page_referenced", Callback::ClearFlushYoung, &referenced);
+    let driver = (cell.kind.open)(cx, &stage.mm, &Device::new(Arc::new(())), options).ok()?;
+    Some(Scene { stage, driver })
+}
+
+/// One execution of a cell of [`YOUNG`].
+pub(super) fn execute(cx: &mut MaySleep<'_>, cell: &Cell) {
+    let Some(Scene { stage, driver }) = scene(cx, cell) else { return };
+    if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
+        let mut asked = |what: &str, of: Callback, ask: &dyn Fn(&mut MaySleep<'_>) -> bool| {
+            let used = driver.access(cx, binding, DeviceOp::Read(X << 12)).is_ok();
+            if used && cell.kind.callbacks.contains(of) && !ask(cx) {
+                violation(|| format!("young: {what} says that nobody uses what the device has just read"));
             }
-            asked("test_young", Callback::TestYoung, &|cx| stage.mm.test_young(cx, page(X)));
-            asked("page_idle", Callback::ClearYoung, &|cx| {
-                let frame = crate::oracle::mapped(&stage.mm, page(X));
-                frame.is_none_or(|(frame, _)| stage.machine.page_idle_clear_refs(cx, frame) != Some(false))
-            });
+        };
+        let referenced = |cx: &mut MaySleep<'_>| match crate::oracle::mapped(&stage.mm, page(X)) {
+            Some((frame, _)) => stage.machine.page_referenced(cx, frame),
+            None => true,
+        };
+        // The first answer is the CPU's own.
+        for _ in 0..3 {
+            asked("page_referenced", Callback::ClearFlushYoung, &referenced);
         }
-        driver.close(cx);
+        asked("test_young", Callback::TestYoung, &|cx| stage.mm.test_young(cx, page(X)));
+        asked("page_idle", Callback::ClearYoung, &|cx| {
+            let frame = crate::oracle::mapped(&stage.mm, page(X));
+            frame.is_none_or(|(frame, _)| stage.machine.page_idle_clear_refs(cx, frame) != Some(false))
+        });
     }
+    driver.close(cx);
     stage.exit(cx);
 }
