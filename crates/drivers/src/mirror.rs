@@ -227,11 +227,12 @@ impl<M: Mirror> Driver for Adapter<M> {
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {
         let bound = self.bindings.lock(cx).bound.remove(&binding);
         let bound = bound.ok_or(SubmitError::NotBound(binding))?;
-        // Refused in a callback only; the notifier goes with the binding all the same.
-        let _ = bound.notifier.remove(cx);
+        // While the notifier is there: no page that was written may be freed before it is marked.
         let port = self.port(&bound.object, None);
         port.unmap(cx, bound.object.range);
         port.flush(cx, bound.object.range);
+        // Refused in a callback only; the notifier goes with the binding all the same.
+        let _ = bound.notifier.remove(cx);
         Ok(())
     }
 

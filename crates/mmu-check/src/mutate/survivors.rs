@@ -27,11 +27,21 @@ pub struct Entry {
 }
 
 /// All that are known.
-pub static SURVIVORS: &[Entry] = &[Entry {
-    what: What::Site("kvm_v3_16.rs", "zap_page", SiteKind::Bump),
-    why: "a fault in flight holds its page, and that keeps it in the swap cache: to lose it, reclaim must come a second time, \
-          after the fault and before the next access, which takes two preemptions",
-}];
+pub static SURVIVORS: &[Entry] = &[
+    Entry {
+        what: What::Site("kvm_v3_16.rs", "zap_page", SiteKind::Bump),
+        why: "a fault in flight holds its page, and that keeps it in the swap cache: to lose it, reclaim must come a second \
+              time, after the fault and before the next access, which takes two preemptions",
+    },
+    Entry {
+        what: What::Site("design.rs", "install", SiteKind::Retry),
+        why: "said twice in this design: what cancels has moved the sequence too, and that is looked at beside it",
+    },
+    Entry {
+        what: What::Site("sequence.rs", "end", SiteKind::Bump),
+        why: "said twice in this design: an invalidation that overlaps has cancelled whoever was getting pages",
+    },
+];
 
 /// Why `off` may survive in `kind`, if anybody knows.
 pub fn why(kind: &Kind, off: Off) -> Option<&'static str> {
