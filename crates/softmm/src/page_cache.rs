@@ -19,7 +19,7 @@
 //!       page_lock
 //!         i_mmap                  see rmap_file
 //!           ptl
-//!             i_pages, disk       leaves
+//!             i_pages             over disk, which is also taken alone
 //! ```
 //! invalidate_lock is of 5.15. Older filesystems that could punch holes had a lock of their own for it; that it is taken
 //! in every profile hides the races of those that had none, which are about file contents, not about mappings.
@@ -293,13 +293,16 @@ impl File {
             }
             let held = (self.kind == FileKind::Regular).then(|| self.invalidate_lock.read(cx));
             let new = self.frames().alloc_zeroed().map_err(NoPage::OutOfMemory)?;
-            if let Some(contents) = self.disk.lock(cx).get(&index) {
-                self.frames().fill(new, contents);
-            }
             let mut pages = self.pages.lock(cx);
             // Truncate lowers the size before it looks at i_pages: what goes in below the size now, it will find.
             let wanted = index < self.pages() && !pages.contains_key(&index);
             if wanted {
+                // Under i_pages, or the page could come, be written, written out and go since the disk was looked at. (The
+                // kernel puts the page in first, locked and not up to date, and then reads.)
+                let (pages, cx) = pages.split();
+                if let Some(contents) = self.disk.lock(cx).get(&index) {
+                    self.frames().fill(new, contents);
+                }
                 self.frames().set_mapping(new, self.id, index);
                 pages.insert(index, new);
             }

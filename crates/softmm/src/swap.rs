@@ -87,6 +87,31 @@ impl Machine {
 
     /// add_to_swap: gives the page a slot. False: none is free. The page is locked, held and in no slot.
     pub(crate) fn add_to_swap<C: Context + ?Sized>(&self, cx: &mut C, pfn: Pfn) -> bool {
+        if self.take_slot(cx, pfn) {
+            return true;
+        }
+        // A page that was locked when its last entry went still has its slot, and no pte by which anybody would find it.
+        self.reclaim_cache_only(cx);
+        self.take_slot(cx, pfn)
+    }
+
+    /// Frees the slots that only the swap cache holds, of pages that nobody works on (__try_to_reclaim_swap).
+    fn reclaim_cache_only<C: Context + ?Sized>(&self, cx: &mut C) {
+        let frames = self.frames();
+        let slots = self.swap().slots.lock(cx);
+        let unneeded = slots.iter().filter(|slot| slot.ptes == 0).filter_map(|slot| slot.cached);
+        let held: Vec<Pfn> = unneeded.filter(|&pfn| frames.try_get(pfn, 1)).collect();
+        drop(slots);
+        for pfn in held {
+            if let Some(lock) = frames.trylock_page(cx, pfn) {
+                self.try_to_free_swap(cx, pfn);
+                drop(lock);
+            }
+            frames.put(pfn, 1);
+        }
+    }
+
+    fn take_slot<C: Context + ?Sized>(&self, cx: &mut C, pfn: Pfn) -> bool {
         let mut slots = self.swap().slots.lock(cx);
         let Some(index) = slots.iter().position(State::is_free) else { return false };
         slots[index].cached = Some(pfn);
