@@ -288,6 +288,10 @@ fn end(cx: &mut MaySleep<'_>, stage: Stage, oracle: &Oracle) {
         user.mmput(cx);
     }
     drop((mm, file));
+    // What a locked page left behind in the swap cache is reclaim's to find, as in the kernel.
+    for frame in machine.swap_cache(cx) {
+        machine.reclaim_page(cx, frame, true);
+    }
     let (free, total) = (machine.frames().free_frames(), machine.frames().total_frames());
     if free != total {
         oracle.broken(Rule::Frames, format!("{} of {total} frames are never free again", total - free));

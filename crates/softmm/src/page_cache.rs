@@ -329,18 +329,19 @@ impl File {
         &'f self,
         cx: &mut MaySleep<'_>,
         index: u64,
-        page: LockedPage<'f>,
+        mut page: LockedPage<'f>,
     ) -> Result<(), LockedPage<'f>> {
+        let pfn = page.pfn();
         let mut pages = self.pages.lock(cx);
-        if !self.frames().freeze(page.pfn(), 2) {
+        if !self.frames().freeze(pfn, 2) {
             drop(pages);
             return Err(page);
         }
-        self.frames().clear_mapping(page.pfn());
+        page.counted = false;
+        self.frames().clear_mapping(pfn);
         pages.remove(&index);
         drop(pages);
-        let pfn = page.pfn();
-        page.forget_reference();
+        drop(page);
         self.frames().free_frozen(pfn);
         Ok(())
     }
@@ -396,10 +397,6 @@ impl<'f> LockedPage<'f> {
 
     /// The reference is a mapping's from now on; the page stays locked.
     pub(crate) fn give_reference_to_mapping(&mut self) {
-        self.counted = false;
-    }
-
-    fn forget_reference(mut self) {
         self.counted = false;
     }
 
