@@ -49,6 +49,7 @@ mod bitmap;
 pub mod cow;
 pub mod error;
 pub mod exit;
+pub mod fail;
 pub mod fault;
 pub mod fault_file;
 pub mod fork;
@@ -85,6 +86,7 @@ pub mod zap;
 pub use error::{
     AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, OutOfMemory, UprobeError,
 };
+pub use fail::Allocation;
 pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};
 pub use gup::{Foll, FollRef, UserPages};
 pub use ksm::Merge;

@@ -2,8 +2,8 @@
 //! A machine: frames, page-table pages, CPUs and the kernel version that runs on it. Its mms share these and nothing
 //! else. There is no global state: two machines do not know of each other, so that tests and explorations do not.
 
-use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
+use crate::fail::{Allocation, FailNth};
 use crate::frame::Frames;
 use crate::ksm::StableNodes;
 use crate::mm::{Mm, MmUser};
@@ -119,21 +119,21 @@ impl Machine {
         self.tables.in_use()
     }
 
-    /// Makes the `n`th allocation from now (1 is the next) fail once, though there is enough (the kernel's
-    /// fail-nth). 0: none.
-    pub fn fail_nth(&self, what: OutOfMemory, n: u64) {
-        self.free_list(what).fail_nth(n);
+    /// Makes the `n`th allocation of `what` from now (1 is the next) fail once, though there is enough. 0: none.
+    pub fn fail_nth(&self, what: Allocation, n: u64) {
+        self.failures(what).set(n);
     }
 
     /// Is the failure that was asked for still to come?
-    pub fn failure_is_due(&self, what: OutOfMemory) -> bool {
-        self.free_list(what).failure_is_due()
+    pub fn failure_is_due(&self, what: Allocation) -> bool {
+        self.failures(what).is_due()
     }
 
-    fn free_list(&self, what: OutOfMemory) -> &Bitmap {
+    fn failures(&self, what: Allocation) -> &FailNth {
         match what {
-            OutOfMemory::Frames => self.frames.bitmap(),
-            OutOfMemory::Tables => self.tables.bitmap(),
+            Allocation::Frame => &self.frames.bitmap().fail,
+            Allocation::Table => &self.tables.bitmap().fail,
+            Allocation::SwapSlot => &self.swap.fail,
         }
     }
 

@@ -13,6 +13,7 @@
 //! Lock order: `page_lock`, `ptl` -> `swap_lock`, a leaf.
 
 use crate::error::OutOfMemory;
+use crate::fail::FailNth;
 use crate::frame::FrameId;
 use crate::machine::Machine;
 use interleave::{Context, LockClass, MaySleep, SpinLock};
@@ -41,11 +42,15 @@ impl State {
 /// See the module.
 pub struct Swap {
     slots: SpinLock<Box<[State]>>,
+    pub(crate) fail: FailNth,
 }
 
 impl Swap {
     pub(crate) fn new(slots: u32) -> Swap {
-        Swap { slots: SpinLock::new(&SWAP_LOCK, (0..slots).map(|_| State::default()).collect()) }
+        Swap {
+            slots: SpinLock::new(&SWAP_LOCK, (0..slots).map(|_| State::default()).collect()),
+            fail: FailNth::never(),
+        }
     }
 
     /// Slots that hold contents or wait for them.
@@ -87,6 +92,9 @@ impl Machine {
 
     /// add_to_swap: gives the page a slot. False: none is free. The page is locked, held and in no slot.
     pub(crate) fn add_to_swap<C: Context + ?Sized>(&self, cx: &mut C, pfn: Pfn) -> bool {
+        if self.swap().fail.fails_now() {
+            return false;
+        }
         if self.take_slot(cx, pfn) {
             return true;
         }

@@ -4,43 +4,20 @@
 
 mod common;
 
+use common::failure::Failure;
 use common::range;
 use interleave::{AtomicBool, AtomicU64, MaySleep, Ordering, scope};
 use mmu_notifier::PageAddr;
 use softmm::uprobes::BREAKPOINT;
 use softmm::{
-    AccessError, Config, FaultError, File, FileError, FileKind, Foll, ForkError, KernelProfile, Machine,
-    MapKind, Mm, MmUser, OutOfMemory, Placement, Prot, Reclaimed, UprobeError,
+    AccessError, Allocation, Config, FaultError, File, FileKind, Foll, KernelProfile, Machine, MapKind, Mm,
+    MmUser, Placement, Prot, Reclaimed,
 };
 use std::sync::Arc;
 
-fn of_fault(error: FaultError) -> OutOfMemory {
-    match error {
-        FaultError::OutOfMemory(error) => error,
-        error => panic!("{error}"),
-    }
-}
-
-fn of_access(error: AccessError) -> OutOfMemory {
-    match error {
-        AccessError::Fault(error) => of_fault(error),
-        error => panic!("{error}"),
-    }
-}
-
-fn of_file(error: FileError) -> OutOfMemory {
-    match error {
-        FileError::OutOfMemory(error) => error,
-        error => panic!("{error}"),
-    }
-}
-
-fn of_probe(error: UprobeError) -> OutOfMemory {
-    match error {
-        UprobeError::OutOfMemory(error) => error,
-        UprobeError::File(error) => of_file(error),
-        error => panic!("{error}"),
-    }
+/// What was missing, of an error that must be for lack of memory.
+fn missing<E: Failure + std::fmt::Debug>(error: E) -> Allocation {
+    error.allocation().unwrap_or_else(|| panic!("{error:?}"))
 }
 
 /// Everything on files that allocates, once.
@@ -49,7 +26,7 @@ fn script(
     files: &[Arc<File>],
     user: &MmUser,
     child: &mut Option<MmUser>,
-) -> Result<(), OutOfMemory> {
+) -> Result<(), Allocation> {
     let cpu = &user.machine().cpus()[0];
     for (n, file) in files.iter().enumerate() {
         let at = 508 + 8 * n as u64;
@@ -59,26 +36,23 @@ fn script(
             .unwrap();
         user.mmap_file(cx, Placement::Fixed(range(at + 6, 1)), Prot::Read, file, 0, MapKind::Private)
             .unwrap();
-        file.write(cx, 2, 0, 1).map_err(of_file)?;
-        cpu.load(cx, user, (at + 4) << 12).map_err(of_access)?;
-        cpu.store(cx, user, at << 12, 1).map_err(of_access)?;
-        cpu.store(cx, user, (at + 1) << 12, 1).map_err(of_access)?;
-        cpu.store(cx, user, (at + 3) << 12, 2).map_err(of_access)?;
-        cpu.load(cx, user, (at + 6) << 12).map_err(of_access)?;
+        file.write(cx, 2, 0, 1).map_err(missing)?;
+        cpu.load(cx, user, (at + 4) << 12).map_err(missing)?;
+        cpu.store(cx, user, at << 12, 1).map_err(missing)?;
+        cpu.store(cx, user, (at + 1) << 12, 1).map_err(missing)?;
+        cpu.store(cx, user, (at + 3) << 12, 2).map_err(missing)?;
+        cpu.load(cx, user, (at + 6) << 12).map_err(missing)?;
         if file.kind() != FileKind::Xip {
-            file.uprobe_register(cx, 0, 0).map_err(of_probe)?;
+            file.uprobe_register(cx, 0, 0).map_err(missing)?;
             let page = range(at + 4, 1);
-            user.get_user_pages(cx, page, Foll::PIN.longterm()).map(drop).map_err(of_fault)?;
+            user.get_user_pages(cx, page, Foll::PIN.longterm()).map(drop).map_err(missing)?;
         }
     }
-    let forked = user.fork(cx).map_err(|error| match error {
-        ForkError::OutOfMemory(error) => error,
-        ForkError::Exited => panic!("{error}"),
-    })?;
+    let forked = user.fork(cx).map_err(missing)?;
     let child = child.insert(forked);
-    cpu.store(cx, child, 511 << 12, 3).map_err(of_access)?;
+    cpu.store(cx, child, 511 << 12, 3).map_err(missing)?;
     for file in files.iter().filter(|file| file.kind() != FileKind::Xip) {
-        file.uprobe_unregister(cx, 0, 0).map_err(of_probe)?;
+        file.uprobe_unregister(cx, 0, 0).map_err(missing)?;
     }
     Ok(())
 }
@@ -87,13 +61,13 @@ fn script(
 fn fails_at(
     cx: &mut MaySleep<'_>,
     profile: KernelProfile,
-    what: OutOfMemory,
+    what: Allocation,
     nth: u64,
-) -> (Result<(), OutOfMemory>, bool) {
+) -> (Result<(), Allocation>, bool) {
     let machine = Machine::new(Config { profile, ..Config::default() });
     let files = [FileKind::Regular, FileKind::Shmem, FileKind::Xip].map(|kind| machine.new_file(kind, 2));
     machine.fail_nth(what, nth);
-    let result = machine.new_mm().and_then(|user| {
+    let result = machine.new_mm().map_err(missing).and_then(|user| {
         let mut child = None;
         let result = script(cx, &files, &user, &mut child);
         child.into_iter().for_each(|child| child.mmput(cx));
@@ -116,7 +90,7 @@ fn fails_at(
 fn every_allocation_on_files_fails_cleanly() {
     MaySleep::enter(|cx| {
         for profile in KernelProfile::ALL {
-            for (what, at_least) in [(OutOfMemory::Frames, 14), (OutOfMemory::Tables, 10)] {
+            for (what, at_least) in [(Allocation::Frame, 14), (Allocation::Table, 10)] {
                 let mut nth = 1;
                 while let (result, false) = fails_at(cx, profile, what, nth) {
                     assert_eq!(result, Err(what), "{}: allocation {nth}", profile.name);
