@@ -151,6 +151,20 @@ macro_rules! atomic {
                 self.access(OpKind::Rmw, |v| v.compare_exchange(current, new, success, failure))
             }
 
+            /// The value for a [`Digest`](crate::Digest): no access, and no scheduling point. To be looked at where
+            /// nobody changes it.
+            #[inline]
+            pub fn peek(&self) -> $value {
+                self.value.load(Ordering::Relaxed)
+            }
+
+            /// Which atomic it is, for a [`Digest`](crate::Digest) of what refers to it: the same in every execution
+            /// in which the same thread makes it as its n-th object. 0 outside exploration.
+            pub fn identity(&self) -> u64 {
+                let engine = world::active().and_then(World::engine);
+                engine.map_or(0, |engine| engine.key_of(self.birth.op(OpKind::Load, None, Location::caller()).object))
+            }
+
             /// The value, without an atomic access: nobody else has it.
             #[inline]
             pub fn get_mut(&mut self) -> &mut $value {

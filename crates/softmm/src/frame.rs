@@ -33,7 +33,7 @@ use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use crate::swap::Slot;
 use interleave::{
-    AtomicBool, AtomicU32, AtomicU64, Context, LockClass, MaySleep, Mutex, MutexGuard, Ordering,
+    AtomicBool, AtomicU32, AtomicU64, Context, Digest, LockClass, MaySleep, Mutex, MutexGuard, Ordering,
 };
 use mmu_notifier::{PAGE_SHIFT, PageAddr, Pfn};
 
@@ -57,6 +57,12 @@ pub struct FrameId {
     pub pfn: Pfn,
     /// Which of its lives.
     pub generation: u64,
+}
+
+impl Digest for FrameId {
+    fn digest(&self) -> u64 {
+        (self.pfn.0, self.generation).digest()
+    }
 }
 
 /// Access to a frame that is free, or has been freed and given to somebody else.
@@ -114,7 +120,7 @@ impl Frames {
                     exclusive: AtomicBool::new(false),
                     dirty: AtomicBool::new(false),
                     generation: AtomicU64::new(0),
-                    lock: Mutex::new(&PAGE_LOCK, ()),
+                    lock: Mutex::with_digest(&PAGE_LOCK, (), <()>::digest),
                     file: AtomicBool::new(false),
                     mapping: AtomicU64::new(0),
                     anon_vma: AtomicU64::new(0),

@@ -12,7 +12,7 @@ use crate::profile::KernelProfile;
 use crate::rmap::AnonVmas;
 use crate::swap::Swap;
 use crate::tlb::Cpu;
-use interleave::{AtomicU64, LockClass, Mutex, Ordering, RwLock};
+use interleave::{AtomicU64, Digest, LockClass, Mutex, Ordering, RwLock};
 use mmu_notifier::PAGE_SIZE;
 use std::sync::Arc;
 
@@ -82,9 +82,9 @@ impl Machine {
             tables: Tables::new(config.tables),
             swap: Swap::new(config.swap_slots),
             anon_vmas: AnonVmas::new(),
-            ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
+            ksm: Mutex::with_digest(&KSM_THREAD_MUTEX, (), <()>::digest),
             stable_nodes: StableNodes::new(),
-            dup_mmap_sem: RwLock::new(&DUP_MMAP_SEM, ()),
+            dup_mmap_sem: RwLock::with_digest(&DUP_MMAP_SEM, (), <()>::digest),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
             config,

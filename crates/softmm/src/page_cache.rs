@@ -29,7 +29,7 @@ use crate::frame::Frames;
 use crate::machine::Machine;
 use crate::rmap_file::IMmap;
 use crate::uprobes::Place;
-use interleave::{AtomicU64, LockClass, MaySleep, Mutex, MutexGuard, Ordering, RwLock, SpinLock};
+use interleave::{AtomicU64, Digest, LockClass, MaySleep, Mutex, MutexGuard, Ordering, RwLock, SpinLock};
 use mmu_notifier::Pfn;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -89,6 +89,10 @@ pub struct File {
     pub(crate) uprobes: SpinLock<BTreeMap<Place, u64>>,
 }
 
+fn digest_pages(pages: &BTreeMap<u64, Pfn>) -> u64 {
+    pages.iter().map(|(&index, &pfn)| (index, pfn.0)).collect::<Vec<_>>().digest()
+}
+
 /// The page is not there and cannot be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NoPage {
@@ -105,15 +109,15 @@ impl Machine {
             id: self.fresh_id(),
             kind,
             machine: self.clone(),
-            inode_lock: Mutex::new(&INODE_LOCK, ()),
-            invalidate_lock: RwLock::new(&INVALIDATE_LOCK, ()),
+            inode_lock: Mutex::with_digest(&INODE_LOCK, (), <()>::digest),
+            invalidate_lock: RwLock::with_digest(&INVALIDATE_LOCK, (), <()>::digest),
             size: AtomicU64::new(pages),
-            pages: SpinLock::new(&I_PAGES, BTreeMap::new()),
-            i_mmap: RwLock::new(&I_MMAP, IMmap::default()),
-            disk: SpinLock::new(&DISK, BTreeMap::new()),
-            xip_sparse: Mutex::new(&XIP_SPARSE, None),
-            register_rwsem: Mutex::new(&REGISTER_RWSEM, ()),
-            uprobes: SpinLock::new(&UPROBES, BTreeMap::new()),
+            pages: SpinLock::with_digest(&I_PAGES, BTreeMap::new(), digest_pages),
+            i_mmap: RwLock::with_digest(&I_MMAP, IMmap::default(), IMmap::digest),
+            disk: SpinLock::with_digest(&DISK, BTreeMap::new(), BTreeMap::digest),
+            xip_sparse: Mutex::with_digest(&XIP_SPARSE, None, |sparse| sparse.map(|pfn: Pfn| pfn.0).digest()),
+            register_rwsem: Mutex::with_digest(&REGISTER_RWSEM, (), <()>::digest),
+            uprobes: SpinLock::with_digest(&UPROBES, BTreeMap::new(), BTreeMap::digest),
         })
     }
 }

@@ -16,7 +16,7 @@ use crate::error::OutOfMemory;
 use crate::fail::FailNth;
 use crate::frame::FrameId;
 use crate::machine::Machine;
-use interleave::{Context, LockClass, MaySleep, SpinLock};
+use interleave::{Context, Digest, LockClass, MaySleep, SpinLock};
 use mmu_notifier::Pfn;
 
 static SWAP_LOCK: LockClass = LockClass::new("swap_lock");
@@ -31,6 +31,12 @@ struct State {
     ptes: u32,
     cached: Option<Pfn>,
     contents: Box<[u64]>,
+}
+
+impl Digest for State {
+    fn digest(&self) -> u64 {
+        (self.ptes, self.cached.map(|pfn| pfn.0), &self.contents).digest()
+    }
 }
 
 impl State {
@@ -48,7 +54,11 @@ pub struct Swap {
 impl Swap {
     pub(crate) fn new(slots: u32) -> Swap {
         Swap {
-            slots: SpinLock::new(&SWAP_LOCK, (0..slots).map(|_| State::default()).collect()),
+            slots: SpinLock::with_digest(
+                &SWAP_LOCK,
+                (0..slots).map(|_| State::default()).collect(),
+                <Box<[State]>>::digest,
+            ),
             fail: FailNth::never(),
         }
     }

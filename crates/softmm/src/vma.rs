@@ -8,7 +8,7 @@
 //! two vmas with different ones stay apart, which makes two notified ranges out of one.
 
 use crate::page_cache::{File, FileKind};
-use interleave::{AtomicU64, Ordering};
+use interleave::{AtomicU64, Digest, Ordering};
 use mmu_notifier::{PAGE_SHIFT, PageAddr, Range};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -177,6 +177,20 @@ pub(crate) struct VmaTree {
     vmas: BTreeMap<u64, Vma>,
     /// The last user is gone.
     pub(crate) exited: bool,
+}
+
+impl Digest for Vma {
+    fn digest(&self) -> u64 {
+        let file = self.file.as_ref().map(|file| (file.file.id(), file.pgoff, file.shared));
+        let place = (self.range.start(), self.range.end(), self.prot as u8);
+        (place, self.anon_vma.peek(), &self.inherited, self.accounted, self.mergeable, file).digest()
+    }
+}
+
+impl Digest for VmaTree {
+    fn digest(&self) -> u64 {
+        (&self.vmas, self.exited).digest()
+    }
 }
 
 impl VmaTree {
