@@ -47,7 +47,7 @@ words!(bool, u32, u64, i64, usize);
 /// Announces an access, does it, and says what came of it: `access` returns its result, and the value to tell.
 #[cold]
 #[inline(never)]
-fn explored<R>(
+pub(crate) fn explored<R>(
     world: &dyn World,
     birth: Birth,
     kind: OpKind,

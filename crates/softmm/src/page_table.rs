@@ -18,7 +18,9 @@
 use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use crate::pte::Pte;
-use interleave::{Atomic, AtomicU64, Context, Digest, LockClass, MaySleep, Ordering, SpinGuard, SpinLock};
+use interleave::{
+    Atomic, AtomicWord, AtomicWords, Context, Digest, LockClass, MaySleep, Ordering, SpinGuard, SpinLock,
+};
 use mmu_notifier::{PAGE_SHIFT, PageAddr, Range, TASK_SIZE};
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
@@ -36,7 +38,7 @@ pub(crate) struct TableId(u32);
 
 struct Table {
     ptl: SpinLock<()>,
-    entries: Box<[AtomicU64]>,
+    entries: AtomicWords,
 }
 
 /// All page-table pages of a machine. A free one is all zero.
@@ -49,7 +51,7 @@ impl Tables {
     pub(crate) fn new(count: u32) -> Tables {
         let table = || Table {
             ptl: SpinLock::with_digest(&PTL, (), <()>::digest),
-            entries: (0..ENTRIES).map(|_| AtomicU64::new(0)).collect(),
+            entries: AtomicWords::new(ENTRIES, 0),
         };
         Tables { tables: (0..count).map(|_| table()).collect(), allocated: Bitmap::new(count as usize) }
     }
@@ -77,8 +79,8 @@ impl Tables {
         &self.tables[id.0 as usize].ptl
     }
 
-    fn entry(&self, id: TableId, index: usize) -> &AtomicU64 {
-        &self.tables[id.0 as usize].entries[index]
+    fn entry(&self, id: TableId, index: usize) -> AtomicWord<'_> {
+        self.tables[id.0 as usize].entries.word(index)
     }
 }
 
@@ -235,7 +237,7 @@ pub(crate) struct Ptes<'l> {
 }
 
 impl Ptes<'_> {
-    fn entry(&self, page: PageAddr) -> &AtomicU64 {
+    fn entry(&self, page: PageAddr) -> AtomicWord<'_> {
         self.tables.entry(self.leaf, index_at(0, page.get()))
     }
 
