@@ -10,6 +10,8 @@
 
 mod command;
 mod error;
+pub mod io_uring;
+pub mod pinned;
 
 use interleave::MaySleep;
 use mmu_notifier::{Access, PrimaryMmu, Range};
@@ -51,6 +53,11 @@ pub trait Device<M: PrimaryMmu>: Send + Sync {
 
     /// The limits.
     fn limits(&self) -> Limits;
+
+    /// What a mapping for `access` allows: some devices can do nothing but write.
+    fn rights(&self, access: Access) -> Access {
+        access
+    }
 
     /// Pins the pages of `range`, or faults them in.
     ///
