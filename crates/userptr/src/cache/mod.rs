@@ -150,6 +150,14 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
         self.get_if(addr, len, access, |w| w.subscription.read_retry_ordered(w.seq))
     }
 
+    /// As [`get`](Self::get) without registering anything: a hit or nothing. Any context.
+    #[inline]
+    pub fn lookup(&self, addr: usize, len: usize, access: Access) -> Option<Lease<'_, M, D>> {
+        let want = Range::enclosing(addr as u64, len as u64).ok()?;
+        let held = self.core.hit(want, access, |w| w.subscription.read_retry(w.seq))?;
+        Some(Lease::new(&self.core, held, addr as u64, len as u64))
+    }
+
     #[inline]
     fn get_if(
         &self,

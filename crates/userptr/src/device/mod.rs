@@ -9,6 +9,7 @@
 //! A device belongs to one primary MMU type, so the same consumer runs over the running kernel and over softmm.
 
 mod command;
+pub mod cpu;
 mod error;
 pub mod io_uring;
 pub mod pinned;
