@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use hostmm::kvm::{self, KvmSource};
+use hostmm::page::{Maps, PageError, PidOrSelf};
 use hostmm::primary::{HostError, HostMm, KvmWatch, LiveWatch, Source};
 use hostmm::uffd::{self, UffdSource};
 use mmu_notifier::primary::{After, Gone, Invalidate, SubscribeError, Unheard};
@@ -17,19 +18,75 @@ use mmu_notifier::{InsideInvalidation, Range};
 /// Bytes of the ring that the callbacks of the kvm source are fed from.
 const RING: u32 = 1 << 17;
 
+/// userfaultfd, for the memory about which it tells everything that makes a pin stale: private and anonymous. What is
+/// behind a file or shared can be truncated, punched or detached without an event; it is refused.
+///
+/// Two things remain that the program does to its own pages and must tell by itself
+/// ([`RegistrationCache::invalidate`](crate::RegistrationCache::invalidate)): guard pages (MADV_GUARD_INSTALL), and a
+/// right that it takes away (mprotect).
+#[derive(Debug)]
+pub struct AnonymousUffd {
+    source: UffdSource,
+    maps: Maps,
+}
+
+impl AnonymousUffd {
+    /// With the mappings of this process.
+    ///
+    /// # Errors
+    /// [`PageError`], if they cannot be read.
+    pub fn new(source: UffdSource) -> Result<AnonymousUffd, PageError> {
+        Ok(AnonymousUffd { source, maps: Maps::open(PidOrSelf::Myself)? })
+    }
+}
+
+impl Source for AnonymousUffd {
+    type Delivery = After;
+    type Watch = uffd::Watch;
+    const FILES: bool = false;
+    const CANNOT_HEAR: &'static [Unheard] = <UffdSource as Source>::CANNOT_HEAR;
+
+    fn watch(
+        &self,
+        range: Range,
+        callback: Option<Arc<dyn Invalidate>>,
+    ) -> Result<uffd::Watch, SubscribeError> {
+        let watch = Source::watch(&self.source, range, callback)?;
+        // Asked last: what is mapped over it from here on is heard.
+        let vmas = self.maps.in_range(range);
+        let vmas = vmas.map_err(|e| SubscribeError::Source { range, source: e.into() })?;
+        match vmas.iter().find(|vma| vma.shared || vma.inode != 0) {
+            None => Ok(watch),
+            Some(vma) => {
+                let kind = if vma.shared { "shared" } else { "of a file" };
+                let why = format!(
+                    "{} is {kind}: userfaultfd does not tell when it is truncated, punched or detached; the kvm \
+                     source does",
+                    vma.range.intersection(range).unwrap_or(range)
+                );
+                Err(SubscribeError::Unsupported { range, why })
+            }
+        }
+    }
+
+    fn settle(&self) -> Result<(), Gone> {
+        self.source.settle()
+    }
+}
+
 /// One of the sources, or none.
 #[derive(Debug)]
 pub enum AnySource {
     /// Complete.
     Kvm(KvmSource),
-    /// Anonymous and shared memory; munmap, mremap, madvise.
-    Uffd(UffdSource),
+    /// Private anonymous memory; munmap, mremap, madvise.
+    Uffd(AnonymousUffd),
     /// Nothing is heard.
     None {
         /// Why not `kvm`.
         kvm: kvm::OpenError,
         /// Why not `uffd`.
-        uffd: uffd::OpenError,
+        uffd: Box<dyn std::error::Error + Send + Sync>,
     },
 }
 
@@ -40,11 +97,15 @@ impl AnySource {
         let options = kvm::Options { ring: Some(RING), ..kvm::Options::default() };
         match KvmSource::open(&options) {
             Ok(source) => AnySource::Kvm(source),
-            Err(kvm) => match UffdSource::open(&uffd::Options::default()) {
+            Err(kvm) => match AnySource::open_uffd() {
                 Ok(source) => AnySource::Uffd(source),
                 Err(uffd) => AnySource::None { kvm, uffd },
             },
         }
+    }
+
+    fn open_uffd() -> Result<AnonymousUffd, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(AnonymousUffd::new(UffdSource::open(&uffd::Options::default())?)?)
     }
 
     /// `kvm`, `uffd` or `none`.

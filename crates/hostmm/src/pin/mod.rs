@@ -158,6 +158,15 @@ impl Pinner {
         }
     }
 
+    /// Is this the process whose pages the table holds? A load.
+    ///
+    /// # Errors
+    /// [`PinError::Forked`].
+    #[inline]
+    pub fn check_owner(&self) -> Result<(), PinError> {
+        self.0.check_owner()
+    }
+
     /// How many bytes are pinned through this table, freed memory included.
     #[must_use]
     pub fn pinned_bytes(&self) -> u64 {

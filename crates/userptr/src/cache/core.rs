@@ -21,6 +21,7 @@ use crate::device::Device;
 
 pub(super) static BOOKS: LockClass = LockClass::new("userptr_books");
 static REAPER: LockClass = LockClass::new("userptr_reaper");
+static ROOM: LockClass = LockClass::new("userptr_room");
 
 /// A registration: what the device has of a range, and what tells whether it is still good.
 pub(super) struct Registration<M: PrimaryMmu, D: Device<M>> {
@@ -105,6 +106,8 @@ pub(super) struct Books {
     pub(super) leased: Vec<u32>,
     /// Held or about to be held by the device, whatever has become of the memory.
     pub(super) bytes: u64,
+    /// Dead entries that somebody is letting go at this moment.
+    pub(super) going: usize,
     /// The clock's.
     pub(super) hand: usize,
     /// Why the last range that nobody would hear of was not cached.
@@ -122,6 +125,8 @@ pub(super) struct Core<M: PrimaryMmu, D: Device<M>> {
     dead: AtomicU64,
     /// The reaper sleeps here.
     pub(super) reaper: WaitQueue,
+    /// Who needs room sleeps here until somebody has let go of something.
+    pub(super) room: WaitQueue,
     pub(super) stop: AtomicBool,
     /// A lease of a dead entry has ended.
     pub(super) kicked: AtomicBool,
@@ -141,6 +146,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             free: (0..entries as u32).rev().collect(),
             leased: Vec::with_capacity(entries),
             bytes: 0,
+            going: 0,
             hand: 0,
             warning: None,
         };
@@ -152,6 +158,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             books: Mutex::new(&BOOKS, books),
             dead: AtomicU64::new(0),
             reaper: WaitQueue::new(&REAPER),
+            room: WaitQueue::new(&ROOM),
             stop: AtomicBool::new(false),
             kicked: AtomicBool::new(false),
             counters: Counters::new(),

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases: the right to use a registration until they are dropped.
 
-use std::marker::PhantomData;
-
 use mmu_notifier::Access;
 use mmu_notifier::primary::{PrimaryMmu, Subscription};
 
@@ -97,19 +95,24 @@ impl<M: PrimaryMmu, D: Device<M>> Drop for Lease<'_, M, D> {
 #[must_use]
 pub struct SliceLease<'c, 'b, M: PrimaryMmu, D: Device<M>> {
     lease: Lease<'c, M, D>,
-    bytes: PhantomData<&'b [u8]>,
+    bytes: &'b [u8],
 }
 
 /// A lease of bytes that are borrowed mutably meanwhile.
 #[must_use]
 pub struct SliceMutLease<'c, 'b, M: PrimaryMmu, D: Device<M>> {
     lease: Lease<'c, M, D>,
-    bytes: PhantomData<&'b mut [u8]>,
+    bytes: &'b mut [u8],
 }
 
 impl<'c, 'b, M: PrimaryMmu, D: Device<M>> SliceLease<'c, 'b, M, D> {
-    pub(super) fn new(lease: Lease<'c, M, D>, _: &'b [u8]) -> Self {
-        SliceLease { lease, bytes: PhantomData }
+    pub(super) fn new(lease: Lease<'c, M, D>, bytes: &'b [u8]) -> Self {
+        SliceLease { lease, bytes }
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &'b [u8] {
+        self.bytes
     }
 
     /// The lease.
@@ -119,8 +122,18 @@ impl<'c, 'b, M: PrimaryMmu, D: Device<M>> SliceLease<'c, 'b, M, D> {
 }
 
 impl<'c, 'b, M: PrimaryMmu, D: Device<M>> SliceMutLease<'c, 'b, M, D> {
-    pub(super) fn new(lease: Lease<'c, M, D>, _: &'b mut [u8]) -> Self {
-        SliceMutLease { lease, bytes: PhantomData }
+    pub(super) fn new(lease: Lease<'c, M, D>, bytes: &'b mut [u8]) -> Self {
+        SliceMutLease { lease, bytes }
+    }
+
+    /// The bytes, between transfers.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes
+    }
+
+    /// The bytes, between transfers.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.bytes
     }
 
     /// The lease.

@@ -22,6 +22,7 @@
 //! (application)
 //!   userptr_books      who has what; nothing is called with it held
 //! userptr_reaper       wait queue of the reaper
+//! userptr_room         wait queue of those for whom there is no room
 //! ```
 //! No thread is ever waited for with `userptr_books` held, so that a holder may even munmap subscribed memory (as
 //! allocators do).
@@ -185,7 +186,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     /// # Errors
     /// [`CacheError`].
     pub fn lease<'b>(&self, bytes: &'b [u8]) -> Result<SliceLease<'_, 'b, M, D>, CacheError> {
-        let lease = self.get(bytes.as_ptr().addr(), bytes.len(), Access::Read)?;
+        let lease = self.get(bytes.as_ptr().expose_provenance(), bytes.len(), Access::Read)?;
         Ok(SliceLease::new(lease, bytes))
     }
 
@@ -194,7 +195,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     /// # Errors
     /// [`CacheError`].
     pub fn lease_mut<'b>(&self, bytes: &'b mut [u8]) -> Result<SliceMutLease<'_, 'b, M, D>, CacheError> {
-        let lease = self.get(bytes.as_ptr().addr(), bytes.len(), Access::Write)?;
+        let lease = self.get(bytes.as_mut_ptr().expose_provenance(), bytes.len(), Access::Write)?;
         Ok(SliceMutLease::new(lease, bytes))
     }
 

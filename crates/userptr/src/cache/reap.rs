@@ -47,6 +47,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             }
         });
         books.leased = leased;
+        books.going += gone.len();
         drop(books);
         let reaped = gone.len();
         for (index, registration) in gone {
@@ -65,8 +66,10 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         let mut books = self.books.lock(cx);
         books.bytes -= range.len();
         books.free.push(index);
-        drop(books);
+        books.going -= 1;
         self.counters.released.add(1);
+        drop(books);
+        self.room.wake_all();
     }
 
     /// The one lease of a registration that nobody else finds has ended. Where the caller may not sleep, somebody else
@@ -80,9 +83,22 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         }
     }
 
-    /// Lets go of something; `false` if everything is leased.
+    /// Lets go of something, or waits until somebody else has; `false` if everything is leased.
     pub(super) fn make_room(&self, cx: &mut MaySleep<'_>) -> bool {
-        self.reap(cx) > 0 || (self.evict(cx, EVICT) > 0 && self.reap(cx) > 0)
+        let before = self.counters.released.get();
+        if self.reap(cx) > 0 {
+            return true;
+        }
+        self.evict(cx, EVICT);
+        if self.reap(cx) > 0 {
+            return true;
+        }
+        // The reaper may have been faster.
+        let others = self.books.lock(cx).going > 0;
+        if others {
+            self.room.wait_event(cx, || self.counters.released.get() != before);
+        }
+        others || self.counters.released.get() != before
     }
 
     /// Takes up to `count` entries out of use that nobody leases and nobody used lately (the clock, a cheap LRU). How

@@ -78,9 +78,12 @@ impl IoUring {
     /// another.
     ///
     /// # Errors
-    /// [`io::ErrorKind::Unsupported`] on a ring of the program's own, or where the caller must not sleep.
+    /// [`io::ErrorKind::Unsupported`] on a ring of the program's own, or where the caller must not sleep;
+    /// [`io::ErrorKind::PermissionDenied`] in a forked child.
     pub fn scope<'env>(&'env self, f: impl FnOnce(&mut Io<'_, 'env>)) -> io::Result<Vec<io::Result<usize>>> {
         let ring = self.ring.as_ref().ok_or(io::ErrorKind::Unsupported)?;
+        // In a child the slots hold the pages of its parent, and so may somebody the lock.
+        self.pinner.check_owner().map_err(|e| io::Error::new(io::ErrorKind::PermissionDenied, e))?;
         let done = MaySleep::try_enter(|cx| {
             let mut ring = ring.lock(cx);
             let mut io =
@@ -140,6 +143,8 @@ impl<'env> Io<'_, 'env> {
         offset: u64,
         into: &'env mut SliceMutLease<'_, '_, HostMm<S>, IoUring>,
     ) {
+        // The device writes by this borrow, which lasts longer than the scope.
+        into.bytes_mut().as_mut_ptr().expose_provenance();
         // SAFETY: the bytes are mutably borrowed for as long as `into` is, which is longer than the scope.
         unsafe { self.read_raw(file, offset, into.lease()) }
     }
