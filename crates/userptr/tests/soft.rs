@@ -4,10 +4,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use interleave::explore::{Config, Strategy, explore};
-use interleave::{AtomicU64, MaySleep, Ordering, scope};
-use mmu_notifier::primary::Pin;
-use mmu_notifier::{Access, PAGE_SIZE, PageAddr, Range};
+use interleave::explore::{Config, Report, Strategy, explore};
+use interleave::{AtomicU64, MaySleep, Ordering, Sleep, scope};
+use mmu_notifier::primary::{
+    CountedBefore, GupError, IdentityError, Invalidate, PageIdentity, Pin, PrimaryMmu, SeqMoved, SetSeq,
+    SubscribeError, Unheard,
+};
+use mmu_notifier::{Access, Invalidation, PAGE_SIZE, PageAddr, Range, WouldBlock};
 use softmm::{Machine, Mm, MmPin, Placement, Prot};
 use userptr::cache::{Admit, Options, Reaper, RegistrationCache, Verdict};
 use userptr::device::pinned::Pinned;
@@ -205,15 +208,84 @@ fn a_registration_that_fails_leaves_nothing() {
     });
 }
 
+/// A mm whose news reach a subscriber in another way.
+struct Told {
+    mm: Arc<Mm>,
+    how: How,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum How {
+    /// As softmm does: the change waits for the callback.
+    Blocks,
+    /// The sequence moves before the change, and the callback never comes: as late as a live source can be.
+    Late,
+    /// The control: nothing moves and nobody is called.
+    Never,
+}
+
+/// In place of a callback that does not come.
+struct Silent(How);
+
+impl Invalidate for Silent {
+    fn invalidate(
+        &self,
+        _: Sleep<'_, '_>,
+        _: &Invalidation,
+        seq: SetSeq<'_>,
+    ) -> Result<SeqMoved, WouldBlock> {
+        Ok(if self.0 == How::Never { seq.skip_against_the_rules() } else { seq.set() })
+    }
+}
+
+impl PrimaryMmu for Told {
+    type Delivery = CountedBefore;
+    type Subscription = <Mm as PrimaryMmu>::Subscription;
+    type Pin = MmPin;
+
+    fn subscribe(
+        &self,
+        cx: &mut MaySleep<'_>,
+        range: Range,
+        callback: Arc<dyn Invalidate>,
+    ) -> Result<Self::Subscription, SubscribeError> {
+        let callback = if self.how == How::Blocks { callback } else { Arc::new(Silent(self.how)) };
+        self.mm.subscribe(cx, range, callback)
+    }
+
+    fn fault_in(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<(), GupError> {
+        self.mm.fault_in(cx, range, access)
+    }
+
+    fn pin(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<MmPin, GupError> {
+        self.mm.pin(cx, range, access)
+    }
+
+    fn page_identity(&self, cx: &mut MaySleep<'_>, page: PageAddr) -> Result<PageIdentity, IdentityError> {
+        self.mm.page_identity(cx, page)
+    }
+
+    fn cannot_hear(&self) -> &'static [Unheard] {
+        &[]
+    }
+}
+
 /// One thread looks up and lets the device read, while another replaces the memory. The device must never show what was
 /// there before a replacement that was complete when the lookup began.
-fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>) {
+fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>, how: How, registered_before: bool) {
     let machine = Machine::new(softmm::Config::default());
     let user = machine.new_mm().unwrap();
-    let cache = Cache::new(user.clone(), Pinned { mappings: 4 }, options(2)).unwrap();
+    let mm = Arc::new(Told { mm: user.clone(), how });
+    let cache = RegistrationCache::new(mm, Pinned { mappings: 4 }, options(2)).unwrap();
     let range = pages(0, 1);
+    let look = || {
+        let lease = cache.get(range.start() as usize, PAGE_SIZE as usize, Access::Write).ok()?;
+        Some(see(&machine, lease.mapping(), range.first_page()))
+    };
     map(cx, &user, range, 1);
-    assert_eq!(device_sees(&cache, range), 1);
+    if registered_before {
+        assert_eq!(look(), Some(1));
+    }
     let complete = AtomicU64::new(1);
     scope(cx, |threads, _| {
         threads.spawn("replacer", |cx| {
@@ -224,23 +296,37 @@ fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>) {
         threads.spawn("reader", |_| {
             for _ in 0..2 {
                 let since = complete.load(Ordering::SeqCst);
-                // Nothing is mapped in between.
-                let Ok(lease) = get(&cache, range, Access::Write) else { continue };
-                let seen = see(&machine, lease.mapping(), range.first_page());
-                // Between munmap and store the page is new, and zero.
+                // Nothing is mapped in between, and between munmap and store the page is new, and zero.
+                let Some(seen) = look() else { continue };
                 assert!(seen >= since || (seen == 0 && since < 2), "sees {seen}, {since} was complete");
             }
         });
     });
-    assert_eq!(device_sees(&cache, range), 2);
+    assert_eq!(look(), Some(2));
     drop(cache);
     user.mmput(cx);
     assert_eq!(machine.frames().free_frames(), machine.frames().total_frames(), "a pin was leaked");
 }
 
+fn explored(how: How, registered_before: bool) -> Report {
+    let config = Config::new(Strategy::CachedPreemptions(2)).max_time(Duration::from_secs(8));
+    explore(&config, |cx| lookups_beside_a_replacement(cx, how, registered_before))
+}
+
 #[test]
 fn no_order_of_lookup_and_replacement_shows_the_past() {
-    let config = Config::new(Strategy::CachedPreemptions(2)).max_time(Duration::from_secs(15));
-    let report = explore(&config, lookups_beside_a_replacement);
-    report.assert_ok();
+    for how in [How::Blocks, How::Late] {
+        for registered_before in [true, false] {
+            let report = explored(how, registered_before);
+            assert!(report.executions > 100, "{report:?}");
+            report.assert_ok();
+        }
+    }
+}
+
+#[test]
+fn without_a_notifier_an_order_shows_the_past() {
+    for registered_before in [true, false] {
+        assert!(!explored(How::Never, registered_before).failures.is_empty(), "the control");
+    }
 }
