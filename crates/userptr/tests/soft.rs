@@ -309,7 +309,7 @@ fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>, how: How, registered_befo
 }
 
 fn explored(how: How, registered_before: bool) -> Report {
-    let config = Config::new(Strategy::CachedPreemptions(2)).max_time(Duration::from_secs(8));
+    let config = Config::new(Strategy::CachedPreemptions(2)).max_time(Duration::from_secs(4));
     explore(&config, |cx| lookups_beside_a_replacement(cx, how, registered_before))
 }
 
@@ -318,8 +318,8 @@ fn no_order_of_lookup_and_replacement_shows_the_past() {
     for how in [How::Blocks, How::Late] {
         for registered_before in [true, false] {
             let report = explored(how, registered_before);
-            assert!(report.executions > 100, "{report:?}");
             report.assert_ok();
+            assert!(report.executions > 100, "only {}", report.executions);
         }
     }
 }

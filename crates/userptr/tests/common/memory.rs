@@ -45,6 +45,16 @@ impl Memory {
         }
     }
 
+    /// All of it, copied.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.0.len() as usize];
+        // SAFETY: mapped by this test; nobody writes it meanwhile.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.0.start() as *const u8, bytes.as_mut_ptr(), bytes.len())
+        };
+        bytes
+    }
+
     pub(crate) fn load(&self) -> u64 {
         // SAFETY: as above.
         unsafe { (self.0.start() as *const u64).read_volatile() }
