@@ -72,7 +72,8 @@ impl IoUring {
     }
 
     /// Moves data between files and leased memory: `f` says what, and when this returns all of it has been done. One
-    /// result for each transfer, in the order asked for: bytes moved, as of read(2) and write(2).
+    /// result for each transfer, in the order asked for: bytes moved, or the error, as of read(2) and write(2); a signal can
+    /// interrupt one before it has begun.
     ///
     /// Transfers begin while `f` runs, and run beside each other in any order. Sleeps. One scope at a time, and none within
     /// another.
@@ -105,7 +106,7 @@ impl IoUring {
         offset: u64,
         into: &mut SliceMutLease<'_, '_, HostMm<S>, IoUring>,
     ) -> io::Result<usize> {
-        one(self.scope(|io| io.read(file.as_fd(), offset, into))?)
+        one(|| self.scope(|io| io.read(file.as_fd(), offset, into)))
     }
 
     /// Writes leased memory to `file` at `offset`. Sleeps.
@@ -118,12 +119,19 @@ impl IoUring {
         offset: u64,
         from: &Lease<'_, HostMm<S>, IoUring>,
     ) -> io::Result<usize> {
-        one(self.scope(|io| io.write(file.as_fd(), offset, from))?)
+        one(|| self.scope(|io| io.write(file.as_fd(), offset, from)))
     }
 }
 
-fn one(mut results: Vec<io::Result<usize>>) -> io::Result<usize> {
-    results.pop().unwrap_or_else(|| Err(io::ErrorKind::Other.into()))
+/// One transfer, again if a signal came before a byte was moved.
+fn one(mut transfer: impl FnMut() -> io::Result<Vec<io::Result<usize>>>) -> io::Result<usize> {
+    loop {
+        match transfer()?.pop() {
+            Some(Err(e)) if e.kind() == io::ErrorKind::Interrupted => {}
+            Some(result) => return result,
+            None => return Err(io::ErrorKind::Other.into()),
+        }
+    }
 }
 
 /// Transfers of one [`IoUring::scope`]. What they use outlives `'env`, and so the scope.
