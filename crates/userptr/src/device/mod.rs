@@ -10,6 +10,7 @@
 
 mod command;
 mod error;
+pub mod kvm;
 
 use interleave::MaySleep;
 use mmu_notifier::{Access, PrimaryMmu, Range};

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An address space of the device, and what is submitted in it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use hostmm::primary::{HostMm, Source};
+use interleave::{LockClass, MaySleep, Mutex};
+use mmu_notifier::primary::PrimaryMmu;
+use mmu_notifier::{Access, Range};
+
+use super::error::KvmError;
+use super::fence::KvmFence;
+use super::layout::{DEVICE_END, KERNEL_ROOT, LARGE, Op, SYSTEM, SYSTEM_END};
+use super::ppgtt;
+use super::queue::{Batch, JOB_SLOTS, Place, Slot};
+use super::{Inner, KvmDevice};
+use crate::device::{
+    Command, Device, DeviceAddr, DeviceError, Engine, Fault, Hold, Limits, SubmitError,
+};
+
+static MAPPINGS: LockClass = LockClass::new("kvm_device_mappings");
+
+/// Where mappings go that cannot have the program's own addresses: nothing of a program is usually there.
+const ELSEWHERE: u64 = 0x1000_0000_0000;
+
+/// One address space of a [`KvmDevice`], with an engine that works in it. Contexts of a device take turns.
+///
+/// Dropped, it waits until the device does not use it any more, and gives its page tables back.
+#[derive(Debug)]
+pub struct KvmContext {
+    device: Arc<Inner>,
+    pub(super) root: u64,
+    /// Device addresses in use: start, end.
+    mappings: Mutex<BTreeMap<u64, u64>>,
+}
+
+/// Memory that was present when [`Device::get_pages`] looked. Nothing is held.
+#[derive(Debug)]
+pub struct KvmPages {
+    range: Range,
+    access: Access,
+}
+
+/// Device addresses that lead to memory of the program. Take it away with [`Device::unmap`], or with the context.
+#[derive(Debug)]
+pub struct KvmMapping {
+    at: DeviceAddr,
+    pages: KvmPages,
+}
+
+impl KvmContext {
+    /// A new, empty address space.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn new(cx: &mut MaySleep<'_>, device: &KvmDevice) -> Result<KvmContext, KvmError> {
+        let device = Arc::clone(&device.inner);
+        let root = device.update(cx, Place::Any, |_, pool, update| {
+            ppgtt::create(pool, update).map_err(|_| KvmError::NoTables)
+        })?;
+        Ok(KvmContext { device, root, mappings: Mutex::new(&MAPPINGS, BTreeMap::new()) })
+    }
+
+    pub(super) fn map_range(
+        &self,
+        cx: &mut MaySleep<'_>,
+        range: Range,
+        access: Access,
+        at: Option<DeviceAddr>,
+    ) -> Result<DeviceAddr, DeviceError> {
+        let refuse = |at: u64, why: &str| DeviceError::Address { range, at: DeviceAddr(at), why: why.to_owned() };
+        let mut mappings = self.mappings.lock(cx);
+        let own = range.start();
+        let at = match at {
+            Some(at) if !at.0.is_multiple_of(mmu_notifier::PAGE_SIZE) => {
+                return Err(refuse(at.0, "it is not the first address of a page"));
+            }
+            Some(at) => at.0,
+            None if is_free(&mappings, own, range.len()) => own,
+            None => elsewhere(&mappings, range).ok_or_else(|| refuse(ELSEWHERE, "no room is left"))?,
+        };
+        if !is_device(at, range.len()) {
+            return Err(refuse(at, "there are no such device addresses"));
+        }
+        if !is_free(&mappings, at, range.len()) {
+            return Err(refuse(at, "something is mapped there"));
+        }
+        let broken = |e: KvmError| device_error(range, e);
+        let pieces = self.device.shared.windows.resolve(cx, range).map_err(broken)?;
+        let root = self.root;
+        self.device
+            .update(cx, Place::Any, |memory, pool, update| {
+                let mut va = at;
+                for (gpa, len) in pieces {
+                    update
+                        .map(pool, memory, root, va, gpa, len, access == Access::Write)
+                        .map_err(|_| KvmError::NoTables)?;
+                    va += len;
+                }
+                Ok(())
+            })
+            .map_err(broken)?;
+        mappings.insert(at, at + range.len());
+        Ok(DeviceAddr(at))
+    }
+
+    pub(super) fn unmap_range(&self, cx: &mut MaySleep<'_>, at: DeviceAddr, len: u64) {
+        let mut mappings = self.mappings.lock(cx);
+        let root = self.root;
+        // A device that is lost accesses nothing.
+        let _ = self.device.update(cx, Place::AnyFlush(root), |memory, _, update| {
+            update.unmap(memory, root, at.0, len);
+            Ok(())
+        });
+        mappings.remove(&at.0);
+    }
+
+    /// Hands over slots as they are: what [`Engine::submit`] refuses, too.
+    pub(super) fn submit_slots(
+        &self,
+        cx: &mut MaySleep<'_>,
+        slots: impl ExactSizeIterator<Item = Slot>,
+        planned: Option<Fault>,
+    ) -> Result<KvmFence, KvmError> {
+        let queue = &self.device.shared.queue;
+        if !queue.memory.is_owned() {
+            return Err(KvmError::Forked);
+        }
+        let batch = Batch::new(planned);
+        let mut slots = slots;
+        let mut index = 0;
+        let mut end = 0;
+        loop {
+            let job = slots.len().min(JOB_SLOTS);
+            let take = (0..job).map(|_| slots.next().unwrap_or(Slot::NOP));
+            match queue.submit(cx, Place::In(self.root), &batch, index, take).map_err(KvmError::Lost)? {
+                Some(position) => end = position,
+                None => break,
+            }
+            index += job;
+            if slots.len() == 0 {
+                break;
+            }
+        }
+        Ok(KvmFence { device: Arc::clone(&self.device), batch, end })
+    }
+}
+
+impl Drop for KvmContext {
+    fn drop(&mut self) {
+        let root = self.root;
+        let _ = MaySleep::try_enter(|cx| {
+            let away = self.device.update(cx, Place::In(KERNEL_ROOT), |_, _, _| Ok(()));
+            if away.is_ok() {
+                let _ = self.device.update(cx, Place::Any, |memory, _, update| {
+                    update.destroy(memory, root);
+                    Ok(())
+                });
+            }
+        });
+    }
+}
+
+fn is_device(at: u64, len: u64) -> bool {
+    forbidden(at, len).is_none()
+}
+
+/// The first of these addresses that no mapping can be at.
+fn forbidden(at: u64, len: u64) -> Option<u64> {
+    let end = at.saturating_add(len);
+    if at < SYSTEM_END && end > SYSTEM {
+        Some(at.max(SYSTEM))
+    } else if end > DEVICE_END {
+        Some(at.max(DEVICE_END))
+    } else {
+        None
+    }
+}
+
+fn is_free(mappings: &BTreeMap<u64, u64>, at: u64, len: u64) -> bool {
+    is_device(at, len) && mappings.range(..at + len).next_back().is_none_or(|(_, end)| *end <= at)
+}
+
+/// A free place with the same offset into a large page.
+fn elsewhere(mappings: &BTreeMap<u64, u64>, range: Range) -> Option<u64> {
+    let offset = range.start() % LARGE;
+    let mut at = ELSEWHERE + offset;
+    while !is_free(mappings, at, range.len()) {
+        let (_, end) = mappings.range(..at + range.len()).next_back()?;
+        at = end.next_multiple_of(LARGE) + offset;
+        if at >= SYSTEM {
+            return None;
+        }
+    }
+    Some(at)
+}
+
+fn device_error(range: Range, e: KvmError) -> DeviceError {
+    match e {
+        KvmError::Forked => DeviceError::Forked,
+        KvmError::NoTables | KvmError::NoWindow { .. } => DeviceError::Full { range, why: e.to_string() },
+        e => DeviceError::Broken { range, source: Box::new(e) },
+    }
+}
+
+impl<S: Source> Device<HostMm<S>> for KvmContext {
+    type Pages = KvmPages;
+    type Mapping = KvmMapping;
+    const HOLD: Hold = Hold::Coherent;
+
+    fn limits(&self) -> Limits {
+        Limits { mappings: u32::MAX, bytes: super::layout::SYSTEM_LEN / 8 * mmu_notifier::PAGE_SIZE / 2 }
+    }
+
+    fn get_pages(
+        &self,
+        cx: &mut MaySleep<'_>,
+        mm: &HostMm<S>,
+        range: Range,
+        access: Access,
+    ) -> Result<KvmPages, DeviceError> {
+        mm.fault_in(cx, range, access)?;
+        Ok(KvmPages { range, access })
+    }
+
+    fn put_pages(&self, _cx: &mut MaySleep<'_>, pages: KvmPages, _written: bool) {
+        // Writes went through the program's own page tables, which know.
+        drop(pages);
+    }
+
+    fn map(
+        &self,
+        cx: &mut MaySleep<'_>,
+        pages: KvmPages,
+        at: Option<DeviceAddr>,
+    ) -> Result<KvmMapping, (DeviceError, KvmPages)> {
+        match self.map_range(cx, pages.range, pages.access, at) {
+            Ok(at) => Ok(KvmMapping { at, pages }),
+            Err(e) => Err((e, pages)),
+        }
+    }
+
+    fn address(&self, mapping: &KvmMapping) -> DeviceAddr {
+        mapping.at
+    }
+
+    fn wait_idle(&self, cx: &mut MaySleep<'_>, _mapping: &KvmMapping) {
+        let last = self.device.shared.queue.lock(cx).next;
+        self.device.shared.queue.wait(cx, last, None, false);
+    }
+
+    fn unmap(&self, cx: &mut MaySleep<'_>, mapping: KvmMapping) -> KvmPages {
+        self.unmap_range(cx, mapping.at, mapping.pages.range.len());
+        mapping.pages
+    }
+}
+
+impl Engine for KvmContext {
+    type Fence = KvmFence;
+
+    unsafe fn submit(&self, cx: &mut MaySleep<'_>, batch: &[Command]) -> Result<KvmFence, SubmitError> {
+        batch.iter().try_for_each(Command::check)?;
+        let planned = batch.iter().enumerate().find_map(|(command, c)| {
+            let (addr, access) = first_forbidden(c)?;
+            Some(Fault { command, addr: DeviceAddr(addr), access })
+        });
+        let commands = planned.map_or(batch, |fault| &batch[..fault.command]);
+        self.submit_slots(cx, commands.iter().map(slot), planned).map_err(|e| match e {
+            KvmError::Forked => SubmitError::Forked,
+            e => SubmitError::Broken { source: Box::new(e) },
+        })
+    }
+}
+
+/// The first address of the command that cannot be mapped, reads before writes.
+fn first_forbidden(command: &Command) -> Option<(u64, Access)> {
+    let reads = |at: DeviceAddr, len: u64| forbidden_unless_empty(at, len).map(|at| (at, Access::Read));
+    let writes = |at: DeviceAddr, len: u64| forbidden_unless_empty(at, len).map(|at| (at, Access::Write));
+    match *command {
+        Command::Copy { dst, src, len } => reads(src, len).or_else(|| writes(dst, len)),
+        Command::Fill { dst, len, .. } => writes(dst, len),
+        Command::Checksum { src, len, result } => reads(src, len).or_else(|| writes(result, 8)),
+        Command::Compare { a, b, len, result } => {
+            reads(a, len).or_else(|| reads(b, len)).or_else(|| writes(result, 8))
+        }
+        Command::Blit2d { dst, dst_pitch, src, src_pitch, width, height } => {
+            let rows = |pitch: u64| if width == 0 || height == 0 { 0 } else { (height - 1) * pitch + width };
+            reads(src, rows(src_pitch)).or_else(|| writes(dst, rows(dst_pitch)))
+        }
+        Command::StoreDword { dst, .. } => writes(dst, 4),
+    }
+}
+
+fn forbidden_unless_empty(at: DeviceAddr, len: u64) -> Option<u64> {
+    if len == 0 { None } else { forbidden(at.0, len) }
+}
+
+fn slot(command: &Command) -> Slot {
+    match *command {
+        Command::Copy { dst, src, len } => Slot { op: Op::Copy, dst: dst.0, src: src.0, len, ..Slot::NOP },
+        Command::Fill { dst, len, byte } => Slot { op: Op::Fill, dst: dst.0, src: byte.into(), len, ..Slot::NOP },
+        Command::Checksum { src, len, result } => {
+            Slot { op: Op::Checksum, dst: result.0, src: src.0, len, ..Slot::NOP }
+        }
+        Command::Compare { a, b, len, result } => {
+            Slot { op: Op::Compare, dst: b.0, src: a.0, len, a: result.0, ..Slot::NOP }
+        }
+        // Rows of nothing would take a turn each.
+        Command::Blit2d { width: 0, .. } => Slot::NOP,
+        Command::Blit2d { dst, dst_pitch, src, src_pitch, width, height } => Slot {
+            op: Op::Blit,
+            dst: dst.0,
+            src: src.0,
+            len: width,
+            a: dst_pitch,
+            b: src_pitch,
+            c: height,
+        },
+        Command::StoreDword { dst, value } => {
+            Slot { op: Op::StoreDword, dst: dst.0, src: value.into(), ..Slot::NOP }
+        }
+    }
+}
