@@ -21,6 +21,16 @@ use super::layout::{LAST, PORT_IDLE, PORT_WAKE, RING_SLOTS, mailbox, slot};
 
 global_asm!(
     ".pushsection .rodata.userptr_kvm_device, \"a\"",
+    ".globl userptr_kvm_device_start",
+    ".hidden userptr_kvm_device_start",
+    ".globl userptr_kvm_device_undefined",
+    ".hidden userptr_kvm_device_undefined",
+    ".globl userptr_kvm_device_fault",
+    ".hidden userptr_kvm_device_fault",
+    ".globl userptr_kvm_device_other",
+    ".hidden userptr_kvm_device_other",
+    ".globl userptr_kvm_device_end",
+    ".hidden userptr_kvm_device_end",
     ".balign 64",
     "userptr_kvm_device_start:",
     // Spin on the ticket: the slot's line is the only one that a submission has to move to this core.

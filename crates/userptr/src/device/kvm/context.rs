@@ -12,12 +12,9 @@ use mmu_notifier::{Access, Range};
 use super::error::KvmError;
 use super::fence::KvmFence;
 use super::layout::{DEVICE_END, KERNEL_ROOT, LARGE, Op, SYSTEM, SYSTEM_END};
-use super::ppgtt;
 use super::queue::{Batch, JOB_SLOTS, Place, Slot};
 use super::{Inner, KvmDevice};
-use crate::device::{
-    Command, Device, DeviceAddr, DeviceError, Engine, Fault, Hold, Limits, SubmitError,
-};
+use crate::device::{Command, Device, DeviceAddr, DeviceError, Engine, Fault, Hold, Limits, SubmitError};
 
 static MAPPINGS: LockClass = LockClass::new("kvm_device_mappings");
 
@@ -26,7 +23,7 @@ const ELSEWHERE: u64 = 0x1000_0000_0000;
 
 /// One address space of a [`KvmDevice`], with an engine that works in it. Contexts of a device take turns.
 ///
-/// Dropped, it waits until the device does not use it any more, and gives its page tables back.
+/// Dropped, it kills what is in flight in it, waits until nothing is, and gives its page tables back.
 #[derive(Debug)]
 pub struct KvmContext {
     device: Arc<Inner>,
@@ -49,6 +46,14 @@ pub struct KvmMapping {
     pages: KvmPages,
 }
 
+impl KvmMapping {
+    /// The device address of its first page.
+    #[must_use]
+    pub fn address(&self) -> DeviceAddr {
+        self.at
+    }
+}
+
 impl KvmContext {
     /// A new, empty address space.
     ///
@@ -56,20 +61,25 @@ impl KvmContext {
     /// [`KvmError`].
     pub fn new(cx: &mut MaySleep<'_>, device: &KvmDevice) -> Result<KvmContext, KvmError> {
         let device = Arc::clone(&device.inner);
-        let root = device.update(cx, Place::Any, |_, pool, update| {
-            ppgtt::create(pool, update).map_err(|_| KvmError::NoTables)
-        })?;
+        let root = device.update(cx, Place::Any, |update| update.create().map_err(|_| KvmError::NoTables))?;
         Ok(KvmContext { device, root, mappings: Mutex::new(&MAPPINGS, BTreeMap::new()) })
     }
 
-    pub(super) fn map_range(
+    /// Lets the device reach the memory at `range`: from `at` on, or else at its own addresses, or where there is room.
+    ///
+    /// Nothing is held, and nothing has to be there yet. [`Device::map`] does this with pages that were looked at.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; nothing is mapped then.
+    pub fn map_range(
         &self,
         cx: &mut MaySleep<'_>,
         range: Range,
         access: Access,
         at: Option<DeviceAddr>,
-    ) -> Result<DeviceAddr, DeviceError> {
-        let refuse = |at: u64, why: &str| DeviceError::Address { range, at: DeviceAddr(at), why: why.to_owned() };
+    ) -> Result<KvmMapping, DeviceError> {
+        let refuse =
+            |at: u64, why: &str| DeviceError::Address { range, at: DeviceAddr(at), why: why.to_owned() };
         let mut mappings = self.mappings.lock(cx);
         let own = range.start();
         let at = match at {
@@ -89,31 +99,77 @@ impl KvmContext {
         let broken = |e: KvmError| device_error(range, e);
         let pieces = self.device.shared.windows.resolve(cx, range).map_err(broken)?;
         let root = self.root;
-        self.device
-            .update(cx, Place::Any, |memory, pool, update| {
+        let map = |cx: &mut MaySleep<'_>| {
+            self.device.update(cx, Place::AnyFlush(root), |update| {
                 let mut va = at;
-                for (gpa, len) in pieces {
+                for (gpa, len) in &pieces {
                     update
-                        .map(pool, memory, root, va, gpa, len, access == Access::Write)
+                        .map(root, va, *gpa, *len, access == Access::Write)
                         .map_err(|_| KvmError::NoTables)?;
                     va += len;
                 }
                 Ok(())
             })
-            .map_err(broken)?;
+        };
+        match map(cx) {
+            Err(KvmError::NoTables) => {
+                self.device
+                    .update(cx, Place::AnyFlush(root), |update| {
+                        update.prune(root);
+                        Ok(())
+                    })
+                    .map_err(broken)?;
+                map(cx).map_err(broken)?;
+            }
+            other => other.map_err(broken)?,
+        }
         mappings.insert(at, at + range.len());
-        Ok(DeviceAddr(at))
+        Ok(KvmMapping { at: DeviceAddr(at), pages: KvmPages { range, access } })
     }
 
-    pub(super) fn unmap_range(&self, cx: &mut MaySleep<'_>, at: DeviceAddr, len: u64) {
+    /// Takes the mapping away, and waits until no access through it is in flight: for all that was submitted before.
+    pub fn unmap_range(&self, cx: &mut MaySleep<'_>, mapping: KvmMapping) {
+        let (at, len) = (mapping.at, mapping.pages.range.len());
         let mut mappings = self.mappings.lock(cx);
         let root = self.root;
         // A device that is lost accesses nothing.
-        let _ = self.device.update(cx, Place::AnyFlush(root), |memory, _, update| {
-            update.unmap(memory, root, at.0, len);
+        let _ = self.device.update(cx, Place::AnyFlush(root), |update| {
+            update.unmap(root, at.0, len);
             Ok(())
         });
         mappings.remove(&at.0);
+    }
+
+    /// Kills every batch of this context that is not done, as [`KvmFence::kill`] does.
+    pub fn kill(&self, cx: &mut MaySleep<'_>, why: &str) {
+        let shared = &self.device.shared;
+        let mut state = shared.queue.lock(cx);
+        let mine: Vec<_> =
+            state.jobs.iter().filter(|job| job.root == self.root).map(|job| Arc::clone(&job.batch)).collect();
+        if mine.is_empty() {
+            return;
+        }
+        state.kills.extend(mine.into_iter().map(|batch| (batch, why.to_owned())));
+        drop(state);
+        shared.kick();
+    }
+
+    /// Holds back whatever is submitted from now on, in any context, until the four bytes at `at` are `value`: a
+    /// semaphore that the program or another device signals. If that never happens, kill it.
+    ///
+    /// # Errors
+    /// [`SubmitError`].
+    pub fn submit_wait(
+        &self,
+        cx: &mut MaySleep<'_>,
+        at: DeviceAddr,
+        value: u32,
+    ) -> Result<KvmFence, SubmitError> {
+        let fault = |addr| Fault { command: 0, addr: DeviceAddr(addr), access: Access::Read };
+        let planned = forbidden(at.0, 4).map(fault);
+        let wait = Slot { op: Op::WaitDword, src: at.0, len: value.into(), ..Slot::NOP };
+        let slots = planned.is_none().then_some(wait);
+        self.submit_slots(cx, slots.into_iter(), planned).map_err(submit_error)
     }
 
     /// Hands over slots as they are: what [`Engine::submit`] refuses, too.
@@ -151,10 +207,11 @@ impl Drop for KvmContext {
     fn drop(&mut self) {
         let root = self.root;
         let _ = MaySleep::try_enter(|cx| {
-            let away = self.device.update(cx, Place::In(KERNEL_ROOT), |_, _, _| Ok(()));
+            self.kill(cx, "its context was closed");
+            let away = self.device.update(cx, Place::In(KERNEL_ROOT), |_| Ok(()));
             if away.is_ok() {
-                let _ = self.device.update(cx, Place::Any, |memory, _, update| {
-                    update.destroy(memory, root);
+                let _ = self.device.update(cx, Place::Any, |update| {
+                    update.destroy(root);
                     Ok(())
                 });
             }
@@ -204,6 +261,13 @@ fn device_error(range: Range, e: KvmError) -> DeviceError {
     }
 }
 
+fn submit_error(e: KvmError) -> SubmitError {
+    match e {
+        KvmError::Forked => SubmitError::Forked,
+        e => SubmitError::Broken { source: Box::new(e) },
+    }
+}
+
 impl<S: Source> Device<HostMm<S>> for KvmContext {
     type Pages = KvmPages;
     type Mapping = KvmMapping;
@@ -224,10 +288,8 @@ impl<S: Source> Device<HostMm<S>> for KvmContext {
         Ok(KvmPages { range, access })
     }
 
-    fn put_pages(&self, _cx: &mut MaySleep<'_>, pages: KvmPages, _written: bool) {
-        // Writes went through the program's own page tables, which know.
-        drop(pages);
-    }
+    /// Nothing: none are held, and writes went through the program's own page tables, which know.
+    fn put_pages(&self, _cx: &mut MaySleep<'_>, _pages: KvmPages, _written: bool) {}
 
     fn map(
         &self,
@@ -235,10 +297,7 @@ impl<S: Source> Device<HostMm<S>> for KvmContext {
         pages: KvmPages,
         at: Option<DeviceAddr>,
     ) -> Result<KvmMapping, (DeviceError, KvmPages)> {
-        match self.map_range(cx, pages.range, pages.access, at) {
-            Ok(at) => Ok(KvmMapping { at, pages }),
-            Err(e) => Err((e, pages)),
-        }
+        self.map_range(cx, pages.range, pages.access, at).map_err(|e| (e, pages))
     }
 
     fn address(&self, mapping: &KvmMapping) -> DeviceAddr {
@@ -251,8 +310,9 @@ impl<S: Source> Device<HostMm<S>> for KvmContext {
     }
 
     fn unmap(&self, cx: &mut MaySleep<'_>, mapping: KvmMapping) -> KvmPages {
-        self.unmap_range(cx, mapping.at, mapping.pages.range.len());
-        mapping.pages
+        let pages = KvmPages { ..mapping.pages };
+        self.unmap_range(cx, mapping);
+        pages
     }
 }
 
@@ -266,10 +326,7 @@ impl Engine for KvmContext {
             Some(Fault { command, addr: DeviceAddr(addr), access })
         });
         let commands = planned.map_or(batch, |fault| &batch[..fault.command]);
-        self.submit_slots(cx, commands.iter().map(slot), planned).map_err(|e| match e {
-            KvmError::Forked => SubmitError::Forked,
-            e => SubmitError::Broken { source: Box::new(e) },
-        })
+        self.submit_slots(cx, commands.iter().map(slot), planned).map_err(submit_error)
     }
 }
 
@@ -299,7 +356,9 @@ fn forbidden_unless_empty(at: DeviceAddr, len: u64) -> Option<u64> {
 fn slot(command: &Command) -> Slot {
     match *command {
         Command::Copy { dst, src, len } => Slot { op: Op::Copy, dst: dst.0, src: src.0, len, ..Slot::NOP },
-        Command::Fill { dst, len, byte } => Slot { op: Op::Fill, dst: dst.0, src: byte.into(), len, ..Slot::NOP },
+        Command::Fill { dst, len, byte } => {
+            Slot { op: Op::Fill, dst: dst.0, src: byte.into(), len, ..Slot::NOP }
+        }
         Command::Checksum { src, len, result } => {
             Slot { op: Op::Checksum, dst: result.0, src: src.0, len, ..Slot::NOP }
         }
@@ -308,15 +367,9 @@ fn slot(command: &Command) -> Slot {
         }
         // Rows of nothing would take a turn each.
         Command::Blit2d { width: 0, .. } => Slot::NOP,
-        Command::Blit2d { dst, dst_pitch, src, src_pitch, width, height } => Slot {
-            op: Op::Blit,
-            dst: dst.0,
-            src: src.0,
-            len: width,
-            a: dst_pitch,
-            b: src_pitch,
-            c: height,
-        },
+        Command::Blit2d { dst, dst_pitch, src, src_pitch, width, height } => {
+            Slot { op: Op::Blit, dst: dst.0, src: src.0, len: width, a: dst_pitch, b: src_pitch, c: height }
+        }
         Command::StoreDword { dst, value } => {
             Slot { op: Op::StoreDword, dst: dst.0, src: value.into(), ..Slot::NOP }
         }

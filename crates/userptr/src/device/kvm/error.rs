@@ -27,7 +27,9 @@ pub enum KvmError {
     #[error("no page table is left: too much is mapped; unmap something")]
     NoTables,
     /// All windows of guest physical memory are open elsewhere. Use memory that lies closer together.
-    #[error("no window of guest memory left for {range}: the program's memory lies in more than {most} GiB-sized places")]
+    #[error(
+        "no window of guest memory left for {range}: the program's memory lies in more than {most} GiB-sized places"
+    )]
     NoWindow {
         /// What was to be mapped.
         range: Range,

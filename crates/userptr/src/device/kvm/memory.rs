@@ -26,11 +26,14 @@ impl SystemMemory {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let len = SYSTEM_LEN as usize;
         // SAFETY: without MAP_FIXED the kernel picks a free range.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let at = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
         if at == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        let memory = SystemMemory(NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap returned 0"))?);
+        let memory =
+            SystemMemory(NonNull::new(at.cast()).ok_or_else(|| io::Error::other("mmap returned 0"))?);
         // SAFETY: the mapping is ours, whole and empty.
         if unsafe { libc::madvise(at, len, libc::MADV_WIPEONFORK) } != 0 {
             return Err(io::Error::last_os_error());

@@ -160,24 +160,30 @@ impl Inner {
         &self,
         cx: &mut MaySleep<'_>,
         place: Place,
-        work: impl FnOnce(&SystemMemory, &mut Pool, &mut Update) -> Result<T, KvmError>,
+        work: impl FnOnce(&mut Update<'_>) -> Result<T, KvmError>,
     ) -> Result<T, KvmError> {
         let queue = &self.shared.queue;
         if !queue.memory.is_owned() {
             return Err(KvmError::Forked);
         }
         let mut pool = self.pool.lock(cx);
-        let mut update = Update::default();
-        let result = match work(&queue.memory, &mut pool, &mut update) {
+        let mut update = Update::new(&queue.memory, &mut pool);
+        let result = work(&mut update);
+        let plan = update.plan();
+        let result = match result {
             Ok(result) => result,
             Err(e) => {
-                pool.abandon(update);
+                pool.abandon(plan);
                 return Err(e);
             }
         };
+        let place = match place {
+            Place::AnyFlush(_) if !plan.takes_away => Place::Any,
+            other => other,
+        };
         let batch = Batch::new(None);
         let mut end = 0;
-        let mut rest = &update.runs[..];
+        let mut rest = &plan.runs[..];
         loop {
             let (job, later) = rest.split_at(rest.len().min(JOB_SLOTS));
             let slots = job.iter().map(|run| Slot {
@@ -201,7 +207,7 @@ impl Inner {
         if let Some(why) = &queue.lock(cx).lost {
             return Err(KvmError::Lost(why.clone()));
         }
-        pool.settle(update);
+        pool.settle(plan);
         Ok(result)
     }
 }

@@ -35,14 +35,25 @@ pub(super) struct Run {
     pub(super) count: u64,
 }
 
-/// A change of an address space, to be executed in order.
+/// A change of an address space.
 #[derive(Debug, Default)]
-pub(super) struct Update {
+pub(super) struct Plan {
+    /// To be written in order.
     pub(super) runs: Vec<Run>,
+    /// May the processor have cached what it takes away? Then it needs a flush.
+    pub(super) takes_away: bool,
     /// Tables that it takes from the pool.
     taken: HashSet<u64>,
     /// Tables that it unlinks.
     freed: Vec<u64>,
+}
+
+/// A change that is being worked out.
+#[derive(Debug)]
+pub(super) struct Update<'a> {
+    memory: &'a SystemMemory,
+    pool: &'a mut Pool,
+    plan: Plan,
     /// Links that it writes.
     links: HashMap<u64, u64>,
 }
@@ -76,13 +87,13 @@ impl Pool {
     }
 
     /// The update was not executed.
-    pub(super) fn abandon(&mut self, update: Update) {
-        self.free.extend(update.taken);
+    pub(super) fn abandon(&mut self, plan: Plan) {
+        self.free.extend(plan.taken);
     }
 
-    /// The update was executed, and followed by a flush if it took anything away.
-    pub(super) fn settle(&mut self, update: Update) {
-        self.free.extend(update.freed);
+    /// The update was executed, and flushed if it took anything away.
+    pub(super) fn settle(&mut self, plan: Plan) {
+        self.free.extend(plan.freed);
     }
 }
 
@@ -91,34 +102,48 @@ fn offset(va: u64, level: u32) -> u64 {
     (va >> (12 + 9 * (level - 1))) % ENTRIES * 8
 }
 
-/// A new, empty address space: its top table.
-pub(super) fn create(pool: &mut Pool, update: &mut Update) -> Result<u64, NoTables> {
-    let root = update.table(pool)?;
-    update.link(root + offset(SYSTEM, 4), SHARED_PDPT);
-    Ok(root)
+/// Is this the entry that every address space shares?
+fn is_system(table: u64, at: u64, level: u32) -> bool {
+    level == 4 && at == table + offset(SYSTEM, 4)
 }
 
-impl Update {
-    fn table(&mut self, pool: &mut Pool) -> Result<u64, NoTables> {
-        let table = pool.take()?;
-        self.taken.insert(table);
+impl<'a> Update<'a> {
+    pub(super) fn new(memory: &'a SystemMemory, pool: &'a mut Pool) -> Update<'a> {
+        Update { memory, pool, plan: Plan::default(), links: HashMap::new() }
+    }
+
+    /// What it comes to.
+    pub(super) fn plan(self) -> Plan {
+        self.plan
+    }
+
+    /// A new, empty address space: its top table.
+    pub(super) fn create(&mut self) -> Result<u64, NoTables> {
+        let root = self.table()?;
+        self.link(root + offset(SYSTEM, 4), SHARED_PDPT);
+        Ok(root)
+    }
+
+    fn table(&mut self) -> Result<u64, NoTables> {
+        let table = self.pool.take()?;
+        self.plan.taken.insert(table);
         // Also one that is all zeroes in memory: a shadow of its former self may be left.
-        self.runs.push(Run { at: table, first: 0, step: 0, count: ENTRIES });
+        self.plan.runs.push(Run { at: table, first: 0, step: 0, count: ENTRIES });
         Ok(table)
     }
 
     fn link(&mut self, at: u64, table: u64) {
         let entry = if table == 0 { 0 } else { table | PRESENT_RW };
         self.links.insert(at, entry);
-        self.runs.push(Run { at, first: entry, step: 0, count: 1 });
+        self.plan.runs.push(Run { at, first: entry, step: 0, count: 1 });
     }
 
     /// The entry at `at`, once the update so far has been executed. Not for leaves that it wrote.
-    fn entry(&self, memory: &SystemMemory, at: u64) -> u64 {
+    fn entry(&self, at: u64) -> u64 {
         match self.links.get(&at) {
             Some(entry) => *entry,
-            None if self.taken.contains(&(at & !(PAGE - 1))) => 0,
-            None => memory.word(at).load(Ordering::Relaxed),
+            None if self.plan.taken.contains(&(at & !(PAGE - 1))) => 0,
+            None => self.memory.word(at).load(Ordering::Relaxed),
         }
     }
 
@@ -126,8 +151,6 @@ impl Update {
     /// where both addresses are aligned to them.
     pub(super) fn map(
         &mut self,
-        pool: &mut Pool,
-        memory: &SystemMemory,
         root: u64,
         va: u64,
         gpa: u64,
@@ -138,17 +161,23 @@ impl Update {
         let mut done = 0;
         while done < len {
             let (va, gpa, left) = (va + done, gpa + done, len - done);
-            let directory = self.descend(pool, memory, root, va, 2)?;
+            let directory = self.descend(root, va, 2)?;
             let at = directory + offset(va, 2);
-            let entry = self.entry(memory, at);
-            if entry & PRESENT == 0 && left >= LARGE && va.is_multiple_of(LARGE) && gpa.is_multiple_of(LARGE) {
-                self.runs.push(Run { at, first: gpa | flags | LARGE_PAGE, step: 0, count: 1 });
+            let entry = self.entry(at);
+            let fits = left >= LARGE && va.is_multiple_of(LARGE) && gpa.is_multiple_of(LARGE);
+            if fits && (entry & PRESENT == 0 || self.is_empty(entry & ADDRESS)) {
+                if entry & PRESENT != 0 {
+                    self.plan.freed.push(entry & ADDRESS);
+                    self.plan.takes_away = true;
+                }
+                self.plan.runs.push(Run { at, first: gpa | flags | LARGE_PAGE, step: 0, count: 1 });
                 done += LARGE;
             } else {
-                let table = self.descend(pool, memory, root, va, 1)?;
+                let table = self.descend(root, va, 1)?;
                 let bytes = left.min(LARGE - va % LARGE);
-                let run = Run { at: table + offset(va, 1), first: gpa | flags, step: PAGE, count: bytes / PAGE };
-                self.runs.push(run);
+                let run =
+                    Run { at: table + offset(va, 1), first: gpa | flags, step: PAGE, count: bytes / PAGE };
+                self.plan.runs.push(run);
                 done += bytes;
             }
         }
@@ -156,20 +185,13 @@ impl Update {
     }
 
     /// The table of `level` for `va`, linked if it was not.
-    fn descend(
-        &mut self,
-        pool: &mut Pool,
-        memory: &SystemMemory,
-        root: u64,
-        va: u64,
-        level: u32,
-    ) -> Result<u64, NoTables> {
+    fn descend(&mut self, root: u64, va: u64, level: u32) -> Result<u64, NoTables> {
         let mut table = root;
         for above in (level + 1..=4).rev() {
             let at = table + offset(va, above);
-            let entry = self.entry(memory, at);
+            let entry = self.entry(at);
             table = if entry & PRESENT == 0 {
-                let new = self.table(pool)?;
+                let new = self.table()?;
                 self.link(at, new);
                 new
             } else {
@@ -179,42 +201,61 @@ impl Update {
         Ok(table)
     }
 
-    /// Takes the mapping `[va, va + len)` away, exactly as it was mapped. Needs a flush.
-    pub(super) fn unmap(&mut self, memory: &SystemMemory, root: u64, va: u64, len: u64) {
+    /// Takes the mapping `[va, va + len)` away, exactly as it was mapped.
+    ///
+    /// Its tables stay linked: to write a link is dear where tables are shadowed, and memory at the same addresses
+    /// comes back often. See [`Update::prune`].
+    pub(super) fn unmap(&mut self, root: u64, va: u64, len: u64) {
+        self.plan.takes_away = true;
         let end = va + len;
         let mut va = va;
         while va < end {
             let step = (LARGE - va % LARGE).min(end - va);
-            if let Some(at) = self.find(memory, root, va, 2) {
-                let entry = self.entry(memory, at);
+            if let Some(at) = self.find(root, va, 2) {
+                let entry = self.entry(at);
                 if entry & (PRESENT | LARGE_PAGE) == PRESENT | LARGE_PAGE {
-                    self.runs.push(Run { at, first: 0, step: 0, count: 1 });
+                    self.plan.runs.push(Run { at, first: 0, step: 0, count: 1 });
                 } else if entry & PRESENT != 0 {
-                    self.clear(memory, at, entry & ADDRESS, offset(va, 1) / 8, step / PAGE);
+                    let at = (entry & ADDRESS) + offset(va, 1);
+                    self.plan.runs.push(Run { at, first: 0, step: 0, count: step / PAGE });
                 }
             }
             va += step;
         }
     }
 
-    /// Clears `count` entries of the last-level table that the entry at `link` points to, or unlinks it if nothing else
-    /// is in it.
-    fn clear(&mut self, memory: &SystemMemory, link: u64, table: u64, first: u64, count: u64) {
-        let others = (0..first).chain(first + count..ENTRIES);
-        let used = |entry: u64| memory.word(table + entry * 8).load(Ordering::Relaxed) != 0;
-        if others.into_iter().any(used) {
-            self.runs.push(Run { at: table + first * 8, first: 0, step: 0, count });
-        } else {
-            self.link(link, 0);
-            self.freed.push(table);
+    /// Is nothing in this last-level table, which is linked?
+    fn is_empty(&self, table: u64) -> bool {
+        (table..table + PAGE).step_by(8).all(|at| self.memory.word(at).load(Ordering::Relaxed) == 0)
+    }
+
+    /// Unlinks every last-level table with nothing in it.
+    pub(super) fn prune(&mut self, root: u64) {
+        self.prune_below(root, 4);
+    }
+
+    fn prune_below(&mut self, table: u64, level: u32) {
+        for at in (table..table + PAGE).step_by(8) {
+            let entry = self.memory.word(at).load(Ordering::Relaxed);
+            if entry & (PRESENT | LARGE_PAGE) != PRESENT || is_system(table, at, level) {
+                continue;
+            }
+            let below = entry & ADDRESS;
+            if level > 2 {
+                self.prune_below(below, level - 1);
+            } else if self.is_empty(below) {
+                self.link(at, 0);
+                self.plan.freed.push(below);
+                self.plan.takes_away = true;
+            }
         }
     }
 
     /// Guest physical address of the entry for `va` in the table of `level`, if there is that table.
-    fn find(&self, memory: &SystemMemory, root: u64, va: u64, level: u32) -> Option<u64> {
+    fn find(&self, root: u64, va: u64, level: u32) -> Option<u64> {
         let mut table = root;
         for above in (level + 1..=4).rev() {
-            let entry = self.entry(memory, table + offset(va, above));
+            let entry = self.entry(table + offset(va, above));
             if entry & PRESENT == 0 {
                 return None;
             }
@@ -224,20 +265,19 @@ impl Update {
     }
 
     /// Gives every table of the address space back. Nothing must run in it any more, and it is never loaded again.
-    pub(super) fn destroy(&mut self, memory: &SystemMemory, root: u64) {
-        self.tables(memory, root, 4);
+    pub(super) fn destroy(&mut self, root: u64) {
+        self.tables(root, 4);
     }
 
-    fn tables(&mut self, memory: &SystemMemory, table: u64, level: u32) {
-        self.freed.push(table);
+    fn tables(&mut self, table: u64, level: u32) {
+        self.plan.freed.push(table);
         if level == 1 {
             return;
         }
         for at in (table..table + PAGE).step_by(8) {
-            let entry = memory.word(at).load(Ordering::Relaxed);
-            let is_system = level == 4 && at == table + offset(SYSTEM, 4);
-            if entry & (PRESENT | LARGE_PAGE) == PRESENT && !is_system {
-                self.tables(memory, entry & ADDRESS, level - 1);
+            let entry = self.memory.word(at).load(Ordering::Relaxed);
+            if entry & (PRESENT | LARGE_PAGE) == PRESENT && !is_system(table, at, level) {
+                self.tables(entry & ADDRESS, level - 1);
             }
         }
     }
@@ -245,11 +285,19 @@ impl Update {
 
 /// Guest physical address that `va` is translated to, as the guest's processor would do it.
 pub(super) fn translate(memory: &SystemMemory, root: u64, va: u64) -> Option<u64> {
-    let update = Update::default();
-    let entry = memory.word(update.find(memory, root, va, 2)?).load(Ordering::Relaxed);
-    if entry & (PRESENT | LARGE_PAGE) == PRESENT | LARGE_PAGE {
-        return Some((entry & ADDRESS & !(LARGE - 1)) + va % LARGE);
+    let mut table = root;
+    for level in (1..=4).rev() {
+        let entry = memory.word(table + offset(va, level)).load(Ordering::Relaxed);
+        if entry & PRESENT == 0 {
+            return None;
+        }
+        if level == 1 {
+            return Some((entry & ADDRESS) + va % PAGE);
+        }
+        if entry & LARGE_PAGE != 0 {
+            return Some((entry & ADDRESS) + va % LARGE);
+        }
+        table = entry & ADDRESS;
     }
-    let entry = memory.word(update.find(memory, root, va, 1)?).load(Ordering::Relaxed);
-    (entry & PRESENT != 0).then_some((entry & ADDRESS) + va % PAGE)
+    None
 }

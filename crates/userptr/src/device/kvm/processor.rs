@@ -176,12 +176,14 @@ impl Processor<'_> {
         let suspects = suspects.into_iter().filter(|(is, ..)| *is).flat_map(|(_, va, access)| {
             // An access of up to eight bytes can reach into the next page.
             let next = (va | (PAGE - 1)) + 1;
-            [(va, access), (next, access)].into_iter().take(1 + usize::from(next - va < 8 && access == Access::Write))
+            [(va, access), (next, access)]
+                .into_iter()
+                .take(1 + usize::from(next - va < 8 && access == Access::Write))
         });
         let suspects: Vec<(u64, Access)> = suspects.collect();
         for (va, access) in &suspects {
-            let Some(host) = ppgtt::translate(&queue.memory, root, *va)
-                .and_then(|gpa| self.shared.windows.host(cx, gpa))
+            let Some(host) =
+                ppgtt::translate(&queue.memory, root, *va).and_then(|gpa| self.shared.windows.host(cx, gpa))
             else {
                 continue;
             };
@@ -246,7 +248,8 @@ impl Processor<'_> {
         let state = queue.lock(cx);
         let mut running = None;
         for job in state.jobs.iter().filter(|job| job.end > position) {
-            let Some((batch, failure)) = failures.iter().find(|(batch, _)| Arc::ptr_eq(batch, &job.batch)) else {
+            let Some((batch, failure)) = failures.iter().find(|(batch, _)| Arc::ptr_eq(batch, &job.batch))
+            else {
                 continue;
             };
             batch.fail(cx, failure.clone());

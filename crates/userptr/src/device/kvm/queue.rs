@@ -317,11 +317,6 @@ impl Queue {
         let _ = futex::wake(&self.wakes, futex::Flags::PRIVATE, i32::MAX as u32);
     }
 
-    /// Does anybody sleep for a position?
-    pub(super) fn is_awaited(&self) -> bool {
-        self.mailbox(mailbox::AWAITED).load(Ordering::SeqCst) != u64::MAX
-    }
-
     /// Waits until `position` slots have been executed or skipped.
     pub(super) fn wait(
         &self,
@@ -359,10 +354,8 @@ impl Queue {
             }
             // Without a timeout, a signal whose handler was installed with SA_RESTART would not end the sleep.
             let left = left.unwrap_or(Duration::from_secs(3600));
-            let left = futex::Timespec {
-                tv_sec: left.as_secs().cast_signed(),
-                tv_nsec: left.subsec_nanos().into(),
-            };
+            let left =
+                futex::Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
             match futex::wait(&self.wakes, futex::Flags::PRIVATE, wakes, Some(&left)) {
                 Err(Errno::INTR) if interruptible => return Waited::Interrupted,
                 _ => {}

@@ -83,4 +83,3 @@ pub(super) fn kick(tid: u32) {
     // SAFETY: the thread has the signal blocked and consumes it. It is joined before its id can be another's.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), tid, KICK) };
 }
-

@@ -21,7 +21,9 @@ impl Memory {
         let len = pages * PAGE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
         // SAFETY: the kernel picks a free range.
-        let at = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0) };
+        let at = unsafe {
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        };
         assert_ne!(at, libc::MAP_FAILED);
         Memory(at.cast(), len)
     }
@@ -81,9 +83,15 @@ fn live(name: &str, polling: Polling, body: impl FnOnce(&mut MaySleep<'_>, &KvmD
     });
 }
 
+const SOON: Duration = Duration::from_millis(50);
+
+fn submit(cx: &mut MaySleep<'_>, context: &KvmContext, batch: &[Command]) -> KvmFence {
+    // SAFETY: the memory of these tests is used through pointers only, and what a batch writes not while it runs.
+    unsafe { context.submit(cx, batch) }.unwrap()
+}
+
 fn run(cx: &mut MaySleep<'_>, context: &KvmContext, batch: &[Command]) -> Result<(), FenceError> {
-    // SAFETY: the memory of these tests is used through pointers only, and not while a batch runs.
-    unsafe { context.submit(cx, batch) }.unwrap().wait(cx)
+    submit(cx, context, batch).wait(cx)
 }
 
 #[test]
@@ -93,8 +101,12 @@ fn every_command_does_what_it_says() {
         context.map_range(cx, memory.range(), Access::Write, None).unwrap();
         let bytes = pattern(2 * PAGE, 7);
         memory.write(100, &bytes);
-        run(cx, context, &[Command::Copy { dst: memory.at(5 * PAGE + 3), src: memory.at(100), len: 2 * PAGE as u64 }])
-            .unwrap();
+        run(
+            cx,
+            context,
+            &[Command::Copy { dst: memory.at(5 * PAGE + 3), src: memory.at(100), len: 2 * PAGE as u64 }],
+        )
+        .unwrap();
         assert_eq!(memory.read(5 * PAGE + 3, 2 * PAGE), bytes);
         assert_eq!(memory.read(5 * PAGE, 3), [0; 3]);
         assert_eq!(memory.read(7 * PAGE + 3, 1), [0]);
@@ -158,6 +170,12 @@ fn what_is_not_mapped_faults_with_its_address() {
         assert_eq!(got, Fault { command: 1, addr: far, access: Access::Write });
         let got = fault(cx, &[copy(memory.at(0), far)]);
         assert_eq!(got, Fault { command: 0, addr: far, access: Access::Read });
+        // The first byte that is not there, also in the middle of an access.
+        let end = memory.at(4 * PAGE);
+        let sum = Command::Checksum { src: memory.at(0), len: 100, result: memory.at(4 * PAGE - 3) };
+        assert_eq!(fault(cx, &[sum]), Fault { command: 0, addr: end, access: Access::Write });
+        let sum = Command::Checksum { src: memory.at(3 * PAGE + 1), len: 5000, result: memory.at(0) };
+        assert_eq!(fault(cx, &[sum]), Fault { command: 0, addr: end, access: Access::Read });
         let store = Command::StoreDword { dst: read_only.at(8), value: 1 };
         let got = fault(cx, &[nop, nop, store, nop]);
         assert_eq!(got, Fault { command: 2, addr: read_only.at(8), access: Access::Write });
@@ -191,5 +209,260 @@ fn what_the_program_has_not_faults_with_its_address() {
         assert_eq!(fault(cx, &[copy]), Fault { command: 0, addr: memory.at(PAGE), access: Access::Write });
         memory.protect(1, libc::PROT_READ | libc::PROT_WRITE);
         run(cx, context, &[copy]).unwrap();
+    });
+}
+
+fn store(memory: &Memory, offset: usize, value: u32) -> Command {
+    Command::StoreDword { dst: memory.at(offset), value }
+}
+
+#[test]
+fn a_hung_batch_is_killed_and_the_others_go_on() {
+    live("a_hung_batch_is_killed_and_the_others_go_on", Polling::default(), |cx, device, context| {
+        let memory = Memory::new(1);
+        context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        let other = KvmContext::new(cx, device).unwrap();
+        other.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        for round in 1..20 {
+            let hung = context.submit_wait(cx, memory.at(0), 1).unwrap();
+            let queued = submit(cx, context, &[store(&memory, 8, round)]);
+            let doomed = submit(cx, &other, &[store(&memory, 16, 1), store(&memory, 20, 1)]);
+            let later = submit(cx, &other, &[store(&memory, 24, round)]);
+            assert!(matches!(hung.wait_interruptible(cx, Some(SOON)), Err(WaitError::TimedOut(SOON))));
+            assert!(!queued.is_signaled());
+            doomed.kill(cx, "not wanted");
+            assert!(matches!(doomed.wait_interruptible(cx, Some(SOON)), Err(WaitError::TimedOut(_))));
+            hung.kill(cx, "hung");
+            assert!(matches!(hung.wait(cx), Err(FenceError::Killed { why }) if why == "hung"));
+            queued.wait(cx).unwrap();
+            assert!(matches!(doomed.wait(cx), Err(FenceError::Killed { why }) if why == "not wanted"));
+            later.kill(cx, "too late, or not");
+            let _ = later.wait(cx);
+            run(cx, &other, &[store(&memory, 28, round)]).unwrap();
+            assert_eq!(memory.word(8), round.into());
+            assert_eq!(memory.word(16), 0);
+            assert_eq!(memory.word(24) >> 32, round.into());
+        }
+    });
+}
+
+#[test]
+fn a_semaphore_that_is_signaled_lets_go() {
+    live("a_semaphore_that_is_signaled_lets_go", Polling::Never, |cx, _, context| {
+        let memory = Memory::new(1);
+        context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        let held = context.submit_wait(cx, memory.at(0), 0x0403_0201).unwrap();
+        let after = submit(cx, context, &[store(&memory, 8, 1)]);
+        assert!(matches!(after.wait_interruptible(cx, Some(SOON)), Err(WaitError::TimedOut(_))));
+        assert_eq!(memory.word(8), 0);
+        memory.write(0, &[1, 2, 3, 4]);
+        held.wait(cx).unwrap();
+        after.wait(cx).unwrap();
+        assert_eq!(memory.word(8), 1);
+    });
+}
+
+#[test]
+fn closing_a_context_ends_what_hangs_in_it() {
+    live("closing_a_context_ends_what_hangs_in_it", Polling::default(), |cx, device, context| {
+        let memory = Memory::new(1);
+        context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        let other = KvmContext::new(cx, device).unwrap();
+        other.map_range(cx, memory.range(), Access::Read, None).unwrap();
+        let hung = other.submit_wait(cx, memory.at(0), 1).unwrap();
+        let behind = submit(cx, context, &[store(&memory, 8, 1)]);
+        drop(other);
+        assert!(matches!(hung.wait(cx), Err(FenceError::Killed { .. })));
+        behind.wait(cx).unwrap();
+        // The device ends with its last user, however busy.
+        let hung = context.submit_wait(cx, memory.at(0), 1).unwrap();
+        hung.kill(cx, "done");
+        assert!(hung.wait(cx).is_err());
+    });
+}
+
+#[test]
+fn a_signal_interrupts_a_wait() {
+    extern "C" fn nothing(_: i32) {}
+    live("a_signal_interrupts_a_wait", Polling::default(), |cx, _, context| {
+        let memory = Memory::new(1);
+        context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        let hung = context.submit_wait(cx, memory.at(0), 1).unwrap();
+        let handler: extern "C" fn(i32) = nothing;
+        // SAFETY: the handler does nothing; `signal` asks for SA_RESTART, under which many waits are not interrupted.
+        unsafe { libc::signal(libc::SIGUSR1, handler as libc::sighandler_t) };
+        let (waiter, done) = (signal::thread_id(), AtomicBool::new(false));
+        interleave::scope(cx, |scope, cx| {
+            scope.spawn("signals", |cx| {
+                while !done.load(interleave::Ordering::SeqCst) {
+                    interleave::time::sleep(cx, SOON);
+                    // SAFETY: the thread waits for this one, so its id is its own.
+                    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), waiter, libc::SIGUSR1) };
+                }
+            });
+            assert!(matches!(hung.wait_interruptible(cx, None), Err(WaitError::Interrupted)));
+            hung.kill(cx, "enough");
+            // Signals go on; this wait is not for them.
+            assert!(matches!(hung.wait(cx), Err(FenceError::Killed { .. })));
+            done.store(true, interleave::Ordering::SeqCst);
+        });
+    });
+}
+
+#[test]
+fn contexts_have_address_spaces_of_their_own() {
+    live("contexts_have_address_spaces_of_their_own", Polling::default(), |cx, device, one| {
+        let two = KvmContext::new(cx, device).unwrap();
+        let (first, second, result) = (Memory::new(1), Memory::new(1), Memory::new(1));
+        let at = DeviceAddr(0x7000_0000);
+        one.map_range(cx, first.range(), Access::Write, Some(at)).unwrap();
+        two.map_range(cx, second.range(), Access::Write, Some(at)).unwrap();
+        for context in [one, &two] {
+            context.map_range(cx, result.range(), Access::Write, None).unwrap();
+        }
+        for round in 0..200_u64 {
+            first.write(0, &(2 * round).to_le_bytes());
+            second.write(0, &(2 * round + 1).to_le_bytes());
+            let load = [Command::Copy { dst: result.at(0), src: at, len: 8 }];
+            run(cx, one, &load).unwrap();
+            assert_eq!(result.word(0), 2 * round);
+            run(cx, &two, &load).unwrap();
+            assert_eq!(result.word(0), 2 * round + 1);
+        }
+        drop(two);
+        run(cx, one, &[Command::Copy { dst: result.at(0), src: at, len: 8 }]).unwrap();
+        assert_eq!(result.word(0), first.word(0));
+    });
+}
+
+#[test]
+fn what_was_unmapped_is_never_reached_again() {
+    live("what_was_unmapped_is_never_reached_again", Polling::default(), |cx, device, context| {
+        let result = Memory::new(1);
+        context.map_range(cx, result.range(), Access::Write, None).unwrap();
+        // Large pages in the middle, small ones at both ends, and all of them small.
+        let pages = 3 * 512 + 100;
+        let (one, two) = (Memory::new(pages), Memory::new(pages));
+        one.write(1000 * PAGE, &1_u64.to_le_bytes());
+        two.write(1000 * PAGE, &2_u64.to_le_bytes());
+        let other = KvmContext::new(cx, device).unwrap();
+        for round in 0..60_u64 {
+            let like = |memory: &Memory| memory.at(0).0 % (2 << 20);
+            let (memory, value) = if round % 2 == 0 { (&one, 1) } else { (&two, 2) };
+            let skew = if round % 3 == 0 { 4096 } else { 0 };
+            let at = DeviceAddr((1 << 40) + like(memory) + skew);
+            let mapping = context.map_range(cx, memory.range(), Access::Read, Some(at)).unwrap();
+            let load =
+                [Command::Copy { dst: result.at(0), src: DeviceAddr(at.0 + (1000 * PAGE) as u64), len: 8 }];
+            run(cx, context, &load).unwrap();
+            assert_eq!(result.word(0), value, "round {round}");
+            if round % 5 == 0 {
+                run(cx, &other, &[]).unwrap();
+            }
+            context.unmap_range(cx, mapping);
+            match run(cx, context, &load) {
+                Err(FenceError::Fault(fault)) => assert_eq!(fault.access, Access::Read),
+                other => panic!("round {round}: {other:?}"),
+            }
+        }
+    });
+}
+
+#[test]
+fn a_batch_may_be_longer_than_the_ring() {
+    live("a_batch_may_be_longer_than_the_ring", Polling::default(), |cx, _, context| {
+        const COMMANDS: usize = 20_000;
+        let memory = Memory::new(COMMANDS * 4 / PAGE + 1);
+        context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        let mut batch: Vec<Command> = (0..COMMANDS).map(|n| store(&memory, n * 4, n as u32 + 1)).collect();
+        run(cx, context, &batch).unwrap();
+        let stored =
+            |memory: &Memory, n: usize| u32::from_le_bytes(memory.read(n * 4, 4).try_into().unwrap());
+        assert!((0..COMMANDS).all(|n| stored(&memory, n) == n as u32 + 1));
+        batch.iter_mut().enumerate().for_each(|(n, command)| *command = store(&memory, n * 4, 0));
+        for bad in [0, 1023, 1024, 5000, COMMANDS - 1] {
+            let mut batch = batch.clone();
+            batch[bad] = Command::StoreDword { dst: DeviceAddr(0x5000), value: 0 };
+            match run(cx, context, &batch) {
+                Err(FenceError::Fault(fault)) => assert_eq!(fault.command, bad),
+                other => panic!("{other:?}"),
+            }
+            assert!((0..bad).all(|n| stored(&memory, n) == 0));
+            assert!(bad + 1 == COMMANDS || stored(&memory, bad + 1) != 0);
+        }
+    });
+}
+
+#[test]
+fn threads_share_the_device() {
+    live("threads_share_the_device", Polling::default(), |cx, device, _| {
+        interleave::scope(cx, |scope, _| {
+            for _ in 0..4 {
+                scope.spawn("submitter", |cx| {
+                    let context = KvmContext::new(cx, device).unwrap();
+                    let memory = Memory::new(2);
+                    let mapping = context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+                    for round in 0..300_u32 {
+                        let batch = [
+                            store(&memory, 0, round),
+                            Command::Copy { dst: memory.at(PAGE), src: memory.at(0), len: 8 },
+                        ];
+                        run(cx, &context, &batch).unwrap();
+                        assert_eq!(memory.word(PAGE), round.into());
+                    }
+                    context.unmap_range(cx, mapping);
+                });
+            }
+        });
+    });
+}
+
+#[test]
+fn mappings_have_their_own_addresses_or_none_of_anothers() {
+    live("mappings_have_their_own_addresses_or_none_of_anothers", Polling::default(), |cx, _, context| {
+        let memory = Memory::new(4);
+        let own = context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        assert_eq!(own.address(), memory.at(0));
+        let again = context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        assert_ne!(again.address(), memory.at(0));
+        run(cx, context, &[Command::StoreDword { dst: again.address(), value: 5 }]).unwrap();
+        assert_eq!(memory.word(0), 5);
+        let refused = |cx: &mut MaySleep<'_>, at: u64| {
+            let at = Some(DeviceAddr(at));
+            let got = context.map_range(cx, memory.range(), Access::Write, at);
+            assert!(matches!(got, Err(crate::device::DeviceError::Address { .. })), "{at:?}: {got:?}");
+        };
+        for at in [memory.at(PAGE).0, 4097, SYSTEM, SYSTEM - 4096, 1 << 47, (1 << 47) - 4096, u64::MAX - 4095]
+        {
+            refused(cx, at);
+        }
+        context.unmap_range(cx, again);
+        context.unmap_range(cx, own);
+        let own = context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        assert_eq!(own.address(), memory.at(0));
+    });
+}
+
+#[test]
+fn a_forked_child_is_refused() {
+    live("a_forked_child_is_refused", Polling::default(), |cx, device, context| {
+        let memory = Memory::new(1);
+        context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        // SAFETY: the child only asks and leaves.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            // SAFETY: nothing is written, since it is refused.
+            let submit = unsafe { context.submit(cx, &[store(&memory, 0, 1)]) };
+            let refused = matches!(submit, Err(crate::device::SubmitError::Forked))
+                && matches!(KvmContext::new(cx, device), Err(KvmError::Forked));
+            // SAFETY: ends the child without the parent's exit handlers.
+            unsafe { libc::_exit(i32::from(!refused)) };
+        }
+        let mut status = 0;
+        // SAFETY: our child.
+        unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status:#x}");
+        run(cx, context, &[store(&memory, 0, 1)]).unwrap();
+        assert_eq!(memory.word(0), 1);
     });
 }

@@ -32,7 +32,6 @@ const RFLAGS: u64 = 0x3002;
 const VECTOR_UD: u64 = 6;
 const VECTOR_PF: u64 = 14;
 
-
 /// A VM with nothing but system memory.
 pub(super) fn create_vm(kvm: &Kvm, memory: &SystemMemory) -> Result<VmFd, KvmError> {
     let vm = loop {
@@ -76,7 +75,8 @@ pub(super) fn load(memory: &SystemMemory) {
     set(TSS, (SYSTEM + STACK_TOP) << 32);
     set(TSS + 8, (SYSTEM + STACK_TOP) >> 32);
     for vector in 0..32 {
-        let handler = SYSTEM + BLOB
+        let handler = SYSTEM
+            + BLOB
             + match vector {
                 VECTOR_UD => blob.undefined,
                 VECTOR_PF => blob.fault,
@@ -99,7 +99,8 @@ pub(super) fn load(memory: &SystemMemory) {
 /// The vCPU, ready to execute the slot at position 0.
 pub(super) fn create_vcpu(kvm: &Kvm, vm: &VmFd) -> Result<VcpuFd, KvmError> {
     let vcpu = vm.create_vcpu(0).map_err(KvmError::kvm("KVM_CREATE_VCPU"))?;
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
+    let cpuid =
+        kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
     vcpu.set_cpuid2(&cpuid).map_err(KvmError::kvm("KVM_SET_CPUID2"))?;
     restart(&vcpu, 0, KERNEL_ROOT).map_err(KvmError::kvm("setting the registers of the vCPU"))?;
     Ok(vcpu)
