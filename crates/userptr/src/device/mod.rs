@@ -9,8 +9,11 @@
 //! A device belongs to one primary MMU type, so the same consumer runs over the running kernel and over softmm.
 
 mod command;
+pub mod cpu;
 mod error;
+pub mod io_uring;
 pub mod kvm;
+pub mod pinned;
 
 use interleave::MaySleep;
 use mmu_notifier::{Access, PrimaryMmu, Range};
@@ -52,6 +55,11 @@ pub trait Device<M: PrimaryMmu>: Send + Sync {
 
     /// The limits.
     fn limits(&self) -> Limits;
+
+    /// What a mapping for `access` allows: some devices can do nothing but write.
+    fn rights(&self, access: Access) -> Access {
+        access
+    }
 
     /// Pins the pages of `range`, or faults them in.
     ///
