@@ -2,7 +2,9 @@
 //! The command set that devices with an engine share: what each command does to the byte, so that two engines can be
 //! held against each other.
 //!
-//! Commands are executed in order; each sees what those before it wrote. All numbers in memory are little endian.
+//! Commands are executed in order; each sees what those before it wrote. A command accesses its bytes upwards, at each
+//! offset what it reads before what it writes and `a` before `b`, its result last, and comparing ends at the first
+//! difference: that says which access faults, if several could. All numbers in memory are little endian.
 //! A range whose last byte overflows, and source and destination that overlap, are refused at submission
 //! ([`Command::check`]), so no engine has to say what such a copy means. Zero bytes are allowed and touch nothing.
 

@@ -466,3 +466,49 @@ fn a_forked_child_is_refused() {
         assert_eq!(memory.word(0), 1);
     });
 }
+
+/// Puts a poison marker at a page, as a hardware error would: whoever touches it gets SIGBUS. `false`: this kernel has
+/// no such thing.
+fn poison(memory: &Memory, page: usize) -> bool {
+    const UFFDIO_API: libc::Ioctl = 0xc018_aa3f_u32 as libc::Ioctl;
+    const UFFDIO_REGISTER: libc::Ioctl = 0xc020_aa00_u32 as libc::Ioctl;
+    const UFFDIO_POISON: libc::Ioctl = 0xc020_aa08_u32 as libc::Ioctl;
+    const FEATURE_POISON: u64 = 1 << 14;
+    let at = memory.at(page * PAGE).0;
+    // SAFETY: each request gets the structure that it is about; the descriptor is left open for the process's life.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) as i32;
+        let ioctl = |request, words: &mut [u64]| libc::ioctl(fd, request, words.as_mut_ptr()) == 0;
+        fd >= 0
+            && ioctl(UFFDIO_API, &mut [0xaa, FEATURE_POISON, 0])
+            && ioctl(UFFDIO_REGISTER, &mut [at, PAGE as u64, 1, 0])
+            && ioctl(UFFDIO_POISON, &mut [at, PAGE as u64, 0, 0])
+    }
+}
+
+#[test]
+fn a_page_that_the_hardware_lost_faults() {
+    live("a_page_that_the_hardware_lost_faults", Polling::default(), |cx, _, context| {
+        let memory = Memory::new(4);
+        memory.write(0, &[1]);
+        context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+        if !poison(&memory, 2) {
+            testing::skip(Capability::Userfaultfd, "no UFFDIO_POISON");
+            return;
+        }
+        let copy = Command::Copy { dst: memory.at(0), src: memory.at(2 * PAGE - 100), len: 1000 };
+        match run(cx, context, &[copy]) {
+            Err(FenceError::Fault(fault)) => {
+                assert_eq!(fault, Fault { command: 0, addr: memory.at(2 * PAGE), access: Access::Read });
+            }
+            other => panic!("{other:?}"),
+        }
+        match run(cx, context, &[store(&memory, 2 * PAGE + 8, 1)]) {
+            Err(FenceError::Fault(fault)) => {
+                assert_eq!(fault, Fault { command: 0, addr: memory.at(2 * PAGE + 8), access: Access::Write });
+            }
+            other => panic!("{other:?}"),
+        }
+        run(cx, context, &[store(&memory, 8, 1)]).unwrap();
+    });
+}
