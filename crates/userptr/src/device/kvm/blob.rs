@@ -17,7 +17,7 @@
 
 use std::arch::global_asm;
 
-use super::layout::{LAST, PORT_IDLE, PORT_WAKE, RING_SLOTS, mailbox, slot};
+use super::layout::{LAST, PORT_IDLE, PORT_WAKE, RING_SLOTS, SPINS_MAX, mailbox, slot};
 
 global_asm!(
     ".pushsection .rodata.userptr_kvm_device, \"a\"",
@@ -41,6 +41,7 @@ global_asm!(
     "lea r12, [r15 + rax]",
     "lea rbx, [r14 + 1]",
     "mov r11, [r13 + {spins}]",
+    "and r11d, {turn_mask}",
     ".Lukd_spin:",
     "cmp [r12 + {ticket}], rbx",
     "je .Lukd_execute",
@@ -49,6 +50,8 @@ global_asm!(
     "pause",
     "jmp .Lukd_spin",
     ".Lukd_idle:",
+    "cmp qword ptr [r13 + {spins}], -1",
+    "je .Lukd_next",
     "out {port_idle}, al",
     "jmp .Lukd_next",
     ".Lukd_execute:",
@@ -247,6 +250,7 @@ global_asm!(
     "userptr_kvm_device_end:",
     ".popsection",
     ring_mask = const RING_SLOTS - 1,
+    turn_mask = const SPINS_MAX,
     port_idle = const PORT_IDLE,
     port_wake = const PORT_WAKE,
     last = const LAST,

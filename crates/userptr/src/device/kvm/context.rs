@@ -127,7 +127,8 @@ impl KvmContext {
         Ok(KvmMapping { at: DeviceAddr(at), pages: KvmPages { range, access } })
     }
 
-    /// Takes the mapping away, and waits until no access through it is in flight: for all that was submitted before.
+    /// Takes the mapping away, and waits until no access through it is in flight: for all that was submitted before, in
+    /// any context. What hangs among that has to be killed.
     pub fn unmap_range(&self, cx: &mut MaySleep<'_>, mapping: KvmMapping) {
         let (at, len) = (mapping.at, mapping.pages.range.len());
         let mut mappings = self.mappings.lock(cx);
@@ -144,8 +145,12 @@ impl KvmContext {
     pub fn kill(&self, cx: &mut MaySleep<'_>, why: &str) {
         let shared = &self.device.shared;
         let mut state = shared.queue.lock(cx);
-        let mine: Vec<_> =
-            state.jobs.iter().filter(|job| job.root == self.root).map(|job| Arc::clone(&job.batch)).collect();
+        let mine: Vec<_> = state
+            .jobs
+            .iter()
+            .filter(|job| job.batch.owner() == Some(self.root))
+            .map(|job| Arc::clone(&job.batch))
+            .collect();
         if mine.is_empty() {
             return;
         }
@@ -183,7 +188,7 @@ impl KvmContext {
         if !queue.memory.is_owned() {
             return Err(KvmError::Forked);
         }
-        let batch = Batch::new(planned);
+        let batch = Batch::new(Some(self.root), planned);
         let mut slots = slots;
         let mut index = 0;
         let mut end = 0;
@@ -330,27 +335,10 @@ impl Engine for KvmContext {
     }
 }
 
-/// The first address of the command that cannot be mapped, reads before writes.
+/// The first address of the command that cannot be mapped.
 fn first_forbidden(command: &Command) -> Option<(u64, Access)> {
-    let reads = |at: DeviceAddr, len: u64| forbidden_unless_empty(at, len).map(|at| (at, Access::Read));
-    let writes = |at: DeviceAddr, len: u64| forbidden_unless_empty(at, len).map(|at| (at, Access::Write));
-    match *command {
-        Command::Copy { dst, src, len } => reads(src, len).or_else(|| writes(dst, len)),
-        Command::Fill { dst, len, .. } => writes(dst, len),
-        Command::Checksum { src, len, result } => reads(src, len).or_else(|| writes(result, 8)),
-        Command::Compare { a, b, len, result } => {
-            reads(a, len).or_else(|| reads(b, len)).or_else(|| writes(result, 8))
-        }
-        Command::Blit2d { dst, dst_pitch, src, src_pitch, width, height } => {
-            let rows = |pitch: u64| if width == 0 || height == 0 { 0 } else { (height - 1) * pitch + width };
-            reads(src, rows(src_pitch)).or_else(|| writes(dst, rows(dst_pitch)))
-        }
-        Command::StoreDword { dst, .. } => writes(dst, 4),
-    }
-}
-
-fn forbidden_unless_empty(at: DeviceAddr, len: u64) -> Option<u64> {
-    if len == 0 { None } else { forbidden(at.0, len) }
+    let spans = command.spans().filter(|(_, len, _)| *len != 0);
+    spans.filter_map(|(at, len, access)| Some((forbidden(at.0, len)?, access))).next()
 }
 
 fn slot(command: &Command) -> Slot {

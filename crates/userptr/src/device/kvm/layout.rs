@@ -85,13 +85,16 @@ pub(super) const LAST: u64 = 1;
 pub(super) mod mailbox {
     /// Slots executed so far. Written by the guest, and by the host while the guest is stopped.
     pub(in super::super) const POSITION: u64 = 0;
-    /// How often to look for the next slot before giving the core back.
+    /// How often to look for the next slot before giving the core back: at most SPINS_MAX, or all ones for ever.
     pub(in super::super) const SPINS: u64 = 128;
     /// The lowest position that somebody sleeps for, or all ones.
     pub(in super::super) const AWAITED: u64 = 136;
     /// Says that this is the process that made the device: a forked child finds zeroes.
     pub(in super::super) const OWNED: u64 = 256;
 }
+
+/// So many looks for the next slot, some tens of milliseconds, and SPINS is read again. A mask.
+pub(super) const SPINS_MAX: u64 = (1 << 20) - 1;
 
 /// Ports through which the command processor leaves the guest.
 pub(super) const PORT_IDLE: u8 = 0x10;

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! * A mapping is of whole pages. The bytes beside a buffer in its first and last page are within the device's reach:
-//!   whoever hands out device addresses checks commands against the buffer, or owns the pages.
+//!   whoever hands out device addresses checks commands against the buffer, as [`KvmBatch`] does, or owns the pages.
 //! * What one batch wrote, the next one sees, of whichever context. The program sees it once the fence is signaled.
 //! * A command that is executed for the first time on a page costs the host's work to mirror it, some microseconds.
 //! * The guest can name no address of its own system memory: such commands fault before they start.
@@ -35,6 +35,7 @@
 //! The processor's thread takes `kvm_device_queue`, what is below it, and `kvm_device_windows`.
 
 mod blob;
+mod borrow;
 mod context;
 mod error;
 mod fence;
@@ -56,13 +57,14 @@ use std::time::Duration;
 use interleave::{AtomicBool, AtomicU32, JoinHandle, LockClass, MaySleep, Mutex, try_spawn};
 use kvm_ioctls::Kvm;
 
-use layout::{KERNEL_ROOT, Op, SYSTEM};
+use layout::{KERNEL_ROOT, Op, SPINS_MAX, SYSTEM};
 use memory::SystemMemory;
 use ppgtt::{Pool, Update};
 use processor::Shared;
 use queue::{Batch, JOB_SLOTS, Place, Queue, Slot};
 use window::Windows;
 
+pub use borrow::{BatchError, KvmBatch};
 pub use context::{KvmContext, KvmMapping, KvmPages};
 pub use error::KvmError;
 pub use fence::{KvmFence, WaitError};
@@ -75,7 +77,7 @@ pub enum Polling {
     /// Gives the core back at once. The next submission has to enter the guest: tens of microseconds under nested
     /// virtualisation.
     Never,
-    /// Looks for work for about this long first.
+    /// Looks for work for about this long first, at most for some 40 ms.
     For(Duration),
     /// Looks for work for ever: an empty command takes less than a microsecond, and one core is gone.
     Always,
@@ -88,7 +90,7 @@ impl Polling {
     fn spins(self) -> u64 {
         match self {
             Polling::Never => 0,
-            Polling::For(time) => (time.as_nanos() / Polling::TURN.as_nanos()) as u64,
+            Polling::For(time) => (time.as_nanos() / Polling::TURN.as_nanos()).min(SPINS_MAX.into()) as u64,
             Polling::Always => u64::MAX,
         }
     }
@@ -142,15 +144,22 @@ impl KvmDevice {
                 .map_err(KvmError::system("starting the processor's thread"))?
         };
         let inner = Arc::new(Inner { shared, pool: Mutex::new(&POOL, Pool::new()), thread: Some(thread) });
+        // Whatever this kernel's KVM cannot do is found out here.
+        MaySleep::enter(|cx| inner.update(cx, Place::Any, |_| Ok(())))?;
         Ok(KvmDevice { inner })
     }
 
-    /// From the next time that there is nothing to do.
+    /// A new, empty address space. Sleeps.
+    ///
+    /// # Errors
+    /// [`KvmError`].
+    pub fn context(&self) -> Result<KvmContext, KvmError> {
+        MaySleep::enter(|cx| KvmContext::new(cx, self))
+    }
+
+    /// Takes effect within a tenth of a second.
     pub fn set_polling(&self, polling: Polling) {
-        let shared = &self.inner.shared;
-        shared.queue.set_spins(polling.spins());
-        // It may be polling for ever, or asleep.
-        shared.kick();
+        self.inner.shared.queue.set_spins(polling.spins());
     }
 }
 
@@ -181,7 +190,7 @@ impl Inner {
             Place::AnyFlush(_) if !plan.takes_away => Place::Any,
             other => other,
         };
-        let batch = Batch::new(None);
+        let batch = Batch::new(None, None);
         let mut end = 0;
         let mut rest = &plan.runs[..];
         loop {

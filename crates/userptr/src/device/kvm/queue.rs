@@ -72,11 +72,17 @@ pub(super) struct Batch {
     failure: Mutex<Option<Failure>>,
     /// What happens when all of its jobs are done: a command that no job has names addresses that cannot be.
     planned: Option<Fault>,
+    /// Address space of the context that submitted it. None has submitted changes of page tables: nobody kills them.
+    owner: Option<u64>,
 }
 
 impl Batch {
-    pub(super) fn new(planned: Option<Fault>) -> Arc<Batch> {
-        Arc::new(Batch { failure: Mutex::new(&FAILURE, None), planned })
+    pub(super) fn new(owner: Option<u64>, planned: Option<Fault>) -> Arc<Batch> {
+        Arc::new(Batch { failure: Mutex::new(&FAILURE, None), planned, owner })
+    }
+
+    pub(super) fn owner(&self) -> Option<u64> {
+        self.owner
     }
 
     pub(super) fn planned(&self) -> Option<Fault> {
@@ -308,6 +314,12 @@ impl Queue {
             let _ = futex::wait(&self.doorbell, futex::Flags::PRIVATE, bell, None);
         }
         self.idle.store(0, Ordering::SeqCst);
+    }
+
+    /// Does the processor's thread sleep, or is it about to?
+    #[cfg(test)]
+    pub(super) fn is_idle(&self) -> bool {
+        self.idle.load(Ordering::SeqCst) != 0
     }
 
     /// Wakes whoever waits for a position, to look again.

@@ -512,3 +512,82 @@ fn a_page_that_the_hardware_lost_faults() {
         run(cx, context, &[store(&memory, 8, 1)]).unwrap();
     });
 }
+
+#[test]
+fn a_borrowed_batch_keeps_to_its_bytes() {
+    live("a_borrowed_batch_keeps_to_its_bytes", Polling::default(), |_, _, context| {
+        let mut all = vec![7_u8; 3 * PAGE];
+        let (before, rest) = all.split_at_mut(100);
+        let (target, after) = rest.split_at_mut(5000);
+        let from = pattern(5000, 9);
+        let mut batch = context.batch();
+        let (src, dst) = (batch.source(&from).unwrap(), batch.target(target).unwrap());
+        for bad in [
+            Command::Fill { dst, len: 5001, byte: 0 },
+            Command::Fill { dst: DeviceAddr(dst.0 - 1), len: 2, byte: 0 },
+            Command::Fill { dst: src, len: 1, byte: 0 },
+            Command::Copy { dst, src: DeviceAddr(src.0 + 1), len: 5000 },
+            Command::Checksum { src, len: 5000, result: DeviceAddr(dst.0 + 4993) },
+        ] {
+            assert!(matches!(batch.push(bad), Err(BatchError::NotBorrowed { .. })), "{bad:?}");
+        }
+        batch.push(Command::Copy { dst, src, len: 5000 }).unwrap();
+        batch.run().unwrap();
+        assert_eq!(target, from);
+        assert!(before.iter().chain(after.iter()).all(|byte| *byte == 7));
+        // The addresses are free again, and two buffers may share a page.
+        let (left, right) = target.split_at_mut(50);
+        let mut batch = context.batch();
+        assert_eq!(batch.target(left).unwrap(), dst);
+        let dst = batch.target(right).unwrap();
+        batch.push(Command::Fill { dst, len: 10, byte: 1 }).unwrap();
+        batch.run().unwrap();
+        assert_eq!(
+            (left.to_vec(), &right[..11]),
+            (from[..50].to_vec(), &[[1; 10].as_slice(), &[from[60]]].concat()[..])
+        );
+        let mut batch = context.batch();
+        assert!(matches!(batch.source(&[]), Err(BatchError::Range(_))));
+        batch.run().unwrap();
+    });
+}
+
+#[test]
+fn polling_can_be_ended_and_begun() {
+    live("polling_can_be_ended_and_begun", Polling::Always, |cx, device, context| {
+        let queue = &device.inner.shared.queue;
+        for polling in [Polling::Never, Polling::For(SOON), Polling::Never] {
+            device.set_polling(Polling::Always);
+            run(cx, context, &[]).unwrap();
+            assert!(!queue.is_idle());
+            device.set_polling(polling);
+            while !queue.is_idle() {
+                interleave::time::sleep(cx, Duration::from_millis(1));
+            }
+            run(cx, context, &[]).unwrap();
+        }
+    });
+}
+
+#[test]
+fn closing_a_context_leaves_the_updates_of_others() {
+    live("closing_a_context_leaves_the_updates_of_others", Polling::default(), |cx, device, context| {
+        let memory = Memory::new(1);
+        interleave::scope(cx, |scope, cx| {
+            scope.spawn("closer", |cx| {
+                for _ in 0..100 {
+                    let other = KvmContext::new(cx, device).unwrap();
+                    drop(submit(cx, &other, &[]));
+                    other.kill(cx, "to see what else it hits");
+                }
+            });
+            for round in 0..100_u32 {
+                let mapping = context.map_range(cx, memory.range(), Access::Write, None).unwrap();
+                run(cx, context, &[store(&memory, 0, round)]).unwrap();
+                assert_eq!(memory.word(0), round.into());
+                context.unmap_range(cx, mapping);
+                assert!(run(cx, context, &[store(&memory, 0, round)]).is_err());
+            }
+        });
+    });
+}
