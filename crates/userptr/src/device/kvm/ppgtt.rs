@@ -86,6 +86,13 @@ impl Pool {
         Ok(self.fresh - PAGE)
     }
 
+    /// Leaves so many.
+    #[cfg(test)]
+    pub(super) fn shrink(&mut self, tables: u64) {
+        self.free.clear();
+        self.fresh = SYSTEM_LEN - tables * PAGE;
+    }
+
     /// The update was not executed.
     pub(super) fn abandon(&mut self, plan: Plan) {
         self.free.extend(plan.taken);

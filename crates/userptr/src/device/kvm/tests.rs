@@ -570,24 +570,95 @@ fn polling_can_be_ended_and_begun() {
 }
 
 #[test]
-fn closing_a_context_leaves_the_updates_of_others() {
-    live("closing_a_context_leaves_the_updates_of_others", Polling::default(), |cx, device, context| {
-        let memory = Memory::new(1);
+fn killing_a_context_leaves_the_updates_of_others() {
+    live("killing_a_context_leaves_the_updates_of_others", Polling::default(), |cx, device, context| {
+        let memory = Memory::new(2);
+        let other = KvmContext::new(cx, device).unwrap();
+        other.map_range(cx, memory.range(), Access::Read, None).unwrap();
+        let hung = other.submit_wait(cx, memory.at(0), 1).unwrap();
+        let range = memory.range();
         interleave::scope(cx, |scope, cx| {
-            scope.spawn("closer", |cx| {
-                for _ in 0..100 {
-                    let other = KvmContext::new(cx, device).unwrap();
-                    drop(submit(cx, &other, &[]));
-                    other.kill(cx, "to see what else it hits");
-                }
+            // The update waits behind it, in whichever address space is loaded: the other's.
+            let mapper = scope.spawn("mapper", |cx| {
+                context.map_range(cx, range, Access::Write, None).unwrap();
             });
-            for round in 0..100_u32 {
-                let mapping = context.map_range(cx, memory.range(), Access::Write, None).unwrap();
-                run(cx, context, &[store(&memory, 0, round)]).unwrap();
-                assert_eq!(memory.word(0), round.into());
-                context.unmap_range(cx, mapping);
-                assert!(run(cx, context, &[store(&memory, 0, round)]).is_err());
+            while device.inner.shared.queue.lock(cx).jobs.len() < 2 {
+                interleave::time::sleep(cx, Duration::from_millis(1));
             }
+            other.kill(cx, "it hangs");
+            mapper.join(cx).unwrap();
         });
+        assert!(matches!(hung.wait(cx), Err(FenceError::Killed { .. })));
+        run(cx, context, &[store(&memory, PAGE, 7)]).unwrap();
+        assert_eq!(memory.word(PAGE), 7);
+    });
+}
+
+#[test]
+fn tables_are_found_again_or_missed_in_words() {
+    live("tables_are_found_again_or_missed_in_words", Polling::default(), |cx, device, context| {
+        let memory = Memory::new(1);
+        memory.write(0, &42_u64.to_le_bytes());
+        let result = Memory::new(1);
+        context.map_range(cx, result.range(), Access::Write, None).unwrap();
+        // Three levels below the top for the first of these, one more table for each of the others.
+        device.inner.pool.lock(cx).shrink(2 + 8);
+        let at = |n: u64| DeviceAddr((1 << 40) + n * (2 << 20));
+        let map =
+            |cx: &mut MaySleep<'_>, n: u64| context.map_range(cx, memory.range(), Access::Read, Some(at(n)));
+        for n in 0..100 {
+            let mapping = map(cx, n).unwrap();
+            run(cx, context, &[Command::Copy { dst: result.at(0), src: at(n), len: 8 }]).unwrap();
+            assert_eq!(result.word(0), 42);
+            result.write(0, &[0; 8]);
+            context.unmap_range(cx, mapping);
+            assert!(run(cx, context, &[Command::Copy { dst: result.at(0), src: at(n), len: 8 }]).is_err());
+        }
+        let mut mappings: Vec<KvmMapping> = (0..8).map(|n| map(cx, n).unwrap()).collect();
+        assert!(matches!(map(cx, 8), Err(crate::device::DeviceError::Full { .. })));
+        context.unmap_range(cx, mappings.swap_remove(3));
+        let mapping = map(cx, 8).unwrap();
+        run(cx, context, &[Command::Copy { dst: result.at(0), src: at(8), len: 8 }]).unwrap();
+        assert_eq!(result.word(0), 42);
+        context.unmap_range(cx, mapping);
+    });
+}
+
+#[test]
+fn memory_may_lie_anywhere() {
+    live("memory_may_lie_anywhere", Polling::default(), |cx, _, context| {
+        let result = Memory::new(1);
+        context.map_range(cx, result.range(), Access::Write, None).unwrap();
+        let mut look = |range: Range, offset: u64| {
+            let mapping = context.map_range(cx, range, Access::Read, None).unwrap();
+            let src = DeviceAddr(mapping.address().0 + offset);
+            run(cx, context, &[Command::Copy { dst: result.at(0), src, len: 8 }]).unwrap();
+            context.unmap_range(cx, mapping);
+            result.word(0)
+        };
+        // Across a window's end.
+        let reserved = Memory::new((2 << 30) / PAGE);
+        let end = (reserved.at(0).0 | ((1 << 30) - 1)) + 1;
+        let across = (end - reserved.at(0).0) as usize;
+        reserved.write(across - 4, &0x1122_3344_5566_7788_u64.to_le_bytes());
+        let range = Range::new(end - PAGE as u64, 2 * PAGE as u64).unwrap();
+        assert_eq!(look(range, PAGE as u64 - 4), 0x1122_3344_5566_7788);
+        // What the kernel put there: the main thread's stack, in the last window, code, and the vdso.
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let of = |name: &str| {
+            let line = maps.lines().find(|line| line.ends_with(name)).unwrap();
+            let (start, rest) = line.split_once('-').unwrap();
+            let end = rest.split_once(' ').unwrap().0;
+            let hex = |text| u64::from_str_radix(text, 16).unwrap();
+            Range::new(hex(start), hex(end) - hex(start)).unwrap()
+        };
+        let program = std::env::current_exe().unwrap();
+        for name in ["[stack]", "[vdso]", program.to_str().unwrap()] {
+            let range = of(name);
+            // SAFETY: mapped and readable; the first page of a program or vdso is never written, nor is the far end of
+            // a stack that is not in use.
+            let cpu = unsafe { (range.start() as *const u64).read_volatile() };
+            assert_eq!(look(range, 0), cpu, "{name}");
+        }
     });
 }
