@@ -20,11 +20,7 @@ fn pages(first: u64, pages: u64) -> Range {
 }
 
 fn options(entries: usize) -> Options {
-    let mut options = Options::default();
-    options.entries = entries;
-    options.reaper = Reaper::Manual;
-    options.threads = 1;
-    options
+    Options { entries, reaper: Reaper::Manual, threads: 1, ..Options::default() }
 }
 
 fn map(cx: &mut MaySleep<'_>, mm: &Mm, range: Range, value: u64) {

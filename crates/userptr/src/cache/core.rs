@@ -70,13 +70,13 @@ impl Head {
         self.end.load(Ordering::Relaxed) - self.start.load(Ordering::Relaxed)
     }
 
-    #[inline]
+    #[inline(always)]
     fn contains(&self, range: Range) -> bool {
         self.start.load(Ordering::Relaxed) <= range.start() && range.end() <= self.end.load(Ordering::Relaxed)
     }
 
     /// Written only if it changes: threads that use one entry share the line.
-    #[inline]
+    #[inline(always)]
     pub(super) fn touch(&self) {
         if !self.used.load(Ordering::Relaxed) {
             self.used.store(true, Ordering::Relaxed);
@@ -167,7 +167,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     }
 
     /// A lease of a registration that contains `want`, allows `access`, and has not `moved`.
-    #[inline]
+    #[inline(always)]
     pub(super) fn hit(
         &self,
         want: Range,
@@ -178,7 +178,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         self.table.find(want, |index| self.try_lease(index, want, access, thread, &moved))
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn try_lease(
         &self,
         index: u32,
@@ -262,7 +262,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     }
 
     /// A lease has ended.
-    #[inline]
+    #[inline(always)]
     pub(super) fn ended(&self, index: u32) {
         if self.slab.state(index).phase() == Phase::Dead {
             self.ended_of_the_dead();

@@ -23,12 +23,12 @@ pub struct Lease<'c, M: PrimaryMmu, D: Device<M>> {
 }
 
 impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
-    #[inline]
+    #[inline(always)]
     pub(super) fn new(core: &'c Core<M, D>, held: Leased<'c, M, D>, addr: u64, len: u64) -> Self {
         Lease { core, held: Some(held), addr, len }
     }
 
-    #[inline]
+    #[inline(always)]
     fn registration(&self) -> &Registration<M, D> {
         match &self.held {
             Some(held) => held.body(),
@@ -80,7 +80,7 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
 }
 
 impl<M: PrimaryMmu, D: Device<M>> Drop for Lease<'_, M, D> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         let Some(held) = self.held.take() else { return };
         let index = held.index();

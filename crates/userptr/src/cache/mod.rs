@@ -158,7 +158,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
         Some(Lease::new(&self.core, held, addr as u64, len as u64))
     }
 
-    #[inline]
+    #[inline(always)]
     fn get_if(
         &self,
         addr: usize,

@@ -54,13 +54,13 @@ impl State {
         Self::PHASES[(self.0 & 3) as usize]
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn is_live(self) -> bool {
         self.0 & 3 == Phase::Live as u64
     }
 
     /// What the user said of it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn marked(self) -> bool {
         self.0 & 4 != 0
     }
@@ -126,25 +126,25 @@ impl<H, T> Slab<H, T> {
         self.entries.len()
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn head(&self, index: u32) -> &H {
         &self.entries[index as usize].head
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn state(&self, index: u32) -> State {
         State(self.entries[index as usize].state.load(Ordering::SeqCst))
     }
 
     /// A lease of the entry, if it is still as `seen`, which was Live. `thread` picks the slots to begin with.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn lease(&self, index: u32, seen: State, thread: usize) -> Option<Held<'_, H, T>> {
         let held = Held { slab: self, index, slot: self.claim(index, thread) };
         // Dropped, a lease in vain gives its slot back.
         (self.state(index) == seen).then_some(held)
     }
 
-    #[inline]
+    #[inline(always)]
     fn claim(&self, index: u32, thread: usize) -> u32 {
         let mask = self.lines.len() - 1;
         let first = thread & mask;
@@ -170,7 +170,7 @@ impl<H, T> Slab<H, T> {
         COUNTED
     }
 
-    #[inline]
+    #[inline(always)]
     fn release(&self, index: u32, slot: u32) {
         if slot == COUNTED {
             self.entries[index as usize].counted.fetch_sub(1, Ordering::Release);
@@ -248,7 +248,7 @@ impl<H, T> Slab<H, T> {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn try_claim(slot: &AtomicU64, index: u32) -> bool {
     let free = slot.load(Ordering::Relaxed);
     if free & INDEX != 0 {
@@ -260,13 +260,13 @@ fn try_claim(slot: &AtomicU64, index: u32) -> bool {
 }
 
 impl<'s, H, T> Held<'s, H, T> {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn index(&self) -> u32 {
         self.index
     }
 
     /// What the entry holds.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn body(&self) -> &T {
         let body = self.slab.entries[self.index as usize].body.with(|at| {
             // SAFETY: the entry was Live after the slot was taken, so whoever makes it Dead finds the slot and leaves
@@ -281,7 +281,7 @@ impl<'s, H, T> Held<'s, H, T> {
 }
 
 impl<H, T> Drop for Held<'_, H, T> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         self.slab.release(self.index, self.slot);
     }

@@ -38,13 +38,13 @@ fn level(range: Range) -> u32 {
 }
 
 /// A well-mixed hash of a block: its high bits say where, its low 40 are the tag.
-#[inline]
+#[inline(always)]
 fn hash(block: u64, level: u32) -> u64 {
     let x = (block << 5 | u64::from(level)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     (x ^ x >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9)
 }
 
-#[inline]
+#[inline(always)]
 fn word(hash: u64, index: u32) -> u64 {
     hash << INDEX_BITS | (u64::from(index) + 1)
 }
@@ -60,14 +60,14 @@ impl Table {
         Table { words: (0..words).map(|_| AtomicU64::new(0)).collect(), levels: AtomicU64::new(0) }
     }
 
-    #[inline]
+    #[inline(always)]
     fn home(&self, hash: u64) -> usize {
         // The shift leaves as many bits as the table has; the tag's bits are others unless the table is huge.
         (hash >> (u64::BITS - self.words.len().trailing_zeros()).min(63)) as usize & (self.words.len() - 1)
     }
 
     /// The first answer that `candidate` gives about an entry that could contain `range`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn find<R>(&self, range: Range, mut candidate: impl FnMut(u32) -> Option<R>) -> Option<R> {
         let first = level(range);
         let page = range.start() >> PAGE_SHIFT;

@@ -11,7 +11,7 @@ thread_local! {
 }
 
 /// The number of the calling thread.
-#[inline]
+#[inline(always)]
 pub(super) fn number() -> usize {
     match NUMBER.get() {
         0 => first(),
