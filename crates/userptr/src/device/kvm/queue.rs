@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use interleave::{LockClass, MaySleep, Mutex, MutexGuard, time};
+use interleave::{AtomicU32, LockClass, MaySleep, Mutex, MutexGuard, time};
 use rustix::io::Errno;
 use rustix::thread::futex;
 
@@ -38,8 +38,8 @@ static FAILURE: LockClass = LockClass::new("kvm_device_failure");
 
 /// Longest job: a quarter of the ring, so that long batches flow.
 pub(super) const JOB_SLOTS: usize = RING_SLOTS as usize / 4;
-/// How long a waiter looks at the position before it sleeps, if the device polls too.
-const WAIT_SPIN: Duration = Duration::from_micros(50);
+/// How long at most a waiter looks at the position before it sleeps, if the device polls too.
+const PATIENCE_US: u32 = 50;
 
 /// One slot, without its ticket.
 #[derive(Clone, Copy, Debug)]
@@ -136,6 +136,9 @@ pub(super) struct Queue {
     idle: FutexWord,
     /// Moved when a position that somebody awaits has been reached.
     wakes: FutexWord,
+    /// How long the next waiter looks, in microseconds: less after each time that it was in vain, as it is where the
+    /// waiter and the guest share a core.
+    patience: AtomicU32,
 }
 
 /// In which address space a job runs.
@@ -167,6 +170,7 @@ impl Queue {
             doorbell: FutexWord::new(0),
             idle: FutexWord::new(0),
             wakes: FutexWord::new(0),
+            patience: AtomicU32::new(PATIENCE_US),
         }
     }
 
@@ -329,6 +333,29 @@ impl Queue {
         let _ = futex::wake(&self.wakes, futex::Flags::PRIVATE, i32::MAX as u32);
     }
 
+    /// Looks at the position for a while. Whether it got there.
+    fn look(&self, position: u64, timeout: Option<Duration>) -> bool {
+        let start = time::now();
+        let us = self.patience.load(interleave::Ordering::Relaxed);
+        let patience = Duration::from_micros(us.into()).min(timeout.unwrap_or(Duration::MAX));
+        let reached = loop {
+            if (0..64).any(|_| {
+                std::hint::spin_loop();
+                self.position() >= position
+            }) {
+                break true;
+            }
+            if start.elapsed() > patience {
+                break false;
+            }
+        };
+        let next = if reached { (us * 2).min(PATIENCE_US) } else { (us / 2).max(1) };
+        if next != us {
+            self.patience.store(next, interleave::Ordering::Relaxed);
+        }
+        reached
+    }
+
     /// Waits until `position` slots have been executed or skipped.
     pub(super) fn wait(
         &self,
@@ -338,18 +365,8 @@ impl Queue {
         interruptible: bool,
     ) -> Waited {
         let start = time::now();
-        if self.spins() != 0 {
-            loop {
-                for _ in 0..64 {
-                    if self.position() >= position {
-                        return Waited::Reached;
-                    }
-                    std::hint::spin_loop();
-                }
-                if start.elapsed() > WAIT_SPIN.min(timeout.unwrap_or(WAIT_SPIN)) {
-                    break;
-                }
-            }
+        if self.spins() != 0 && self.look(position, timeout) {
+            return Waited::Reached;
         }
         loop {
             let wakes = self.wakes.load(Ordering::SeqCst);
