@@ -9,10 +9,12 @@ use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::primary::PrimaryMmu;
 use mmu_notifier::{Access, Range};
 
+use super::encode::{first_forbidden, forbidden, is_device, slot};
 use super::error::KvmError;
 use super::fence::KvmFence;
-use super::layout::{DEVICE_END, KERNEL_ROOT, LARGE, Op, SYSTEM, SYSTEM_END};
-use super::queue::{Batch, JOB_SLOTS, Place, Slot};
+use super::job::{Batch, Place, Slot};
+use super::layout::{KERNEL_ROOT, LARGE, Op, SYSTEM};
+use super::queue::JOB_SLOTS;
 use super::{Inner, KvmDevice};
 use crate::device::{Command, Device, DeviceAddr, DeviceError, Engine, Fault, Hold, Limits, SubmitError};
 
@@ -224,22 +226,6 @@ impl Drop for KvmContext {
     }
 }
 
-fn is_device(at: u64, len: u64) -> bool {
-    forbidden(at, len).is_none()
-}
-
-/// The first of these addresses that no mapping can be at.
-fn forbidden(at: u64, len: u64) -> Option<u64> {
-    let end = at.saturating_add(len);
-    if at < SYSTEM_END && end > SYSTEM {
-        Some(at.max(SYSTEM))
-    } else if end > DEVICE_END {
-        Some(at.max(DEVICE_END))
-    } else {
-        None
-    }
-}
-
 fn is_free(mappings: &BTreeMap<u64, u64>, at: u64, len: u64) -> bool {
     is_device(at, len) && mappings.range(..at + len).next_back().is_none_or(|(_, end)| *end <= at)
 }
@@ -332,34 +318,5 @@ impl Engine for KvmContext {
         });
         let commands = planned.map_or(batch, |fault| &batch[..fault.command]);
         self.submit_slots(cx, commands.iter().map(slot), planned).map_err(submit_error)
-    }
-}
-
-/// The first address of the command that cannot be mapped.
-fn first_forbidden(command: &Command) -> Option<(u64, Access)> {
-    let spans = command.spans().filter(|(_, len, _)| *len != 0);
-    spans.filter_map(|(at, len, access)| Some((forbidden(at.0, len)?, access))).next()
-}
-
-fn slot(command: &Command) -> Slot {
-    match *command {
-        Command::Copy { dst, src, len } => Slot { op: Op::Copy, dst: dst.0, src: src.0, len, ..Slot::NOP },
-        Command::Fill { dst, len, byte } => {
-            Slot { op: Op::Fill, dst: dst.0, src: byte.into(), len, ..Slot::NOP }
-        }
-        Command::Checksum { src, len, result } => {
-            Slot { op: Op::Checksum, dst: result.0, src: src.0, len, ..Slot::NOP }
-        }
-        Command::Compare { a, b, len, result } => {
-            Slot { op: Op::Compare, dst: b.0, src: a.0, len, a: result.0, ..Slot::NOP }
-        }
-        // Rows of nothing would take a turn each.
-        Command::Blit2d { width: 0, .. } => Slot::NOP,
-        Command::Blit2d { dst, dst_pitch, src, src_pitch, width, height } => {
-            Slot { op: Op::Blit, dst: dst.0, src: src.0, len: width, a: dst_pitch, b: src_pitch, c: height }
-        }
-        Command::StoreDword { dst, value } => {
-            Slot { op: Op::StoreDword, dst: dst.0, src: value.into(), ..Slot::NOP }
-        }
     }
 }

@@ -8,7 +8,8 @@ use interleave::MaySleep;
 
 use super::Inner;
 use super::error::KvmError;
-use super::queue::{Batch, Failure, Waited};
+use super::job::{Batch, Failure};
+use super::queue::Waited;
 use crate::device::{Fence, FenceError};
 
 /// A batch that was submitted to the kvm device. Dropped, it lets the batch run on.

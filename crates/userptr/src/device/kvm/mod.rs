@@ -37,8 +37,10 @@
 mod blob;
 mod borrow;
 mod context;
+mod encode;
 mod error;
 mod fence;
+mod job;
 mod layout;
 mod memory;
 mod ppgtt;
@@ -57,11 +59,12 @@ use std::time::Duration;
 use interleave::{AtomicBool, AtomicU32, JoinHandle, LockClass, MaySleep, Mutex, try_spawn};
 use kvm_ioctls::Kvm;
 
+use job::{Batch, Place, Slot};
 use layout::{KERNEL_ROOT, Op, SPINS_MAX, SYSTEM};
 use memory::SystemMemory;
 use ppgtt::{Pool, Update};
 use processor::Shared;
-use queue::{Batch, JOB_SLOTS, Place, Queue, Slot};
+use queue::{JOB_SLOTS, Queue};
 use window::Windows;
 
 pub use borrow::{BatchError, KvmBatch};

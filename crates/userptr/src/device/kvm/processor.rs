@@ -22,9 +22,10 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use mmu_notifier::Access;
 
 use super::blob::blob;
+use super::job::{Batch, Failure};
 use super::layout::{BLOB, LAST, Op, PAGE, PORT_IDLE, PORT_WAKE, STACK_TOP, SYSTEM, SYSTEM_END, slot};
 use super::ppgtt;
-use super::queue::{Batch, Failure, Queue};
+use super::queue::Queue;
 use super::signal::{self, Stopped};
 use super::vm;
 use super::window::Windows;
