@@ -379,12 +379,15 @@ fn print(what: &str, rows: &[(Contender, Run)], end: Option<End>, value: impl Fn
 const TURNS: u64 = 5;
 const SEEDS: u64 = 200;
 
+/// Where those stop who would not end in a reasonable time.
+const MOST: u64 = 100_000;
+const LONGEST: Duration = Duration::from_secs(10);
+
 fn main() {
     use shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler};
     std::panic::set_hook(Box::new(|_| {}));
     let random = |seed, executions| Config::new(Strategy::Random { seed, executions });
     let pct = |seed, executions| Config::new(Strategy::Pct { depth: 3, seed, executions });
-    let seconds = Duration::from_secs;
     for rounds in [1, 2] {
         println!("\n# {rounds} round(s)");
         let rate = asked_for(vec![
@@ -394,27 +397,26 @@ fn main() {
             with_shuttle("random", rounds, false, |seed| RandomScheduler::new_from_seed(seed, 10_000)),
             with_shuttle("pct 3", rounds, false, |seed| PctScheduler::new_from_seed(seed, 3, 10_000)),
             with_shuttle("dfs", rounds, false, |_| DfsScheduler::new(Some(10_000), false)),
-            with_loom(", preemptions 2", rounds, false, Some(2), seconds(5)),
+            with_loom(", preemptions 2", rounds, false, Some(2), LONGEST),
         ]);
         print("executions per second", &medians(rate, TURNS), None, Run::rate);
-        let mut exhaust = vec![
-            ours("dpor", rounds, false, |_| Config::new(Strategy::Dpor)),
+        let exhaust = asked_for(vec![
+            ours("plain", rounds, false, |_| Config::new(Strategy::Plain).max_executions(MOST)),
             ours("sleep sets", rounds, false, |_| Config::new(Strategy::Sleep)),
+            ours("dpor", rounds, false, |_| Config::new(Strategy::Dpor)),
             ours("value cache, forgetting", rounds, false, |_| Config::new(Strategy::ValueCache)),
-            with_shuttle("dfs", rounds, false, |_| DfsScheduler::new(Some(500_000), false)),
-            with_loom("", rounds, false, None, seconds(10)),
-        ];
-        if rounds == 1 {
-            exhaust.push(ours("plain", rounds, false, |_| {
-                Config::new(Strategy::Plain).max_executions(5_000_000)
-            }));
-        }
-        let turns = if rounds == 1 { TURNS } else { 1 };
+        ]);
+        let endless = asked_for(vec![
+            with_shuttle("dfs", rounds, false, |_| DfsScheduler::new(Some(MOST as usize), false)),
+            with_loom("", rounds, false, None, LONGEST),
+        ]);
         let faster = |run: &Run| 1.0 / run.time.as_secs_f64();
-        print("to exhaustion", &medians(asked_for(exhaust), turns), Some(End::Exhausted), faster);
+        let mut rows = medians(exhaust, TURNS);
+        rows.extend(medians(endless, 1));
+        print("to exhaustion", &rows, Some(End::Exhausted), faster);
         let bounded = asked_for(vec![
             ours("preemptions 2", rounds, false, |_| Config::new(Strategy::Preemptions(2))),
-            with_loom(", preemptions 2", rounds, false, Some(2), seconds(10)),
+            with_loom(", preemptions 2", rounds, false, Some(2), LONGEST),
         ]);
         print("to exhaustion within two preemptions", &medians(bounded, TURNS), Some(End::Bounded), faster);
 
@@ -427,12 +429,15 @@ fn main() {
         let order = asked_for(vec![
             ours("dpor", rounds, true, |_| Config::new(Strategy::Dpor)),
             ours("preemptions 2 (default)", rounds, true, |_| Config::default()),
-            with_shuttle("dfs", rounds, true, |_| DfsScheduler::new(Some(1_000_000), false)),
-            with_loom("", rounds, true, None, seconds(20)),
-            with_loom(", preemptions 2", rounds, true, Some(2), seconds(20)),
+            with_loom(", preemptions 2", rounds, true, Some(2), LONGEST),
+        ]);
+        let endless = asked_for(vec![
+            with_shuttle("dfs", rounds, true, |_| DfsScheduler::new(Some(MOST as usize), false)),
+            with_loom("", rounds, true, None, LONGEST),
         ]);
         let mut rows = means(chance, SEEDS);
-        rows.extend(medians(order, 3));
+        rows.extend(medians(order, TURNS));
+        rows.extend(medians(endless, 1));
         print("to the fault", &rows, Some(End::Found), faster);
     }
 }

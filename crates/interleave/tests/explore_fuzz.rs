@@ -477,6 +477,13 @@ fn every_strategy_has_the_outcomes_of_plain_enumeration() {
     assert!(tried, "{all:?}");
 }
 
+/// A reader of a ghost without a digest was said to have seen the same before and after a change.
+#[test]
+fn a_program_that_was_wrong_once() {
+    let (wrong, totals) = worker(23_282, 1, 1);
+    assert!(wrong.is_empty() && totals.programs == 1, "{wrong:?} {totals:?}");
+}
+
 type Mistake = (u64, Vec<Vec<Do>>, String);
 
 /// Checks programs of each `stride`-th seed.

@@ -33,7 +33,7 @@ use crate::page_table::Ptes;
 use crate::pte::Pte;
 use crate::rmap::Visit;
 use crate::vma::Vma;
-use interleave::{Atomic, LockClass, MaySleep, SpinLock};
+use interleave::{Atomic, Digest, LockClass, MaySleep, SpinLock};
 use mmu_notifier::{PageAddr, Pfn};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -59,8 +59,14 @@ pub enum Merge {
 #[derive(Clone, Copy)]
 struct RmapItem {
     anon_vma: u64,
-    page: PageAddr,
+    index: PageAddr,
     mm: MmId,
+}
+
+impl Digest for RmapItem {
+    fn digest(&self) -> u64 {
+        (self.anon_vma, self.index.get(), self.mm.number()).digest()
+    }
 }
 
 /// What was merged into which page, by the life of the page; that of a page which is gone is forgotten at the next
@@ -71,7 +77,7 @@ pub(crate) struct StableNodes {
 
 impl StableNodes {
     pub(crate) fn new() -> StableNodes {
-        StableNodes { nodes: SpinLock::new(&STABLE_NODE, BTreeMap::new()) }
+        StableNodes { nodes: SpinLock::with_digest(&STABLE_NODE, BTreeMap::new(), BTreeMap::digest) }
     }
 }
 
@@ -90,7 +96,7 @@ impl Machine {
         let items = self.stable_nodes().nodes.lock(cx).get(&id).cloned().unwrap_or_default();
         for forks in [false, true] {
             for item in &items {
-                let walked = self.anon_vma_walk(cx, item.anon_vma, item.page, &mut |cx, mm, page| {
+                let walked = self.anon_vma_walk(cx, item.anon_vma, item.index, &mut |cx, mm, page| {
                     if (mm.id() != item.mm) == forks {
                         visit(cx, mm, page)
                     } else {
@@ -163,7 +169,8 @@ impl Machine {
             let was_merged = frames.is_ksm(pfn);
             mm.try_to_merge_one_page(cx, vma, at, pfn, kpage)?;
             if !was_merged {
-                let item = RmapItem { anon_vma: vma.anon_vma().unwrap_or_default(), page: at, mm: mm.id() };
+                let (anon_vma, index) = (vma.anon_vma().unwrap_or_default(), vma.anon_index(at));
+                let item = RmapItem { anon_vma, index, mm: mm.id() };
                 self.stable_tree_append(cx, kpage.unwrap_or(pfn), item);
             }
         }

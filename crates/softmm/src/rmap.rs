@@ -2,8 +2,8 @@
 //! From a page to the ptes that map it: anon_vma (all versions; without the reuse of empty ones, 4.0).
 //!
 //! An anonymous page remembers an anon_vma and a page number. Every vma that may map the page is linked to that
-//! anon_vma: the vma that made the page, and the vmas that fork copied from it, whose pages are at the same addresses
-//! (softmm moves nothing). A vma that fork made has an anon_vma of its own too, for its own pages, so that they are
+//! anon_vma: the vma that made the page, the vmas that fork copied from it, and those to which mremap has moved its pages: a
+//! page keeps its number, and each vma knows how far its addresses are from the numbers. A vma that fork made has an anon_vma of its own too, for its own pages, so that they are
 //! not looked for in the parent.
 //!
 //! Invariants:
@@ -21,7 +21,7 @@ use crate::machine::Machine;
 use crate::mm::{Mm, MmId};
 use crate::page_table::PteGuard;
 use crate::vma::{Vma, VmaTree};
-use interleave::{Context, LockClass, MaySleep, RwLock, SpinLock};
+use interleave::{Context, Digest, LockClass, MaySleep, RwLock, SpinLock};
 use mmu_notifier::{PageAddr, Pfn, Range};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -38,11 +38,28 @@ struct Link {
     id: MmId,
     mm: Weak<Mm>,
     range: Range,
+    /// From an address in `range` to the number by which its page is looked for.
+    shift: u64,
+}
+
+impl Digest for Link {
+    fn digest(&self) -> u64 {
+        (self.id.number(), self.range.start(), self.range.end()).digest()
+    }
 }
 
 /// The anon_vmas that came out of one by forks; an empty one is not there.
 struct Family {
+    /// The first of them. Immutable.
+    root: u64,
     trees: RwLock<BTreeMap<u64, Vec<Link>>>,
+}
+
+/// Which family it is; what is in it is under a lock of its own.
+impl Digest for Family {
+    fn digest(&self) -> u64 {
+        self.root
+    }
 }
 
 /// The anon_vmas of a machine, by name.
@@ -52,7 +69,7 @@ pub(crate) struct AnonVmas {
 
 impl AnonVmas {
     pub(crate) fn new() -> AnonVmas {
-        AnonVmas { families: SpinLock::new(&ANON_VMA_RCU, BTreeMap::new()) }
+        AnonVmas { families: SpinLock::with_digest(&ANON_VMA_RCU, BTreeMap::new(), BTreeMap::digest) }
     }
 
     fn family<C: Context + ?Sized>(&self, cx: &mut C, anon_vma: u64) -> Option<Arc<Family>> {
@@ -75,13 +92,17 @@ impl Mm {
         let shared = vmas.mergeable_anon_vma(vma);
         let known = shared.and_then(|id| all.family(cx, id));
         let id = shared.unwrap_or_else(|| self.machine().fresh_id());
-        let family =
-            known.unwrap_or_else(|| Arc::new(Family { trees: RwLock::new(&ANON_VMA, BTreeMap::new()) }));
+        let family = known.unwrap_or_else(|| {
+            Arc::new(Family {
+                root: id,
+                trees: RwLock::with_digest(&ANON_VMA, BTreeMap::new(), BTreeMap::digest),
+            })
+        });
         let mut trees = family.trees.write(cx);
         // A racing fault may have been first; then there is nothing to do.
         if vma.set_anon_vma(id) {
             all.families.lock(cx).insert(id, family.clone());
-            self.link(&mut trees, id, vma.range);
+            self.link(&mut trees, id, vma);
         }
         drop(trees);
     }
@@ -91,7 +112,7 @@ impl Mm {
         let Some(id) = vma.anon_vma() else { return };
         let Some(family) = self.machine().anon_vmas().family(cx, id) else { return };
         let mut trees = family.trees.write(cx);
-        vma.anon_vmas().for_each(|id| self.link(&mut trees, id, vma.range));
+        vma.anon_vmas().for_each(|id| self.link(&mut trees, id, vma));
         drop(trees);
     }
 
@@ -102,7 +123,7 @@ impl Mm {
         let Some(family) = all.family(cx, parent) else { return };
         let mut trees = family.trees.write(cx);
         all.families.lock(cx).insert(own, family.clone());
-        copy.anon_vmas().for_each(|id| self.link(&mut trees, id, copy.range));
+        copy.anon_vmas().for_each(|id| self.link(&mut trees, id, copy));
         drop(trees);
     }
 
@@ -122,16 +143,16 @@ impl Mm {
         drop(trees);
     }
 
-    fn link(&self, trees: &mut BTreeMap<u64, Vec<Link>>, id: u64, range: Range) {
+    fn link(&self, trees: &mut BTreeMap<u64, Vec<Link>>, id: u64, vma: &Vma) {
         let links = trees.entry(id).or_default();
-        subtract(links, self.id(), range);
-        links.push(Link { id: self.id(), mm: self.weak().clone(), range });
+        subtract(links, self.id(), vma.range);
+        links.push(Link { id: self.id(), mm: self.weak().clone(), range: vma.range, shift: vma.shift() });
     }
 
     /// A new page gets its first mapping (page_add_new_anon_rmap). Under the ptl; the vma has an anon_vma.
     pub(crate) fn add_new_anon_rmap(&self, vma: &Vma, pfn: Pfn, page: PageAddr) {
         let frames = self.machine().frames();
-        frames.set_anon_vma(pfn, vma.anon_vma().unwrap_or_default(), page);
+        frames.set_anon_vma(pfn, vma.anon_vma().unwrap_or_default(), vma.anon_index(page));
         frames.set_exclusive(pfn, self.machine().profile().has_exclusive());
         frames.add_rmap(pfn);
     }
@@ -158,7 +179,7 @@ fn subtract(links: &mut Vec<Link>, mm: MmId, range: Range) {
         let Some(cut) = link.range.intersection(range).filter(|_| link.id == mm) else { return true };
         for (start, end) in [(link.range.start(), cut.start()), (cut.end(), link.range.end())] {
             if let Ok(range) = Range::new(start, end - start) {
-                rest.push(Link { id: link.id, mm: link.mm.clone(), range });
+                rest.push(Link { range, mm: link.mm.clone(), ..*link });
             }
         }
         false
@@ -177,25 +198,28 @@ impl Machine {
     ) {
         if self.frames().is_ksm(pfn) {
             self.rmap_walk_ksm(cx, pfn, &mut visit);
-        } else if let Some((anon_vma, page)) = self.frames().anon_vma(pfn) {
-            let _ = self.anon_vma_walk(cx, anon_vma, page, &mut visit);
+        } else if let Some((anon_vma, index)) = self.frames().anon_vma(pfn) {
+            let _ = self.anon_vma_walk(cx, anon_vma, index, &mut visit);
         }
     }
 
-    /// The places under one anon_vma.
+    /// The places under one anon_vma of what [`Vma::anon_index`] numbers `index`.
     pub(crate) fn anon_vma_walk(
         &self,
         cx: &mut MaySleep<'_>,
         anon_vma: u64,
-        page: PageAddr,
+        index: PageAddr,
         visit: &mut Visit<'_>,
     ) -> ControlFlow<()> {
         let Some(family) = self.anon_vmas().family(cx, anon_vma) else { return ControlFlow::Continue(()) };
         let trees = family.trees.read(cx);
         let mut links = trees.get(&anon_vma).into_iter().flatten();
-        links.try_for_each(|link| match link.mm.upgrade() {
-            Some(mm) if link.range.contains(Range::page(page)) => visit(cx, &mm, page),
-            _ => ControlFlow::Continue(()),
+        links.try_for_each(|link| {
+            let page = PageAddr::new(index.get().wrapping_sub(link.shift)).ok();
+            match page.filter(|&page| link.range.contains(Range::page(page))).zip(link.mm.upgrade()) {
+                Some((page, mm)) => visit(cx, &mm, page),
+                None => ControlFlow::Continue(()),
+            }
         })
     }
 }

@@ -285,6 +285,15 @@ impl Exec {
         &self.objects[..self.live]
     }
 
+    /// What thread `tid` holds, and since where. A writer that waits for readers to leave does not hold the lock.
+    pub(super) fn held_by(&self, tid: Tid) -> impl Iterator<Item = (&Object, Holder)> {
+        self.objects().iter().flat_map(move |object| {
+            let writer = object.writer.iter().filter(|_| object.readers.is_empty());
+            let held = writer.chain(&object.readers).filter(move |holder| holder.tid == tid);
+            held.map(move |holder| (object, *holder))
+        })
+    }
+
     /// The object of an operation that has one.
     #[inline]
     pub(super) fn object_of(&self, op: &Op) -> Option<&Object> {
@@ -354,7 +363,8 @@ impl Exec {
     /// Writes down a line of the scenario's own.
     pub(super) fn note(&mut self, text: String, site: Site) {
         let op = Op { kind: OpKind::PerThread, object: None, class: None, site };
-        let event = Event { what: text, note: true, ..Event::new(self, self.current, &op, true) };
+        let event =
+            Event { what: text, verb: "note", note: true, ..Event::new(self, self.current, &op, true) };
         self.events.iter_mut().for_each(|events| events.push(event.clone()));
     }
 

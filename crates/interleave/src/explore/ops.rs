@@ -386,7 +386,11 @@ impl Exec {
         let object = self.object(id);
         let before = object.value;
         match op.kind {
-            OpKind::Load | OpKind::GhostRead => self.see(tid, value),
+            OpKind::Load => self.see(tid, value),
+            OpKind::GhostRead => {
+                let value = if object.hashed { value } else { before };
+                self.see(tid, value);
+            }
             OpKind::Store => object.value = value,
             OpKind::Rmw => {
                 object.value = value;

@@ -4,7 +4,8 @@
 //! `main, binder@mmap_lock.read, mm@ptl.lock#2, binder`: main runs until it cannot go on; binder runs until it is about
 //! to read-lock an `mmap_lock`; mm runs until it is about to take a `ptl` for the second time in this turn; binder
 //! runs on. After the last turn, whoever runs goes on, and then the first that can. No line or step numbers: a turn
-//! means the same when the code around it has changed. A turn that cannot be taken is passed over, and said so.
+//! means the same when the code around it has changed. For a thread that is not started yet, whoever runs goes on as
+//! far as that is possible. A turn that cannot be taken is passed over, and said so.
 //!
 //! `[page_lock; mmap_lock] ...`: somebody tries locks of these classes, so that letting them go is a step of its own.
 
@@ -13,6 +14,7 @@ use std::fmt::Write;
 use super::engine::Watched;
 use super::exec::{Exec, Tid};
 use super::search::Choice;
+use crate::birth::ObjectKind;
 use crate::world::{Op, OpKind};
 
 /// What it takes to run a schedule again.
@@ -32,15 +34,20 @@ pub(super) struct Turn {
 
 /// Names `op` as a kernel person would, without a place: `mmap_lock.read`.
 pub(super) fn op_name(exec: &Exec, op: &Op) -> String {
-    use crate::birth::ObjectKind;
-    let object = exec.object_of(op);
-    let file = || {
-        let file = op.site.file().rsplit('/').next().unwrap_or_default();
-        file.strip_suffix(".rs").unwrap_or(file).to_owned()
-    };
-    let of = op.class.map_or_else(file, |class| class.name().to_owned());
-    let rw = object.is_some_and(|object| object.kind == ObjectKind::RwLock);
-    let verb = match op.kind {
+    let verb = verb(exec, op);
+    match op.class {
+        Some(class) => format!("{}.{verb}", class.name()),
+        None => {
+            let file = op.site.file().rsplit('/').next().unwrap_or_default();
+            format!("{}.{verb}", file.strip_suffix(".rs").unwrap_or(file))
+        }
+    }
+}
+
+/// What `op` does: `read`.
+pub(super) fn verb(exec: &Exec, op: &Op) -> &'static str {
+    let rw = exec.object_of(op).is_some_and(|object| object.kind == ObjectKind::RwLock);
+    match op.kind {
         OpKind::Lock if rw => "write",
         OpKind::Lock => "lock",
         OpKind::LockShared => "read",
@@ -73,8 +80,7 @@ pub(super) fn op_name(exec: &Exec, op: &Op) -> String {
         OpKind::GhostRead => "ghost_read",
         OpKind::MapAcquire => "begin",
         OpKind::MapRelease => "end",
-    };
-    format!("{of}.{verb}")
+    }
 }
 
 /// The turns of an execution that has ended and was remembered, without those that come to pass by themselves.
@@ -169,6 +175,12 @@ impl Follow {
         while let Some(turn) = self.turns.get(self.at) {
             let tid =
                 (0..choice.exec.threads.len()).find(|&tid| choice.exec.threads[tid].name == turn.thread);
+            if tid.is_none()
+                && let Some(current) = choice.current()
+            {
+                // Whoever runs may be on the way to start it.
+                return current;
+            }
             let Some(tid) = tid.filter(|&tid| choice.enabled & (1 << tid) != 0) else {
                 if !self.taken {
                     self.missed.push(write(&Watched::new(), std::slice::from_ref(turn)));

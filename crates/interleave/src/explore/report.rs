@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use super::exec::{Exec, Tid};
 use super::mutate::Mutant;
-use super::replay::op_name;
+use super::replay::{op_name, verb};
+use crate::class::LockClass;
 use crate::lockdep::Site;
 use crate::world::Op;
 
@@ -58,6 +59,12 @@ pub struct Event {
     pub thread_number: usize,
     /// What it did, such as `mmap_lock.read`, or the text of a [`note`](super::note).
     pub what: String,
+    /// The lock class, queue class or section concerned, if there is one.
+    pub class: Option<&'static str>,
+    /// What it did to it, such as `read`; `note`.
+    pub verb: &'static str,
+    /// Classes of the locks that the thread holds then, in the order of the locks' birth.
+    pub holds: Vec<&'static str>,
     /// It did not succeed: a try failed, a lock was queued for, a wait timed out.
     pub failed: bool,
     /// Where.
@@ -74,6 +81,9 @@ impl Event {
             thread: exec.threads[tid].name.clone(),
             thread_number: tid,
             what: op_name(exec, op),
+            class: op.class.map(LockClass::name),
+            verb: verb(exec, op),
+            holds: exec.held_by(tid).filter_map(|(object, _)| object.class).map(LockClass::name).collect(),
             failed: !answer,
             site: op.site,
             object: op.object,
