@@ -9,6 +9,7 @@ pub mod answer;
 pub mod corpus;
 pub mod diff;
 pub mod explain;
+pub mod ledger;
 pub mod oracle;
 pub mod path;
 pub mod scenario;
