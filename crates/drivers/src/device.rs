@@ -115,7 +115,7 @@ pub struct Translation {
 
 /// Where walks of a context begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Root {
+pub enum Root {
     /// The context's own table.
     Own,
     /// The page table of the process (IOMMU with a PASID).
@@ -169,7 +169,8 @@ pub struct DeviceContext {
 }
 
 impl DeviceContext {
-    pub(crate) fn open(
+    /// A context for `mm`, whose driver calls itself `driver` to the observer.
+    pub fn open(
         cx: &mut MaySleep<'_>,
         device: &Arc<Device>,
         mm: &Arc<Mm>,
@@ -190,12 +191,12 @@ impl DeviceContext {
     }
 
     /// Mappings follow the page and not the address, by design.
-    pub(crate) fn following_pages(self) -> DeviceContext {
+    pub fn following_pages(self) -> DeviceContext {
         DeviceContext { follows_page: true, ..self }
     }
 
     /// Each request begins with a flush of the TLB (batches of a GPU).
-    pub(crate) fn flushing_at_start(self) -> DeviceContext {
+    pub fn flushing_at_start(self) -> DeviceContext {
         DeviceContext { flushes_at_start: true, ..self }
     }
 
@@ -223,7 +224,7 @@ impl DeviceContext {
     }
 
     /// Writes an entry of the page table. What the TLB has cached of an older one stays.
-    pub(crate) fn map(
+    pub fn map(
         &self,
         cx: &mut impl Context,
         binding: Binding,
@@ -236,7 +237,7 @@ impl DeviceContext {
     }
 
     /// Takes entries out of the page table: of `binding`, or of every binding, within `range`. The TLB stays as it is.
-    pub(crate) fn unmap(
+    pub fn unmap(
         &self,
         cx: &mut impl Context,
         binding: Option<Binding>,
@@ -256,7 +257,7 @@ impl DeviceContext {
     }
 
     /// Forgets cached translations within `range`, of `binding` or of all, and waits for accesses through them.
-    pub(crate) fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
+    pub fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
         self.counters.flushed(1);
         self.device.tlb.lock(cx).retain(|&(context, b, page), _| {
             context != self.id
@@ -266,7 +267,7 @@ impl DeviceContext {
     }
 
     /// Switches to another page table. What the TLB has cached stays.
-    pub(crate) fn set_root(&self, cx: &mut impl Context, root: Root) {
+    pub fn set_root(&self, cx: &mut impl Context, root: Root) {
         self.table.lock(cx).root = root;
     }
 
@@ -283,7 +284,7 @@ impl DeviceContext {
     }
 
     /// Were pages of `range` used? `clear` forgets it in the page table; the TLB stays as it is.
-    pub(crate) fn young(&self, cx: &mut impl Context, range: Range, clear: bool) -> bool {
+    pub fn young(&self, cx: &mut impl Context, range: Range, clear: bool) -> bool {
         let mut young = false;
         for ((_, page), entry) in &mut self.table.lock(cx).entries {
             if range.contains_addr(page.get()) {
@@ -376,7 +377,7 @@ impl DeviceContext {
     }
 
     /// The callback that runs had an effect.
-    pub(crate) fn effect(&self, kind: Callback) {
+    pub fn effect(&self, kind: Callback) {
         self.counters.effect(kind);
     }
 }

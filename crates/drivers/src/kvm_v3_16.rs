@@ -75,6 +75,15 @@ pub static NO_BUMP: Kind = Kind {
     ..KIND
 };
 
+/// A fault installs what it got, whatever happened meanwhile.
+pub static NO_RETRY: Kind = Kind {
+    name: "kvm-no-retry",
+    kernel: "none",
+    summary: "as kvm-3.16; faults do not look at count and sequence again",
+    open: |cx, mm, device, options| Ok(Kvm::open(cx, mm, device, options, &NO_RETRY, ChangePte::NoBump)?),
+    ..KIND
+};
+
 /// What change_pte does about a fault in flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ChangePte {
@@ -234,7 +243,8 @@ impl MmuNotifier for Kvm {
         let mut effect = false;
         if self.change_pte == ChangePte::Bumps {
             mmu.seq += 1;
-            effect = mmu.faults > 0;
+            // Inside a pair its end moves the sequence all the same.
+            effect = mmu.faults > 0 && mmu.count == 0;
         }
         let range = Range::page(page);
         for (binding, _) in mmu.slots_of(page) {
@@ -323,7 +333,7 @@ impl Driver for Kvm {
         if !mmu.slots.contains_key(&binding) {
             return Err(missing);
         }
-        if mmu.count > 0 || mmu.seq != seq {
+        if (mmu.count > 0 || mmu.seq != seq) && *self.kind != NO_RETRY {
             self.context.counters().retried(1);
             return Ok(());
         }

@@ -48,6 +48,7 @@ pub mod device;
 mod driver;
 mod engine;
 mod hmm;
+pub mod i915_mistakes;
 pub mod i915_sleeping;
 pub mod i915_v3_16;
 pub mod i915_v3_16_ro;
@@ -58,6 +59,7 @@ pub mod kvm_v6_18;
 mod listener;
 mod observer;
 mod pasid;
+pub mod proc_mem;
 pub mod rdma_odp;
 mod sequence;
 pub mod vfio;
@@ -65,9 +67,10 @@ mod work;
 
 pub use callbacks::{Callback, Callbacks};
 pub use counters::{Counters, Counts};
-pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Translation};
+pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root, Translation};
 pub use driver::{BindError, Driver, DriverError, Holds, Kind, Open, OpenError, Options, SubmitError};
 pub use engine::RequestId;
+pub use listener::Registered;
 pub use observer::{DeviceAccess, DriverBug, Observer};
 pub use work::WorkMode;
 

@@ -23,15 +23,19 @@ pub(crate) struct Listener<D> {
 static REGISTRATION: LockClass = LockClass::new("driver registration");
 
 /// The place of a driver's registration, filled once after the driver has an address.
-pub(crate) struct Registered(SpinLock<Option<Registration>>);
+pub struct Registered(SpinLock<Option<Registration>>);
 
 impl Registered {
-    pub(crate) fn not_yet() -> Registered {
+    /// Not registered so far.
+    pub fn not_yet() -> Registered {
         Registered(SpinLock::new(&REGISTRATION, None))
     }
 
-    /// mmu_notifier_register, with the callbacks that `options` leaves of those that the driver has.
-    pub(crate) fn register<D: MmuNotifier + Driver + 'static>(
+    /// mmu_notifier_register, with the callbacks that `options` leaves of those that the driver has. They are counted.
+    ///
+    /// # Errors
+    /// [`RegisterError`]: the mm refused.
+    pub fn register<D: MmuNotifier + Driver + 'static>(
         &self,
         cx: &mut MaySleep<'_>,
         driver: &Arc<D>,
@@ -45,7 +49,7 @@ impl Registered {
     }
 
     /// mmu_notifier_unregister. Not from a callback, nor with a lock that a callback takes.
-    pub(crate) fn unregister(&self, cx: &mut MaySleep<'_>) {
+    pub fn unregister(&self, cx: &mut MaySleep<'_>) {
         let registration = self.0.lock(cx).take();
         if let Some(registration) = registration {
             // Refused in a callback of the driver alone; dropping it, which does not wait, is all that is left then.
@@ -80,7 +84,8 @@ impl<D: MmuNotifier + Driver> MmuNotifier for Listener<D> {
     fn invalidate_range_start(&self, cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
         let Some(driver) = self.driver.upgrade() else { return Ok(()) };
         let counters = driver.context().counters();
-        counted(counters, Callback::Start, self.measure, || driver.invalidate_range_start(cx, inv))
+        let start = || driver.invalidate_range_start(cx, inv);
+        counted(counters, Callback::Start, self.measure, start).inspect_err(|_| counters.refused(1))
     }
 
     fn invalidate_range_end(&self, cx: Sleep<'_, '_>, inv: &Invalidation) {

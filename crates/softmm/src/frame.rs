@@ -361,11 +361,21 @@ impl Frames {
         self.frame(pfn).file.load(Ordering::SeqCst)
     }
 
-    /// Takes the last `expected` references away from everyone at once, if these are all there are (folio_ref_freeze).
-    /// Then [`Frames::free_frozen`].
-    pub(crate) fn freeze(&self, pfn: Pfn, expected: u32) -> bool {
+    /// Takes the last `expected` references away from everyone at once, if these are all there are (folio_ref_freeze)
+    /// and the page is clean then. Then [`Frames::free_frozen`].
+    ///
+    /// References first: who has pinned the page marks it dirty before it lets go, so whoever sees no reference left sees
+    /// the mark (__remove_mapping).
+    pub(crate) fn freeze_clean(&self, pfn: Pfn, expected: u32) -> bool {
         let refcount = &self.frame(pfn).refcount;
-        refcount.compare_exchange(expected, 0, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        if refcount.compare_exchange(expected, 0, Ordering::SeqCst, Ordering::SeqCst).is_err() {
+            return false;
+        }
+        let clean = !self.dirty(pfn);
+        if !clean {
+            refcount.store(expected, Ordering::SeqCst);
+        }
+        clean
     }
 
     /// What a frame holds, for who copies it away.

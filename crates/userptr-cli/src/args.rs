@@ -144,9 +144,9 @@ pub(crate) struct AnswerArgs {
 
 #[derive(Args)]
 pub(crate) struct CheckArgs {
-    /// A number of the catalogue
+    /// A number of the catalogue, or a scenario of the question of 2014 (S1, S2, S5 to S8, S10, S11, S16, sleep)
     #[arg(long, value_name = "N", required_unless_present = "all")]
-    pub(crate) bug: Option<u32>,
+    pub(crate) bug: Option<String>,
     /// Every bug that softmm can express
     #[arg(long, conflicts_with = "bug")]
     pub(crate) all: bool,

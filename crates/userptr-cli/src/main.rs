@@ -33,8 +33,8 @@ enum Error {
     NoCell { name: String, what: String },
     #[error("there is no callback {name}; there are {known}")]
     NoCallback { name: String, known: String },
-    #[error("bug {number} is not one that softmm can express; there are {known}")]
-    NoBug { number: u32, known: String },
+    #[error("bug {id} cannot be shown: {why}; there are {known}")]
+    NoBug { id: String, why: &'static str, known: String },
     #[error("the schedule cannot be read: {0:?} is not a replay string")]
     NoSchedule(String),
     #[error(transparent)]

@@ -17,7 +17,7 @@ use super::replay::{self, Follow};
 use super::report::{Event, Failure, FailureKind, Report};
 use super::search::{Exact, Pct, Random, Search};
 use crate::MaySleep;
-use crate::lockdep::Site;
+use crate::lockdep::{Cycles, Site};
 use crate::world::{Op, OpKind};
 
 /// Runs `scenario` under many interleavings, on the calling OS thread. Several may run at once, on several.
@@ -142,7 +142,9 @@ impl<'a> Explorer<'a> {
                 self.report.pruned += u64::from(inner.draining);
             }
             if std::mem::take(&mut engine.inner.borrow_mut().stale) {
-                // Its schedule has not all the steps that the same one will have from now on.
+                // Its schedule has not all the steps that the same one will have from now on. What lockdep said in it is
+                // lost with it, so it must be able to say it again.
+                engine.inner.borrow_mut().cycles = Cycles::default();
                 engine.inner.borrow_mut().search.restart();
                 continue;
             }
@@ -238,6 +240,7 @@ impl<'a> Explorer<'a> {
                 left -= 1;
                 let better = self.execute(&engine);
                 if std::mem::take(&mut engine.inner.borrow_mut().stale) {
+                    engine.inner.borrow_mut().cycles = Cycles::default();
                     engine.inner.borrow_mut().search.restart();
                     continue;
                 }
@@ -281,6 +284,7 @@ impl<'a> Explorer<'a> {
         let mut found = self.execute(&engine);
         while std::mem::take(&mut engine.inner.borrow_mut().stale) {
             // It takes a run to learn which unlocks are steps.
+            engine.inner.borrow_mut().cycles = Cycles::default();
             engine.inner.borrow_mut().search = Search::Follow(Follow::new(turns.clone()));
             found = self.execute(&engine);
         }

@@ -38,7 +38,7 @@ pub(super) struct Inner {
     pub(super) stale: bool,
     /// The rest of the execution is not looked at.
     pub(super) draining: bool,
-    cycles: Cycles,
+    pub(super) cycles: Cycles,
 }
 
 /// Kinds of objects, by class and birthplace.

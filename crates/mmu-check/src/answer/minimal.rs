@@ -92,7 +92,8 @@ pub fn minimal(row: Row, profile: KernelProfile, paths: &[&'static Path], bound:
     loop {
         let mut next = kept;
         let last = std::mem::take(&mut because);
-        for callback in kept.iter() {
+        // From the rarest to the commonest, so that what remains is what a driver would hook first.
+        for callback in kept.iter().collect::<Vec<_>>().into_iter().rev() {
             let hint = last.iter().find(|(other, _)| *other == callback).map(|(_, (path, _))| *path);
             match search.harm(next.without(callback), hint) {
                 Some(harm) => because.push((callback, harm)),

@@ -2,11 +2,11 @@
 //! What a callback is good for to a driver: every path is explored with it and without it.
 //!
 //! * *dead code*: it was run and never changed anything.
-//! * *needed*: without it, a rule breaks that holds with it.
+//! * *needed*: without it, a rule breaks that holds with it; *breaks*: the other way round.
 //! * *saves*: no verdict changes, but without it more pages are unbound, got again or faulted on.
 
 use super::cost::{Operation, operation};
-use super::{Effort, Row, Watcher, answer};
+use super::{Answer, Effort, Row, Watcher, answer};
 use crate::oracle::Rule;
 use crate::path::Path;
 use drivers::{Callback, Callbacks};
@@ -23,6 +23,10 @@ pub enum Worth {
     NotCalled,
     /// It was run and never had an effect.
     Dead,
+    /// These paths break with it, and not without it.
+    Harms(Vec<(&'static str, Vec<Rule>)>),
+    /// Every path breaks with it and without it.
+    Lost,
     /// These paths break without it, and not with it.
     Needed(Vec<(&'static str, Vec<Rule>)>),
     /// No verdict changes; this many pages fewer are taken from the device, got again and faulted on, over all paths
@@ -43,18 +47,32 @@ impl fmt::Display for Worth {
             Worth::NotImplemented => f.write_str("not implemented"),
             Worth::NotCalled => f.write_str("never called"),
             Worth::Dead => f.write_str("dead code"),
-            Worth::Needed(paths) => {
-                let one = |(path, rules): &(&str, Vec<Rule>)| {
-                    format!("{path} ({})", rules.iter().map(|r| r.name()).collect::<Vec<_>>().join(", "))
-                };
-                write!(f, "needed: {}", paths.iter().map(one).collect::<Vec<_>>().join(", "))
-            }
+            Worth::Lost => f.write_str("every path breaks with it and without it"),
+            Worth::Harms(paths) => write!(f, "breaks {}", list(paths)),
+            Worth::Needed(paths) => write!(f, "needed: {}", list(paths)),
             Worth::Saves { unbinds: 0, repins: 0, faults: 0 } => f.write_str("has effects, changes nothing"),
             Worth::Saves { unbinds, repins, faults } => {
                 write!(f, "saves {unbinds} unbinds, {repins} re-pins, {faults} faults")
             }
         }
     }
+}
+
+fn list(paths: &[(&str, Vec<Rule>)]) -> String {
+    let one = |(path, rules): &(&str, Vec<Rule>)| {
+        format!("{path} ({})", rules.iter().map(|r| r.name()).collect::<Vec<_>>().join(", "))
+    };
+    paths.iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// The paths of `one` on which a rule breaks that does not in `other`.
+fn gained(one: &[Answer], other: &[Answer]) -> Vec<(&'static str, Vec<Rule>)> {
+    let gained = |(one, other): (&Answer, &Answer)| {
+        let there: Vec<Rule> = other.rules().collect();
+        let gained: Vec<Rule> = one.rules().filter(|rule| !there.contains(rule)).collect();
+        (!gained.is_empty()).then_some((one.cell.path.name, gained))
+    };
+    one.iter().zip(other).filter_map(gained).collect()
 }
 
 /// What `callback` is good for to `row` under `profile`, on `paths`.
@@ -75,17 +93,13 @@ pub fn worth(
     cells.extend(paths.iter().map(|path| row.cell(path, profile).with(fewer)));
     let answers = answer(cx, cells, effort, watcher);
     let (with, without) = answers.split_at(paths.len());
-    let needed: Vec<_> = with
-        .iter()
-        .zip(without)
-        .filter_map(|(with, without)| {
-            let kept: Vec<Rule> = with.rules().collect();
-            let lost: Vec<Rule> = without.rules().filter(|rule| !kept.contains(rule)).collect();
-            (!lost.is_empty()).then_some((with.cell.path.name, lost))
-        })
-        .collect();
-    if !needed.is_empty() {
+    let (needed, harms) = (gained(without, with), gained(with, without));
+    if !harms.is_empty() {
+        Worth::Harms(harms)
+    } else if !needed.is_empty() {
         Worth::Needed(needed)
+    } else if with.iter().all(|answer| !answer.broken.is_empty()) {
+        Worth::Lost
     } else if !with.iter().any(|answer| answer.called(callback)) {
         Worth::NotCalled
     } else if !with.iter().any(|answer| answer.effective(callback)) {

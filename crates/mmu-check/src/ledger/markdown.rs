@@ -86,8 +86,10 @@ fn counterexample(answer: &Answer) -> String {
 }
 
 /// What a callback is good for: a table.
-pub fn worth(profiles: &[&str], rows: &[(String, Vec<Worth>)]) -> String {
-    let mut out = String::from("\nWhat change_pte is good for, on the paths that call it:\n\n");
+pub fn worth(bound: u32, profiles: &[&str], rows: &[(String, Vec<Worth>)]) -> String {
+    let mut out = format!(
+        "\nWhat change_pte is good for, on the paths that call it (at most {bound} preemptions; `userptr answer --change-pte`):\n\n"
+    );
     table(&mut out, std::iter::once("driver").chain(profiles.iter().copied()).map(str::to_owned));
     for (name, worths) in rows {
         row(&mut out, std::iter::once(name.clone()).chain(worths.iter().map(ToString::to_string)));
@@ -98,7 +100,7 @@ pub fn worth(profiles: &[&str], rows: &[(String, Vec<Worth>)]) -> String {
 /// The callbacks that drivers cannot do without: a table.
 pub fn minimal(bound: u32, rows: &[(String, &str, Minimal)]) -> String {
     let mut out = format!(
-        "\nThe callbacks that each driver cannot do without, found by switching them off one by one, with \
+        "\nThe callbacks that each driver cannot do without, found by switching them off one by one (`userptr answer --callbacks`), with \
          every order of at most {bound} preemptions. The last column: paths that break with all of them too.\n\n"
     );
     let heads = ["driver", "kernel", "has", "needs", "because", "breaks even so"];

@@ -61,7 +61,7 @@ pub struct Statement {
     pub about: Vec<Cell>,
     /// What it says of each.
     pub test: Test,
-    /// Preemptions up to which the cells are explored.
+    /// Preemptions up to which the cells are explored, at least.
     pub bound: u32,
 }
 
@@ -133,7 +133,7 @@ fn key(cell: &Cell) -> (String, Callbacks) {
 }
 
 impl Explored {
-    /// Explores all that `claims` are about, each cell once.
+    /// Explores all that `claims` are about, each cell once, as far as its statements say or `effort` if that is more.
     pub fn new(cx: &mut MaySleep<'_>, claims: &[Claim], effort: Effort, watcher: Watcher<'_>) -> Explored {
         let mut explored = Explored(HashMap::new());
         let mut wanted: HashMap<(String, Callbacks), (Cell, u32)> = HashMap::new();
@@ -141,7 +141,7 @@ impl Explored {
         for statement in claims.iter().flat_map(|claim| &claim.statements) {
             let others = statement.about.iter().filter_map(|cell| statement.test.other(cell));
             for cell in statement.about.iter().copied().chain(others) {
-                let bound = statement.bound.min(effort.bound);
+                let bound = statement.bound.max(effort.bound);
                 let entry = wanted.entry(key(&cell)).or_insert_with(|| {
                     order.push(key(&cell));
                     (cell, bound)
@@ -149,7 +149,8 @@ impl Explored {
                 entry.1 = entry.1.max(bound);
             }
         }
-        for bound in 0..=effort.bound {
+        let most = wanted.values().map(|(_, bound)| *bound).max().unwrap_or_default();
+        for bound in 0..=most {
             let cells: Vec<Cell> =
                 order.iter().map(|key| wanted[key]).filter(|(_, b)| *b == bound).map(|(c, _)| c).collect();
             for answer in answer(cx, cells, Effort { bound, ..effort }, watcher) {

@@ -19,7 +19,7 @@ use mmu_notifier::Access;
 use softmm::KernelProfile;
 
 use super::trace::ask;
-use super::{Bar, FEWER, effort};
+use super::{Bar, effort};
 use crate::Error;
 use crate::args::AnswerArgs;
 
@@ -64,19 +64,16 @@ pub(super) fn run(args: &AnswerArgs) -> Result<ExitCode, Error> {
     Ok(ExitCode::FAILURE)
 }
 
-/// A statement may ask for more than the rest.
-const BOUND_OF_CLAIMS: u32 = 2;
+/// Preemptions for every statement at least: each says itself how many it needs.
+const BOUND_OF_CLAIMS: u32 = 0;
+/// Preemptions of the table of change_pte: the statements beside it go further.
+const WORTH_BOUND: u32 = 0;
 
 fn document(effort: Effort, measure: bool) -> String {
     let claims = claims();
     let bar = Bar::new();
     let mut out = String::from(INTRODUCTION);
     MaySleep::enter(|cx| {
-        eprintln!("T0 {:?}", std::time::Instant::now());
-        eprintln!(
-            "cells {}",
-            claims.iter().flat_map(|c| &c.statements).map(|s| s.about.len()).sum::<usize>()
-        );
         let explored = Explored::new(cx, &claims, effort, &|progress| bar.show(progress));
         for claim in &claims {
             let decided: Vec<_> =
@@ -97,7 +94,6 @@ fn document(effort: Effort, measure: bool) -> String {
                 None => {}
             }
             out.push_str(&traces(cx, claim, measure));
-            eprintln!("T{} {:?}", claim.number, std::time::Instant::now());
         }
         out.push_str(&fired(cx));
     });
@@ -109,8 +105,8 @@ fn notified() -> Vec<&'static Path> {
 }
 
 fn worths(cx: &mut MaySleep<'_>, effort: Effort, bar: &Bar) -> String {
-    let profiles = [KernelProfile::V3_16, KernelProfile::UNWRAPPED_A, KernelProfile::V6_18];
-    let effort = Effort { bound: FEWER.min(effort.bound), ..effort };
+    let profiles = [KernelProfile::V3_16, KernelProfile::UNWRAPPED_A];
+    let effort = Effort { bound: WORTH_BOUND.max(effort.bound), ..effort };
     let mut rows = Vec::new();
     for kind in DRIVERS.iter().filter(|kind| kind.callbacks.contains(Callback::ChangePte)) {
         // Who pins has to fear what a read finds; the others are asked for the harder case.
@@ -124,7 +120,7 @@ fn worths(cx: &mut MaySleep<'_>, effort: Effort, bar: &Bar) -> String {
     let names = profiles.map(|profile| profile.name);
     let others: Vec<_> =
         DRIVERS.iter().filter(|kind| !kind.callbacks.contains(Callback::ChangePte)).collect();
-    let mut out = markdown::worth(&names, &rows);
+    let mut out = markdown::worth(effort.bound, &names, &rows);
     let others: Vec<_> = others.iter().map(|kind| kind.name).collect();
     let _ = writeln!(out, "\nNot implemented: {}.", others.join(", "));
     out
@@ -144,9 +140,9 @@ fn minimals(cx: &mut MaySleep<'_>, effort: Effort, bar: &Bar) -> String {
             wanted.push((row, profile, None));
         }
     }
-    let names = ["cow-file", "fork", "ksm-clean", "swap-out", "dontneed", "writeback", "exit"];
+    let names = ["cow-file", "ksm-replace", "swap-out", "dontneed", "exit"];
     let paths: Vec<_> = names.into_iter().filter_map(named).collect();
-    let bound = MINIMAL_BOUND.min(effort.bound);
+    let bound = MINIMAL_BOUND.max(effort.bound);
     in_parallel(cx, effort.threads, &mut wanted, |(row, profile, found), done, of| {
         *found = Some(minimal(*row, *profile, &paths, bound));
         bar.show(Progress { bound, done: done + 1, of });

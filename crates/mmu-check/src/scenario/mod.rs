@@ -2,15 +2,16 @@
 //! One driver beside one path: a small machine, a process, a device that uses one page of it, and every order of their
 //! steps up to a bound.
 //!
-//! Threads: `mm` runs the path on CPU 1; `device` is the driver's user on CPU 0 and the hardware too: it writes (where it
-//! may) and then reads, twice, and binds again whenever the driver says so. When both are done the driver's work
-//! items run, and the device uses the page once more: what is stale then is stale for ever.
+//! Threads: `mm` runs the path on CPU 1; `device` is the driver's user on CPU 0 and the hardware too: it reads and then
+//! writes (where it may), and gets the page again whenever the driver says so; `cpu`, where the path has one, is another
+//! thread of the process on CPU 2, which stores through whatever is mapped. When all are done the driver's work items run, and
+//! the device uses the page once more: what is stale then is stale for ever.
 //!
 //! Two list notifiers look on: one behind the driver's in the list (its start comes after the driver's) and one before it
 //! (its end comes before the driver's).
 
 use crate::oracle::{Oracle, Rule, mapped};
-use crate::path::{Path, Stage, X, page, range};
+use crate::path::{Path, Stage, User, X, page};
 use drivers::{
     BindError, Binding, Callback, Callbacks, Counts, Device, DeviceFault, DeviceOp, Driver, DriverError,
     Kind, Options, SubmitError, WorkMode,
@@ -99,6 +100,24 @@ impl fmt::Display for Refusal {
 }
 
 impl Facts {
+    /// Adds what another exploration saw.
+    pub fn merge(&mut self, other: &Facts) {
+        for kind in Callback::ALL {
+            self.callbacks[kind as usize] += other.callbacks[kind as usize];
+            self.effects[kind as usize] += other.effects[kind as usize];
+        }
+        self.accesses += other.accesses;
+        self.retries += other.retries;
+        self.unbinds += other.unbinds;
+        self.repins += other.repins;
+    }
+
+    /// Callbacks that were run and never had an effect.
+    pub fn dead(&self) -> impl Iterator<Item = Callback> {
+        let dead = |kind: &Callback| self.callbacks[*kind as usize] > 0 && self.effects[*kind as usize] == 0;
+        Callback::ALL.into_iter().filter(dead)
+    }
+
     fn add(&mut self, counts: &Counts) {
         for kind in Callback::ALL {
             self.callbacks[kind as usize] += counts.callbacks(kind);
@@ -157,7 +176,7 @@ fn machine(cell: &Cell) -> Arc<Machine> {
         frames: 10,
         tables: 12,
         swap_slots: 3,
-        cpus: 2,
+        cpus: if cell.path.other.is_some() { 3 } else { 2 },
         words_per_page: 2,
         gather_batch: 8,
         fault_around: 1,
@@ -183,15 +202,24 @@ pub fn execute(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
             match use_once(cx, cell, &*driver) {
                 Err(refusal) => facts.borrow_mut().refused = Some(refusal),
                 Ok(binding) => {
-                    race(cx, cell, &stage, &*driver, binding, &oracle);
-                    judge_end(cx, cell, &stage, &*driver, binding, &oracle);
+                    let binding = race(cx, cell, &stage, &*driver, binding, &oracle);
+                    if cell.path.user != User::Closes {
+                        judge_end(cx, cell, &stage, &*driver, binding, &oracle);
+                    }
                 }
             }
-            facts.borrow_mut().add(&driver.counts());
             driver.close(cx);
+            let closed = driver.counts();
+            facts.borrow_mut().add(&closed);
             if let Ok(before) = before {
                 let _ = before.unregister(cx);
             }
+            if let Ok(behind) = behind {
+                let _ = behind.unregister(cx);
+            }
+            end(cx, stage, &oracle);
+            oracle.judge_silence(&closed, &driver.counts());
+            return;
         }
     }
     if let Ok(behind) = behind {
@@ -200,11 +228,25 @@ pub fn execute(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
     end(cx, stage, &oracle);
 }
 
-fn use_once(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver) -> Result<Binding, Refusal> {
-    let binding = driver.bind(cx, range(X), cell.access).map_err(Refusal::Bind)?;
+fn bind(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver) -> Result<Binding, BindError> {
+    let range = Range::new(X << 12, cell.path.pages << 12).unwrap_or(Range::page(page(X)));
+    driver.bind(cx, range, cell.access)
+}
+
+/// Binds the page and uses it, so that the path finds a device that has it.
+fn use_once(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver) -> Result<Option<Binding>, Refusal> {
+    let binding = bind(cx, cell, driver).map_err(Refusal::Bind)?;
     // A read: KSM's pages must stay equal.
     driver.access(cx, binding, DeviceOp::Read(X << 12)).map_err(Refusal::Access)?;
-    Ok(binding)
+    if cell.access == Access::Write && !cell.path.writable {
+        driver.access(cx, binding, DeviceOp::Write(DEVICE_WORD, 0)).map_err(Refusal::Access)?;
+    }
+    if cell.path.user != User::Binds {
+        return Ok(Some(binding));
+    }
+    // It was bound a moment ago.
+    let _ = driver.unbind(cx, binding);
+    Ok(None)
 }
 
 const DEVICE_WORD: u64 = (X << 12) + 8;
@@ -224,27 +266,47 @@ fn turn(
     Ok(())
 }
 
+/// The device's user. A device that is refused has done nothing: what it may not be refused is judged at the end.
+fn user(
+    cx: &mut MaySleep<'_>,
+    cell: &Cell,
+    driver: &dyn Driver,
+    binding: Option<Binding>,
+) -> Option<Binding> {
+    let binding = binding.or_else(|| bind(cx, cell, driver).ok())?;
+    let _ = turn(cx, cell, driver, binding, 101);
+    match cell.path.user {
+        User::Uses | User::Binds => return Some(binding),
+        User::Unbinds => drop(driver.unbind(cx, binding)),
+        User::Closes => driver.close(cx),
+    }
+    None
+}
+
+/// The binding that there is afterwards.
 fn race(
     cx: &mut MaySleep<'_>,
     cell: &Cell,
     stage: &Stage,
     driver: &dyn Driver,
-    binding: Binding,
+    binding: Option<Binding>,
     oracle: &Oracle,
-) {
+) -> Option<Binding> {
     (cell.path.bound)(cx, stage);
     let frame = |mm: &Mm| mapped(mm, page(X)).map(|(frame, _)| frame);
     let before = frame(&stage.mm);
-    scope(cx, |s, _| {
+    let after = scope(cx, |s, cx| {
         s.spawn("mm", |cx| (cell.path.run)(cx, stage));
-        s.spawn("device", |cx| {
-            // A device that is refused has done nothing: what it may not be refused is judged at the end.
-            let _ = turn(cx, cell, driver, binding, 101);
-        });
+        let device = s.spawn("device", |cx| user(cx, cell, driver, binding));
+        if let Some(other) = cell.path.other {
+            s.spawn("cpu", move |cx| other(cx, stage));
+        }
+        device.join(cx).ok().flatten()
     });
     oracle.settle();
     while driver.run_work(cx) {}
     oracle.judge_range(page(X), before, frame(&stage.mm));
+    after
 }
 
 fn judge_end(
@@ -252,9 +314,17 @@ fn judge_end(
     cell: &Cell,
     stage: &Stage,
     driver: &dyn Driver,
-    binding: Binding,
+    binding: Option<Binding>,
     oracle: &Oracle,
 ) {
+    let both = Callbacks::of(&[Callback::Start, Callback::End]);
+    if driver.kind().callbacks.intersection(cell.callbacks).intersection(both) == both {
+        oracle.judge_pairing(&driver.counts());
+    }
+    if binding.is_none() && !cell.path.explicit {
+        judge_written(cx, cell, stage, oracle);
+    }
+    let Some(binding) = binding.or_else(|| bind(cx, cell, driver).ok()) else { return };
     // A worker's error of before is told once.
     let last = (0..3).map(|_| turn(cx, cell, driver, binding, 102)).find(Result::is_ok);
     let last = last.unwrap_or_else(|| turn(cx, cell, driver, binding, 102));
@@ -267,19 +337,19 @@ fn judge_end(
         oracle.broken(Rule::Liveness, format!("nothing goes on any more, and still: {error}"));
     }
     let follows = driver.kind().callbacks.is_empty();
+    if last.is_ok() && !(cell.path.explicit && follows) {
+        judge_written(cx, cell, stage, oracle);
+    }
+}
+
+/// Does the CPU read what the device wrote last?
+fn judge_written(cx: &mut MaySleep<'_>, cell: &Cell, stage: &Stage, oracle: &Oracle) {
     if cell.path.leaves_memory
-        && !(cell.path.explicit && follows)
-        && let Some(written) = oracle.written(binding, page(X), 1)
-        && last.is_ok()
+        && let Some(written) = oracle.written(page(X), 1)
         && let Ok(read) = stage.machine.cpus()[1].load(cx, &stage.mm, DEVICE_WORD)
         && read != written
     {
         oracle.broken(Rule::Dirty, format!("the device wrote {written} and the CPU reads {read}"));
-    }
-    let both = Callbacks::of(&[Callback::Start, Callback::End]);
-    if driver.kind().callbacks.intersection(cell.callbacks).intersection(both) == both {
-        let counts = driver.counts();
-        oracle.judge_pairing(counts.callbacks(Callback::Start), counts.callbacks(Callback::End));
     }
 }
 

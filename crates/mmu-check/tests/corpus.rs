@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Each bug of the corpus is found where it is, by a schedule that fails again, and not where it was mended.
+
+use mmu_check::corpus::{BUGS, ELSEWHERE, Found};
+use mmu_check::explain::{LINES, explain, lanes};
+use mmu_check::scenario::replay;
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+/// Preemptions that a search goes up to.
+const BOUND: u32 = 2;
+/// Far more than a search takes.
+const TIME: Option<Duration> = Some(Duration::from_secs(60));
+
+#[test]
+fn each_bug_is_found_and_its_schedule_fails_again() {
+    let mut missed = Vec::new();
+    for bug in BUGS.iter().filter(|b| std::env::var("BUG").map_or(true, |v| v.split(',').any(|x| x == b.id)))
+    {
+        match bug.find(BOUND, TIME).expect("the path is there") {
+            Found::Broken(cell, rule, failure) => {
+                eprintln!("{}: {cell}: {rule}, {} preemptions", bug.id, failure.preemptions);
+                let again = replay(&cell, &failure.replay).flatten().expect("the schedule fails again");
+                assert_eq!(again.message, failure.message, "{}", bug.id);
+                let diagram = lanes(&failure);
+                assert!(diagram.lines().count() <= LINES, "{}:\n{diagram}", bug.id);
+                let text = explain(&cell, rule, &failure);
+                assert!(text.contains(rule.name()) && text.contains(&failure.replay), "{text}");
+            }
+            Found::Dead(callback, run) => eprintln!("{}: {callback} ran {run} times for nothing", bug.id),
+            Found::Nothing(cell) => missed.push(format!("{} {cell}", bug.id)),
+        }
+    }
+    assert!(missed.is_empty(), "{missed:#?}");
+}
+
+#[test]
+fn nothing_is_found_where_a_bug_was_mended() {
+    let mut wrong = Vec::new();
+    for bug in BUGS.iter().filter(|b| std::env::var("BUG").map_or(true, |v| v.split(',').any(|x| x == b.id)))
+    {
+        let (cell, outcome) = bug.check_mended(1, TIME).expect("the path is there");
+        eprintln!(
+            "{}: {cell}: {} executions, {:?} {:?}",
+            bug.id, outcome.report.executions, outcome.report.elapsed, outcome.facts
+        );
+        assert!(outcome.report.exhausted || !outcome.failures.is_empty(), "{} {cell}", bug.id);
+        if !bug.is_mended(&outcome) {
+            let failure = outcome.failures.first().map(|(rule, failure)| explain(&cell, *rule, failure));
+            let odd = outcome.odd.first().map(ToString::to_string);
+            wrong.push(format!(
+                "{} {cell}: {:?}\n{}\n{odd:?}",
+                bug.id,
+                outcome.facts,
+                failure.unwrap_or_default()
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
+
+#[test]
+fn a_number_is_either_shown_or_excused() {
+    let shown: BTreeSet<&str> = BUGS.iter().map(|bug| bug.id).collect();
+    let excused: BTreeSet<&str> = ELSEWHERE.iter().map(|(id, _)| *id).collect();
+    assert_eq!((shown.len(), excused.len()), (BUGS.len(), ELSEWHERE.len()));
+    assert!(shown.is_disjoint(&excused));
+}
