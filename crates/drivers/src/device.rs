@@ -115,7 +115,7 @@ pub struct Translation {
 
 /// Where walks of a context begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Root {
+pub(crate) enum Root {
     /// The context's own table.
     Own,
     /// The page table of the process (IOMMU with a PASID).
@@ -169,8 +169,7 @@ pub struct DeviceContext {
 }
 
 impl DeviceContext {
-    /// A context for `mm`, whose driver calls itself `driver` to the observer.
-    pub fn open(
+    pub(crate) fn open(
         cx: &mut MaySleep<'_>,
         device: &Arc<Device>,
         mm: &Arc<Mm>,
@@ -191,12 +190,12 @@ impl DeviceContext {
     }
 
     /// Mappings follow the page and not the address, by design.
-    pub fn following_pages(self) -> DeviceContext {
+    pub(crate) fn following_pages(self) -> DeviceContext {
         DeviceContext { follows_page: true, ..self }
     }
 
     /// Each request begins with a flush of the TLB (batches of a GPU).
-    pub fn flushing_at_start(self) -> DeviceContext {
+    pub(crate) fn flushing_at_start(self) -> DeviceContext {
         DeviceContext { flushes_at_start: true, ..self }
     }
 
@@ -224,7 +223,7 @@ impl DeviceContext {
     }
 
     /// Writes an entry of the page table. What the TLB has cached of an older one stays.
-    pub fn map(
+    pub(crate) fn map(
         &self,
         cx: &mut impl Context,
         binding: Binding,
@@ -237,7 +236,7 @@ impl DeviceContext {
     }
 
     /// Takes entries out of the page table: of `binding`, or of every binding, within `range`. The TLB stays as it is.
-    pub fn unmap(
+    pub(crate) fn unmap(
         &self,
         cx: &mut impl Context,
         binding: Option<Binding>,
@@ -257,7 +256,7 @@ impl DeviceContext {
     }
 
     /// Forgets cached translations within `range`, of `binding` or of all, and waits for accesses through them.
-    pub fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
+    pub(crate) fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
         self.counters.flushed(1);
         self.device.tlb.lock(cx).retain(|&(context, b, page), _| {
             context != self.id
@@ -267,7 +266,7 @@ impl DeviceContext {
     }
 
     /// Switches to another page table. What the TLB has cached stays.
-    pub fn set_root(&self, cx: &mut impl Context, root: Root) {
+    pub(crate) fn set_root(&self, cx: &mut impl Context, root: Root) {
         self.table.lock(cx).root = root;
     }
 
@@ -284,7 +283,7 @@ impl DeviceContext {
     }
 
     /// Were pages of `range` used? `clear` forgets it in the page table; the TLB stays as it is.
-    pub fn young(&self, cx: &mut impl Context, range: Range, clear: bool) -> bool {
+    pub(crate) fn young(&self, cx: &mut impl Context, range: Range, clear: bool) -> bool {
         let mut young = false;
         for ((_, page), entry) in &mut self.table.lock(cx).entries {
             if range.contains_addr(page.get()) {
@@ -377,7 +376,7 @@ impl DeviceContext {
     }
 
     /// The callback that runs had an effect.
-    pub fn effect(&self, kind: Callback) {
+    pub(crate) fn effect(&self, kind: Callback) {
         self.counters.effect(kind);
     }
 }

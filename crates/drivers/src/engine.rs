@@ -64,7 +64,7 @@ impl Engine {
 
 impl DeviceContext {
     /// Gives work to the device. Any context.
-    pub fn submit(&self, cx: &mut impl Context, binding: Binding, ops: &[DeviceOp]) -> RequestId {
+    pub(crate) fn submit(&self, cx: &mut impl Context, binding: Binding, ops: &[DeviceOp]) -> RequestId {
         let mut engine = self.device().engine.lock(cx);
         engine.next += 1;
         let id = RequestId(engine.next);
@@ -94,7 +94,7 @@ impl DeviceContext {
     }
 
     /// Waits until no request of this context, on `binding` or at all, is queued or running.
-    pub fn wait_idle(&self, cx: &mut MaySleep<'_>, binding: Option<Binding>) {
+    pub(crate) fn wait_idle(&self, cx: &mut MaySleep<'_>, binding: Option<Binding>) {
         let device = self.device();
         let ours = |request: &Request| {
             request.context == self.id() && binding.is_none_or(|wanted| wanted == request.binding)
@@ -168,7 +168,7 @@ impl DeviceContext {
     }
 
     /// Forgets the requests of this context, done or not.
-    pub fn forget_requests(&self, cx: &mut impl Context) {
+    pub(crate) fn forget_requests(&self, cx: &mut impl Context) {
         self.device().engine.lock(cx).requests.retain(|_, request| request.context != self.id());
     }
 }

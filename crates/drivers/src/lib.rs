@@ -67,10 +67,9 @@ mod work;
 
 pub use callbacks::{Callback, Callbacks};
 pub use counters::{Counters, Counts};
-pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root, Translation};
+pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Translation};
 pub use driver::{BindError, Driver, DriverError, Holds, Kind, Open, OpenError, Options, SubmitError};
 pub use engine::RequestId;
-pub use listener::Registered;
 pub use observer::{DeviceAccess, DriverBug, Observer};
 pub use work::WorkMode;
 

@@ -8,6 +8,7 @@
 pub mod answer;
 pub mod corpus;
 pub mod diff;
+pub mod era;
 pub mod explain;
 pub mod ledger;
 pub mod oracle;

@@ -366,7 +366,7 @@ impl Frames {
     ///
     /// References first: who has pinned the page marks it dirty before it lets go, so whoever sees no reference left sees
     /// the mark (__remove_mapping).
-    pub(crate) fn freeze_clean(&self, pfn: Pfn, expected: u32) -> bool {
+    pub(crate) fn freeze(&self, pfn: Pfn, expected: u32) -> bool {
         let refcount = &self.frame(pfn).refcount;
         if refcount.compare_exchange(expected, 0, Ordering::SeqCst, Ordering::SeqCst).is_err() {
             return false;

@@ -329,7 +329,7 @@ impl File {
         page: LockedPage<'f>,
     ) -> Result<(), LockedPage<'f>> {
         let mut pages = self.pages.lock(cx);
-        if !self.frames().freeze_clean(page.pfn(), 2) {
+        if !self.frames().freeze(page.pfn(), 2) {
             drop(pages);
             return Err(page);
         }

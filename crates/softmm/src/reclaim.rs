@@ -111,7 +111,7 @@ impl Machine {
             self.swap_out(cx, pfn);
         }
         // Two: the swap cache's and this one. Whoever takes one more comes too late.
-        if !frames.freeze_clean(pfn, 2) {
+        if !frames.freeze(pfn, 2) {
             return Reclaim::Held;
         }
         self.detach_cached(cx, pfn);

@@ -92,7 +92,7 @@ pub static BUGS: &[Bug] = &[
         "a page that the device wrote is let go clean",
         &[Rule::Dirty],
         Spec::new(&drivers::i915_mistakes::NO_DIRTY, "swap-out-unbind", V3_16),
-        Spec::new(I915, "swap-out-unbind", V3_16),
+        Spec::new(I915, "swap-out-unbind", V4_14),
     ),
     bug(
         "8",

@@ -17,6 +17,9 @@ use mmu_notifier::Access;
 use softmm::KernelProfile;
 use std::time::Duration;
 
+/// For each path, while a callback is looked for that has no effect on any.
+const DEAD_TIME: Duration = Duration::from_millis(500);
+
 /// One bug.
 #[derive(Debug, Clone, Copy)]
 pub struct Bug {
@@ -115,8 +118,9 @@ impl Bug {
 
     fn find_dead(&self, cell: Cell, callback: Callback, time: Option<Duration>) -> Found {
         let mut all = Facts::default();
+        let each = time.map_or(DEAD_TIME, |time| time.min(DEAD_TIME));
         for path in PATHS {
-            let outcome = explore(&self.broken.at(path), Strategy::Preemptions(1), time);
+            let outcome = explore(&self.broken.at(path), Strategy::Preemptions(1), Some(each));
             all.merge(&outcome.facts);
         }
         let (run, effects) = (all.callbacks[callback as usize], all.effects[callback as usize]);

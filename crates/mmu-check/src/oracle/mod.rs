@@ -92,7 +92,7 @@ impl Oracle {
 
     /// The start callbacks of `range` have returned.
     pub(crate) fn started(&self, range: Range) {
-        note(|| format!("invalidate_range_start({range}) has returned"));
+        note(|| format!("invalidate_range_start {range} returns"));
         self.state.update(|state| {
             state.open.push(range);
             state.told.push(range);
@@ -101,7 +101,7 @@ impl Oracle {
 
     /// The end callbacks of `range` begin.
     pub(crate) fn ending(&self, range: Range) {
-        note(|| format!("invalidate_range_end({range})"));
+        note(|| format!("invalidate_range_end {range}"));
         self.state.update(|state| {
             if let Some(at) = state.open.iter().position(|open| *open == range) {
                 state.open.swap_remove(at);
@@ -111,7 +111,7 @@ impl Oracle {
 
     /// `callback` tells of `range`.
     pub(crate) fn told(&self, callback: &str, range: Range) {
-        note(|| format!("{callback}({range})"));
+        note(|| format!("{callback} {range}"));
         self.state.update(|state| state.told.push(range));
     }
 
@@ -154,7 +154,7 @@ impl Oracle {
         });
         let verb = if access.access == Access::Write { "writes" } else { "reads" };
         let broken = |rule, why: &str| {
-            let how = format!("the device {verb} {:?} through {:?}: {why}", access.frame, access.page);
+            let how = format!("the device {verb} {:?} through {:?}: {why}", access.frame.pfn, access.page);
             Some(Broken { rule, how })
         };
         if !frames.is_live(access.frame) {
@@ -190,7 +190,7 @@ impl Oracle {
                         let differs =
                             frames.read(frame, access.word) != frames.read(access.frame, access.word);
                         let harm = access.access == Access::Write || differs;
-                        harm.then(|| broken(rule, &format!("the CPU has {frame:?} there{whose}")))?
+                        harm.then(|| broken(rule, &format!("the CPU has {:?} there{whose}", frame.pfn)))?
                     }
                     None if settled && !access.mm.peek_pte(access.page).is_swap() => {
                         broken(rule, &format!("the CPU has nothing there{whose}"))
@@ -214,7 +214,8 @@ pub(crate) fn mapped(mm: &Mm, page: PageAddr) -> Option<(FrameId, bool)> {
 
 impl Observer for Oracle {
     fn device_access(&self, _: &mut Atomic<'_>, access: &DeviceAccess<'_>) {
-        note(|| format!("device {:?}s {:?} of {:?}", access.access, access.frame.pfn, access.page));
+        let verb = if access.access == Access::Write { "writes" } else { "reads" };
+        note(|| format!("device {verb} {:?} through {:?}", access.frame.pfn, access.page));
         if let Some(Broken { rule, how }) = self.judge(access) {
             self.broken(rule, how);
         }

@@ -104,6 +104,7 @@ pub static PATHS: &[Path] = &[
     cow::AFTER_FORK,
     cow::ZERO,
     cow::FILE,
+    cow::IN_FLIGHT,
     cow::FORK,
     ksm::PROTECT,
     ksm::REPLACE,
@@ -126,7 +127,6 @@ pub static PATHS: &[Path] = &[
 
 /// Paths that only the corpus needs.
 pub static MORE: &[Path] = &[
-    cow::IN_FLIGHT,
     cow::OTHER_WAY,
     cow::FORK_IDLE,
     swap::READ_BACK,

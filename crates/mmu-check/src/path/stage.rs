@@ -3,6 +3,7 @@
 
 use super::{X, Y};
 use crate::oracle::mapped;
+use interleave::explore::note;
 use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::{PageAddr, Range};
 use softmm::{File, FileKind, Machine, MapKind, Mm, MmUser, Placement, Prot};
@@ -49,10 +50,12 @@ impl Stage {
     }
 
     pub(crate) fn store(&self, cx: &mut MaySleep<'_>, page: u64, value: u64) {
+        note(|| format!("store {value} at {:#x}", page << 12));
         let _ = self.machine.cpus()[1].store(cx, &self.mm, page << 12, value);
     }
 
     pub(crate) fn load(&self, cx: &mut MaySleep<'_>, page: u64) {
+        note(|| format!("load from {:#x}", page << 12));
         let _ = self.machine.cpus()[1].load(cx, &self.mm, page << 12);
     }
 
@@ -60,6 +63,7 @@ impl Stage {
     pub(crate) fn store_if_writable(&self, cx: &mut MaySleep<'_>, value: u64) {
         let writable = matches!(mapped(&self.mm, page(X)), Some((_, true)));
         if let Some(cpu) = self.machine.cpus().get(2).filter(|_| writable) {
+            note(|| format!("store {value} through the page that is mapped"));
             let _ = cpu.store(cx, &self.mm, X << 12, value);
         }
     }
@@ -78,6 +82,7 @@ impl Stage {
     }
 
     pub(crate) fn protect(&self, cx: &mut MaySleep<'_>, prot: Prot) {
+        note(|| format!("mprotect({prot:?})"));
         let _ = self.mm.mprotect(cx, range(X), prot);
     }
 
@@ -88,16 +93,19 @@ impl Stage {
     }
 
     pub(crate) fn dontneed(&self, cx: &mut MaySleep<'_>, range: Range) {
+        note(|| "madvise(MADV_DONTNEED)".to_owned());
         let _ = self.mm.madvise_dontneed(cx, range);
     }
 
     pub(crate) fn fork(&self, cx: &mut MaySleep<'_>) {
+        note(|| "fork".to_owned());
         if let Ok(child) = self.mm.fork(cx) {
             self.children.lock(cx).push(child);
         }
     }
 
     pub(crate) fn child_stores(&self, cx: &mut MaySleep<'_>, value: u64) {
+        note(|| format!("the child stores {value}"));
         let child = self.children.lock(cx).first().map(|child| (**child).clone());
         if let Some(child) = child {
             let _ = self.machine.cpus()[1].store(cx, &child, X << 12, value);
@@ -105,12 +113,14 @@ impl Stage {
     }
 
     pub(crate) fn children_exit(&self, cx: &mut MaySleep<'_>) {
+        note(|| "the child exits".to_owned());
         let children = std::mem::take(&mut *self.children.lock(cx));
         children.into_iter().for_each(|child| child.mmput(cx));
     }
 
     /// The process ends.
     pub(crate) fn exit(&self, cx: &mut MaySleep<'_>) {
+        note(|| "the process exits".to_owned());
         let user = self.user.lock(cx).take();
         if let Some(user) = user {
             user.mmput(cx);
@@ -125,20 +135,24 @@ impl Stage {
     }
 
     pub(crate) fn merge(&self, cx: &mut MaySleep<'_>) {
+        note(|| "ksmd merges the page".to_owned());
         self.machine.ksm_merge(cx, (&self.mm, page(Y)), (&self.mm, page(X)));
     }
 
     pub(crate) fn swap_out(&self, cx: &mut MaySleep<'_>) {
+        note(|| "reclaim".to_owned());
         if let Some((frame, _)) = mapped(&self.mm, page(X)) {
             self.machine.reclaim_page(cx, frame, true);
         }
     }
 
     pub(crate) fn probe(&self, cx: &mut MaySleep<'_>) {
+        note(|| "uprobe_register".to_owned());
         let _ = self.file.uprobe_register(cx, 0, 0);
     }
 
     pub(crate) fn unprobe(&self, cx: &mut MaySleep<'_>) {
+        note(|| "uprobe_unregister".to_owned());
         let _ = self.file.uprobe_unregister(cx, 0, 0);
     }
 }

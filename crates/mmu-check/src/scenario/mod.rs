@@ -10,20 +10,26 @@
 //! Two list notifiers look on: one behind the driver's in the list (its start comes after the driver's) and one before it
 //! (its end comes before the driver's).
 
+mod facts;
+mod watch;
+
+pub use facts::{Facts, Refusal};
+
 use crate::oracle::{Oracle, Rule, mapped};
 use crate::path::{Path, Stage, User, X, page};
 use drivers::{
-    BindError, Binding, Callback, Callbacks, Counts, Device, DeviceFault, DeviceOp, Driver, DriverError,
-    Kind, Options, SubmitError, WorkMode,
+    BindError, Binding, Callback, Callbacks, Device, DeviceFault, DeviceOp, Driver, DriverError, Kind,
+    Options, SubmitError, WorkMode,
 };
 use interleave::explore::{self, Config, Failure, Report, Strategy};
-use interleave::{Atomic, MaySleep, PageContext, Sleep, scope};
-use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
-use softmm::{KernelProfile, Machine, Mm};
+use interleave::{MaySleep, scope};
+use mmu_notifier::{Access, Range};
+use softmm::{FaultError, KernelProfile, Machine, Mm};
 use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
+use watch::{Before, Behind};
 
 /// What is checked against what.
 #[derive(Debug, Clone, Copy)]
@@ -56,77 +62,6 @@ impl Cell {
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.name())
-    }
-}
-
-/// What executions saw, all together: a verdict of "safe" is worth nothing if nothing happened.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Facts {
-    /// Why the driver does not take this memory at all.
-    pub refused: Option<Refusal>,
-    /// Callbacks run, by kind.
-    pub callbacks: [u64; Callback::ALL.len()],
-    /// Of these, those that had an effect.
-    pub effects: [u64; Callback::ALL.len()],
-    /// Words that the device read or wrote.
-    pub accesses: u64,
-    /// Pages got and thrown away because something had changed meanwhile.
-    pub retries: u64,
-    /// Pages that the driver took from the device.
-    pub unbinds: u64,
-    /// Pages got again.
-    pub repins: u64,
-}
-
-/// Why there is no answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// The driver was not opened.
-    Open(drivers::OpenError),
-    /// The memory was not bound.
-    Bind(BindError),
-    /// The first access failed.
-    Access(DriverError),
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Refusal::Open(error) => error.fmt(f),
-            Refusal::Bind(error) => error.fmt(f),
-            Refusal::Access(error) => error.fmt(f),
-        }
-    }
-}
-
-impl Facts {
-    /// Adds what another exploration saw.
-    pub fn merge(&mut self, other: &Facts) {
-        for kind in Callback::ALL {
-            self.callbacks[kind as usize] += other.callbacks[kind as usize];
-            self.effects[kind as usize] += other.effects[kind as usize];
-        }
-        self.accesses += other.accesses;
-        self.retries += other.retries;
-        self.unbinds += other.unbinds;
-        self.repins += other.repins;
-    }
-
-    /// Callbacks that were run and never had an effect.
-    pub fn dead(&self) -> impl Iterator<Item = Callback> {
-        let dead = |kind: &Callback| self.callbacks[*kind as usize] > 0 && self.effects[*kind as usize] == 0;
-        Callback::ALL.into_iter().filter(dead)
-    }
-
-    fn add(&mut self, counts: &Counts) {
-        for kind in Callback::ALL {
-            self.callbacks[kind as usize] += counts.callbacks(kind);
-            self.effects[kind as usize] += counts.effects(kind);
-        }
-        self.accesses += counts.accesses;
-        self.retries += counts.retries;
-        self.unbinds += counts.unbinds;
-        self.repins += counts.repins;
     }
 }
 
@@ -328,17 +263,26 @@ fn judge_end(
     // A worker's error of before is told once.
     let last = (0..3).map(|_| turn(cx, cell, driver, binding, 102)).find(Result::is_ok);
     let last = last.unwrap_or_else(|| turn(cx, cell, driver, binding, 102));
-    if cell.path.leaves_memory
-        && let Err(
-            error @ (DriverError::Device(DeviceFault::GaveUp { .. } | DeviceFault::Refused { .. })
-            | DriverError::Submit(SubmitError::Again | SubmitError::Fault(_))),
-        ) = last
+    if let Err(error) = last
+        && cell.path.leaves_memory
+        && stands_still(&error)
     {
         oracle.broken(Rule::Liveness, format!("nothing goes on any more, and still: {error}"));
     }
     let follows = driver.kind().callbacks.is_empty();
     if last.is_ok() && !(cell.path.explicit && follows) {
         judge_written(cx, cell, stage, oracle);
+    }
+}
+
+/// Has the device not got what the process could have? Not so if what is mapped by then is memory that nobody can hold.
+fn stands_still(error: &DriverError) -> bool {
+    match error {
+        DriverError::Device(DeviceFault::Refused { source: FaultError::NotPinnable(_), .. })
+        | DriverError::Submit(SubmitError::Fault(FaultError::NotPinnable(_))) => false,
+        DriverError::Device(DeviceFault::GaveUp { .. } | DeviceFault::Refused { .. }) => true,
+        DriverError::Submit(error) => matches!(error, SubmitError::Again | SubmitError::Fault(_)),
+        DriverError::Device(_) => false,
     }
 }
 
@@ -363,48 +307,13 @@ fn end(cx: &mut MaySleep<'_>, stage: Stage, oracle: &Oracle) {
         user.mmput(cx);
     }
     drop((mm, file));
+    // What a locked page left behind in the swap cache is reclaim's to find, as in the kernel.
+    for frame in machine.swap_cache(cx) {
+        machine.reclaim_page(cx, frame, true);
+    }
     let (free, total) = (machine.frames().free_frames(), machine.frames().total_frames());
     if free != total {
         oracle.broken(Rule::Frames, format!("{} of {total} frames are never free again", total - free));
-    }
-}
-
-/// Called after the driver's callbacks.
-struct Behind(Arc<Oracle>);
-
-impl MmuNotifier for Behind {
-    fn ops(&self) -> Ops {
-        Ops::START | Ops::PAGE | Ops::CHANGE_PTE | Ops::RELEASE
-    }
-
-    fn invalidate_range_start(&self, _: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
-        self.0.started(inv.range);
-        Ok(())
-    }
-
-    fn invalidate_page(&self, _: PageContext<'_, '_>, page: PageAddr) {
-        self.0.told("invalidate_page", Range::page(page));
-    }
-
-    fn change_pte(&self, _: &mut Atomic<'_>, page: PageAddr, _: Pte) {
-        self.0.told("change_pte", Range::page(page));
-    }
-
-    fn release(&self, _: &mut MaySleep<'_>) {
-        self.0.told("release", Range::ALL);
-    }
-}
-
-/// Called before the driver's callbacks.
-struct Before(Arc<Oracle>);
-
-impl MmuNotifier for Before {
-    fn ops(&self) -> Ops {
-        Ops::END
-    }
-
-    fn invalidate_range_end(&self, _: Sleep<'_, '_>, inv: &Invalidation) {
-        self.0.ending(inv.range);
     }
 }
 
