@@ -110,6 +110,9 @@ pub(crate) struct AnswerArgs {
     /// Time for the table, or for one cell
     #[arg(long, default_value_t = 50)]
     pub(crate) seconds: u64,
+    /// Drivers in kernels in which they never were, too
+    #[arg(long)]
+    pub(crate) anachronisms: bool,
     /// OS threads that explore
     #[arg(long, default_value_t = 2)]
     pub(crate) threads: usize,

@@ -15,6 +15,7 @@ pub mod minimal;
 pub mod table;
 pub mod worth;
 
+use crate::era::{Era, era};
 use crate::oracle::Rule;
 use crate::path::{PATHS, Path};
 use crate::scenario::{Cell, Facts, explore};
@@ -142,6 +143,8 @@ pub struct Question {
     pub paths: Vec<&'static Path>,
     /// Kernels.
     pub profiles: Vec<KernelProfile>,
+    /// Drivers in kernels in which they never were, too.
+    pub anachronisms: bool,
     /// How hard to look.
     pub effort: Effort,
 }
@@ -169,6 +172,7 @@ impl Default for Question {
             rows: rows(),
             paths: PATHS.iter().collect(),
             profiles: vec![KernelProfile::V3_16, KernelProfile::UNWRAPPED_A, KernelProfile::V6_18],
+            anachronisms: false,
             effort: Effort::default(),
         }
     }
@@ -180,6 +184,9 @@ impl Question {
         let mut cells = Vec::new();
         for row in &self.rows {
             for profile in &self.profiles {
+                if !self.anachronisms && era(row.kind, profile) == Era::Anachronism {
+                    continue;
+                }
                 cells.extend(self.paths.iter().map(|path| row.cell(path, *profile)));
             }
         }

@@ -8,6 +8,8 @@ use std::fmt;
 /// What a cell of the table says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Mark {
+    /// Not asked: the driver was never in that kernel.
+    Elsewhere,
     /// The driver does not take this memory.
     Refused,
     /// The model failed, which is no verdict.
@@ -50,6 +52,7 @@ impl Mark {
 impl fmt::Display for Mark {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let text = match self {
+            Mark::Elsewhere => ".".into(),
             Mark::Refused => "-".into(),
             Mark::Odd => "odd".into(),
             Mark::Unknown => "?".into(),

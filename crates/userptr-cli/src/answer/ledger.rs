@@ -66,8 +66,6 @@ pub(super) fn run(args: &AnswerArgs) -> Result<ExitCode, Error> {
 
 /// Preemptions for every statement at least: each says itself how many it needs.
 const BOUND_OF_CLAIMS: u32 = 0;
-/// Preemptions of the table of change_pte: the statements beside it go further.
-const WORTH_BOUND: u32 = 0;
 
 fn document(effort: Effort, measure: bool) -> String {
     let claims = claims();
@@ -106,7 +104,6 @@ fn notified() -> Vec<&'static Path> {
 
 fn worths(cx: &mut MaySleep<'_>, effort: Effort, bar: &Bar) -> String {
     let profiles = [KernelProfile::V3_16, KernelProfile::UNWRAPPED_A];
-    let effort = Effort { bound: WORTH_BOUND.max(effort.bound), ..effort };
     let mut rows = Vec::new();
     for kind in DRIVERS.iter().filter(|kind| kind.callbacks.contains(Callback::ChangePte)) {
         // Who pins has to fear what a read finds; the others are asked for the harder case.

@@ -57,7 +57,7 @@ fn question(args: &AnswerArgs) -> Result<Question, Error> {
         return Err(Error::NoCell { name, what: "no driver or no path has that in its name".into() });
     }
     let effort = effort(args, BOUND, Some(Duration::from_secs(args.seconds)));
-    Ok(Question { rows, paths, profiles, effort })
+    Ok(Question { rows, paths, profiles, anachronisms: args.anachronisms, effort })
 }
 
 /// The profile called `name`, which is part of what the user gave: `of`.

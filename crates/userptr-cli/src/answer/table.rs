@@ -11,6 +11,7 @@ use mmu_check::answer::{Answer, Question, Reach, Row, answer, never_effective};
 use mmu_check::oracle::Rule;
 use mmu_check::path::Path;
 use serde::Serialize;
+use softmm::KernelProfile;
 
 use super::Bar;
 use crate::{Error, print_json};
@@ -43,8 +44,12 @@ fn table(question: &Question, paths: &[&'static Path], answers: &[Answer]) -> Ta
     table.set_header(std::iter::once("driver").chain(paths.iter().map(|path| path.name)));
     for row in &question.rows {
         let cells = paths.iter().map(|path| {
-            let mine = answers.iter().filter(|a| row.has(&a.cell) && std::ptr::eq(a.cell.path, *path));
-            across(&mine.map(Mark::of).collect::<Vec<_>>())
+            let mark = |profile: &KernelProfile| {
+                let mut mine =
+                    answers.iter().filter(|a| row.has(&a.cell) && std::ptr::eq(a.cell.path, *path));
+                mine.find(|a| a.cell.profile.name == profile.name).map_or(Mark::Elsewhere, Mark::of)
+            };
+            across(&question.profiles.iter().map(mark).collect::<Vec<_>>())
         });
         table.add_row(std::iter::once(row.name()).chain(cells));
     }
@@ -56,6 +61,7 @@ fn legend(answers: &[Answer]) {
         "okN  no rule breaks in any order of at most N preemptions\n\
          ?    not even the orders without preemptions were finished in the time; odd: the model failed\n\
          -    the driver does not take this memory\n\
+         .    the driver was never in that kernel, and nobody asks (`--anachronisms` does)\n\
          Letters are the rules that break, the number is how many preemptions that takes:"
     );
     let broken = |rule: &Rule| answers.iter().any(|a| a.rules().any(|r| r == *rule));
