@@ -118,12 +118,14 @@ pub fn heard(cx: &mut MaySleep<'_>, path: &Path, profile: KernelProfile) -> Vec<
         registrations.extend(stage.mm.notifiers().register(cx, recorder));
     }
     (path.run)(cx, &stage);
+    // Unregistering calls release, which is none of the path's.
+    let told = heard.read(Clone::clone);
     for registration in registrations {
         // Refused inside its own callbacks alone, and none runs here.
         let _ = registration.unregister(cx);
     }
     end(cx, stage);
-    heard.read(Clone::clone)
+    told
 }
 
 fn end(cx: &mut MaySleep<'_>, stage: Stage) {
