@@ -381,14 +381,11 @@ pub fn claims() -> Vec<Claim> {
                     Test::NoWorseThan(with_pair),
                     cells(&[I915_RO, I915_5_13, I915_5_13_RO], &notified, &[BARE]),
                 ),
-                Statement {
-                    bound: 2,
-                    ..says(
-                        "A write pin that i915 takes while fork runs (between its start and its write-protection) is let go of again.",
-                        Test::Right,
-                        cells(&[I915], &named_paths(&["fork"]), &[V3_16, BARE]),
-                    )
-                },
+                says(
+                    "A write pin that i915 takes while fork runs (between its start and its write-protection) is let go of again.",
+                    Test::Right,
+                    cells(&[I915], &named_paths(&["fork-idle"]), &[V3_16, BARE]),
+                ),
             ],
             None,
             &[FORK],
