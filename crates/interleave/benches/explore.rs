@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! One scenario under this explorer, shuttle and loom, in one run: `cargo bench -p interleave --bench explore`, with
-//! `-- NAME` for the rows whose name begins so.
+//! One scenario under this explorer, shuttle and loom, in one run: `cargo bench -p interleave --bench explore
+//! 2>/dev/null` (shuttle tells of each failure), with `-- NAME` for the contenders whose name begins so.
+//!
+//! All three run on one OS thread, so that what is compared is its CPU time, whatever else the machine does.
+//! Contenders take turns. The time to the fault is a mean over 200 seeds for those who choose by chance.
 //!
 //! An mm thread unmaps (sequence, notifier callback under the driver's lock, page table, free) and faults again; a
 //! binder reads the sequence, gets the page, checks the sequence and installs the page; a device uses what is
@@ -12,9 +15,12 @@
 )]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use interleave::explore::{Config, Strategy, explore};
+use rustix::time::{ClockId, clock_gettime};
 
 mod own {
     use interleave::{AtomicU64, Digest, LockClass, MaySleep, Mutex, Ordering, RwLock, SpinLock, explore};
@@ -192,141 +198,246 @@ macro_rules! other {
 other!(with_shuttle, shuttle);
 other!(with_loom, loom);
 
-fn row(name: &str, executions: u64, time: Duration, end: &str) {
-    let rate = executions as f64 / time.as_secs_f64();
-    println!("{name:<34} {executions:>12} {:>10.2} ms {rate:>12.0}/s  {end}", time.as_secs_f64() * 1e3);
+/// CPU time of the calling OS thread.
+fn cpu_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// Whether the row is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Found,
+    Exhausted,
+    /// No more schedules within its bound on preemptions.
+    Bounded,
+    Stopped,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    executions: u64,
+    time: Duration,
+    end: End,
+}
+
+impl Run {
+    fn rate(&self) -> f64 {
+        self.executions as f64 / self.time.as_secs_f64()
+    }
+}
+
+/// What one exploration of the scenario comes to.
+struct Contender {
+    name: String,
+    ours: bool,
+    /// By seed.
+    run: Box<dyn Fn(u64) -> Run + Sync>,
+}
+
+fn ours(name: &str, rounds: u64, fault: bool, config: impl Fn(u64) -> Config + Sync + 'static) -> Contender {
+    let run = move |seed| {
+        let config = config(seed).minimise(0);
+        let start = cpu_time();
+        let report = explore(&config, |cx| own::scenario(rounds, fault, cx));
+        let end = match (report.failures.first(), report.exhausted, report.bound) {
+            (Some(_), ..) => End::Found,
+            (None, true, None) => End::Exhausted,
+            (None, true, Some(_)) => End::Bounded,
+            (None, false, _) => End::Stopped,
+        };
+        Run { executions: report.executions, time: cpu_time() - start, end }
+    };
+    Contender { name: name.to_owned(), ours: true, run: Box::new(run) }
+}
+
+fn with_shuttle<S: shuttle::scheduler::Scheduler + 'static>(
+    name: &str,
+    rounds: u64,
+    fault: bool,
+    scheduler: impl Fn(u64) -> S + Sync + 'static,
+) -> Contender {
+    let run = move |seed| {
+        let runs = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&runs);
+        let mut config = shuttle::Config::new();
+        config.failure_persistence = shuttle::FailurePersistence::None;
+        let start = cpu_time();
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            shuttle::Runner::new(scheduler(seed), config).run(move || {
+                count.fetch_add(1, Ordering::Relaxed);
+                with_shuttle::scenario(rounds, fault);
+            });
+        }));
+        let end = if ended.is_err() { End::Found } else { End::Stopped };
+        Run { executions: runs.load(Ordering::Relaxed), time: cpu_time() - start, end }
+    };
+    Contender { name: format!("shuttle {name}"), ours: false, run: Box::new(run) }
+}
+
+fn with_loom(name: &str, rounds: u64, fault: bool, bound: Option<usize>, most: Duration) -> Contender {
+    let run = move |_| {
+        let runs = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&runs);
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = bound;
+        model.max_duration = Some(most);
+        let start = cpu_time();
+        let began = std::time::Instant::now();
+        let ended = catch_unwind(AssertUnwindSafe(|| {
+            model.check(move || {
+                count.fetch_add(1, Ordering::Relaxed);
+                with_loom::scenario(rounds, fault);
+            });
+        }));
+        let end = match (ended.is_err(), began.elapsed() < most, bound) {
+            (true, ..) => End::Found,
+            (false, false, _) => End::Stopped,
+            (false, true, None) => End::Exhausted,
+            (false, true, Some(_)) => End::Bounded,
+        };
+        Run { executions: runs.load(Ordering::Relaxed), time: cpu_time() - start, end }
+    };
+    Contender { name: format!("loom{name}"), ours: false, run: Box::new(run) }
+}
+
+/// Runs on an OS thread of its own: what a failed run leaves behind in one is not the next one's.
+fn alone(contender: &Contender, seed: u64) -> Run {
+    std::thread::scope(|s| s.spawn(|| (contender.run)(seed)).join().expect("a contender catches its panics"))
+}
+
+/// The median by time of `turns` runs of each, which take turns.
+fn medians(contenders: Vec<Contender>, turns: u64) -> Vec<(Contender, Run)> {
+    let mut runs: Vec<Vec<Run>> = contenders.iter().map(|_| Vec::new()).collect();
+    for turn in 0..turns {
+        for (contender, runs) in contenders.iter().zip(&mut runs) {
+            runs.push(alone(contender, turn));
+        }
+    }
+    let median = |mut runs: Vec<Run>| {
+        runs.sort_by_key(|run| run.time);
+        runs[runs.len() / 2]
+    };
+    contenders.into_iter().zip(runs.into_iter().map(median)).collect()
+}
+
+/// The means over seeds; a run that finds nothing ends as such.
+fn means(contenders: Vec<Contender>, seeds: u64) -> Vec<(Contender, Run)> {
+    let mean = |contender: &Contender| {
+        // The machine's moods fall on all alike: seeds outside, contenders inside, would start a thread for each.
+        let runs: Vec<Run> = (0..seeds).map(|seed| alone(contender, seed)).collect();
+        let missed = runs.iter().filter(|run| run.end != End::Found).count();
+        Run {
+            executions: runs.iter().map(|run| run.executions).sum::<u64>() / seeds,
+            time: runs.iter().map(|run| run.time).sum::<Duration>() / seeds as u32,
+            end: if missed == 0 { End::Found } else { End::Stopped },
+        }
+    };
+    contenders
+        .into_iter()
+        .map(|contender| {
+            let run = mean(&contender);
+            (contender, run)
+        })
+        .collect()
+}
+
 fn wanted(name: &str) -> bool {
     let mut names = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).peekable();
     names.peek().is_none() || names.any(|wanted| name.starts_with(&wanted))
 }
 
-fn ours(name: &str, config: Config, rounds: u64, fault: bool) {
-    if !wanted(name) {
-        return;
-    }
-    let report = explore(&config.minimise(0), |cx| own::scenario(rounds, fault, cx));
-    let end = match (&report.failures.first(), report.exhausted, report.bound) {
-        (Some(_), ..) => "found",
-        (None, true, None) => "exhausted",
-        (None, true, Some(_)) => "exhausted within the bound",
-        (None, false, _) => "stopped",
-    };
-    row(name, report.executions, report.elapsed, end);
+fn asked_for(contenders: Vec<Contender>) -> Vec<Contender> {
+    contenders.into_iter().filter(|contender| wanted(&contender.name)).collect()
 }
 
-fn shuttle_run(
-    name: &str,
-    scheduler: impl shuttle::scheduler::Scheduler + 'static,
-    rounds: u64,
-    fault: bool,
-) {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU64, Ordering};
-    if !wanted(name) {
-        return;
+/// Prints the rows, and how many times better the best of ours is than the best of the others by `value`, among those
+/// that came to `end`; what an other has not come to in its time counts as if it had just then.
+fn print(what: &str, rows: &[(Contender, Run)], end: Option<End>, value: impl Fn(&Run) -> f64) {
+    println!("\n{what}");
+    for (contender, run) in rows {
+        let ended = match run.end {
+            End::Found => "found",
+            End::Exhausted => "exhausted",
+            End::Bounded => "exhausted within the bound",
+            End::Stopped => "stopped",
+        };
+        let Contender { name, .. } = contender;
+        let (executions, rate, time) = (run.executions, run.rate(), run.time.as_secs_f64() * 1e3);
+        println!("  {name:<26} {executions:>10} {time:>11.3} ms {rate:>10.0}/s  {ended}");
     }
-    let runs = Arc::new(AtomicU64::new(0));
-    let count = Arc::clone(&runs);
-    let mut config = shuttle::Config::new();
-    config.failure_persistence = shuttle::FailurePersistence::None;
-    let start = Instant::now();
-    let ended = catch_unwind(AssertUnwindSafe(|| {
-        shuttle::Runner::new(scheduler, config).run(move || {
-            count.fetch_add(1, Ordering::Relaxed);
-            with_shuttle::scenario(rounds, fault);
-        });
-    }));
-    row(
-        name,
-        runs.load(Ordering::Relaxed),
-        start.elapsed(),
-        if ended.is_err() { "found" } else { "stopped" },
-    );
+    let best = |ours: bool| {
+        let counts = |run: &Run| end.is_none_or(|end| run.end == end || !ours && run.end == End::Stopped);
+        let of = rows.iter().filter(|(contender, run)| contender.ours == ours && counts(run));
+        of.map(|(contender, run)| (value(run), &contender.name, run.end)).max_by(|a, b| a.0.total_cmp(&b.0))
+    };
+    if let (Some((mine, name, _)), Some((theirs, other, ended))) = (best(true), best(false)) {
+        let least = if end.is_some_and(|end| end != ended) { "at least " } else { "" };
+        println!("  {name} beside {other}: {least}{:.1}x", mine / theirs);
+    }
 }
 
-fn loom_run(name: &str, bound: Option<usize>, most: Duration, rounds: u64, fault: bool) {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicU64, Ordering};
-    if !wanted(name) {
-        return;
-    }
-    let runs = Arc::new(AtomicU64::new(0));
-    let count = Arc::clone(&runs);
-    let mut model = loom::model::Builder::new();
-    model.preemption_bound = bound;
-    model.max_duration = Some(most);
-    let start = Instant::now();
-    let ended = catch_unwind(AssertUnwindSafe(|| {
-        model.check(move || {
-            count.fetch_add(1, Ordering::Relaxed);
-            with_loom::scenario(rounds, fault);
-        });
-    }));
-    let time = start.elapsed();
-    let end = if ended.is_err() {
-        "found"
-    } else if time < most {
-        "exhausted"
-    } else {
-        "stopped"
-    };
-    row(name, runs.load(Ordering::Relaxed), time, end);
-}
+const TURNS: u64 = 5;
+const SEEDS: u64 = 200;
+
+/// Where those stop who would not end in a reasonable time.
+const MOST: u64 = 100_000;
+const LONGEST: Duration = Duration::from_secs(10);
 
 fn main() {
+    use shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler};
     std::panic::set_hook(Box::new(|_| {}));
-    const N: u64 = 200_000;
-    let random = |seed| Strategy::Random { seed, executions: N };
-    let pct = |seed| Strategy::Pct { depth: 3, seed, executions: N };
+    let random = |seed, executions| Config::new(Strategy::Random { seed, executions });
+    let pct = |seed, executions| Config::new(Strategy::Pct { depth: 3, seed, executions });
     for rounds in [1, 2] {
-        println!("\n{rounds} round(s), no fault: executions, time, rate");
-        ours("random", Config::new(random(1)), rounds, false);
-        ours("pct 3", Config::new(pct(1)), rounds, false);
-        shuttle_run(
-            "shuttle random",
-            shuttle::scheduler::RandomScheduler::new_from_seed(1, 50_000),
-            rounds,
-            false,
-        );
-        shuttle_run(
-            "shuttle pct 3",
-            shuttle::scheduler::PctScheduler::new_from_seed(1, 3, 50_000),
-            rounds,
-            false,
-        );
-        ours("plain", Config::new(Strategy::Plain).max_executions(5_000_000), rounds, false);
-        ours("sleep sets", Config::new(Strategy::Sleep), rounds, false);
-        ours("dpor", Config::new(Strategy::Dpor), rounds, false);
-        ours("value cache, forgetting", Config::new(Strategy::ValueCache), rounds, false);
-        ours("preemptions 2", Config::new(Strategy::Preemptions(2)), rounds, false);
-        shuttle_run(
-            "shuttle dfs",
-            shuttle::scheduler::DfsScheduler::new(Some(500_000), false),
-            rounds,
-            false,
-        );
-        loom_run("loom", None, Duration::from_secs(10), rounds, false);
-        loom_run("loom, preemptions 2", Some(2), Duration::from_secs(10), rounds, false);
-        println!("{rounds} round(s), with the fault: executions and time to find it");
-        ours("random", Config::new(random(1)), rounds, true);
-        ours("pct 3", Config::new(pct(1)), rounds, true);
-        ours("dpor", Config::new(Strategy::Dpor), rounds, true);
-        ours("preemptions 2", Config::new(Strategy::Preemptions(2)), rounds, true);
-        shuttle_run(
-            "shuttle random",
-            shuttle::scheduler::RandomScheduler::new_from_seed(1, 200_000),
-            rounds,
-            true,
-        );
-        shuttle_run(
-            "shuttle pct 3",
-            shuttle::scheduler::PctScheduler::new_from_seed(1, 3, 200_000),
-            rounds,
-            true,
-        );
-        loom_run("loom", None, Duration::from_secs(20), rounds, true);
+        println!("\n# {rounds} round(s)");
+        let rate = asked_for(vec![
+            ours("random", rounds, false, move |seed| random(seed, 50_000)),
+            ours("pct 3", rounds, false, move |seed| pct(seed, 50_000)),
+            ours("plain", rounds, false, |_| Config::new(Strategy::Plain).max_executions(50_000)),
+            with_shuttle("random", rounds, false, |seed| RandomScheduler::new_from_seed(seed, 10_000)),
+            with_shuttle("pct 3", rounds, false, |seed| PctScheduler::new_from_seed(seed, 3, 10_000)),
+            with_shuttle("dfs", rounds, false, |_| DfsScheduler::new(Some(10_000), false)),
+            with_loom(", preemptions 2", rounds, false, Some(2), LONGEST),
+        ]);
+        print("executions per second", &medians(rate, TURNS), None, Run::rate);
+        let exhaust = asked_for(vec![
+            ours("plain", rounds, false, |_| Config::new(Strategy::Plain).max_executions(MOST)),
+            ours("sleep sets", rounds, false, |_| Config::new(Strategy::Sleep)),
+            ours("dpor", rounds, false, |_| Config::new(Strategy::Dpor)),
+            ours("value cache, forgetting", rounds, false, |_| Config::new(Strategy::ValueCache)),
+        ]);
+        let endless = asked_for(vec![
+            with_shuttle("dfs", rounds, false, |_| DfsScheduler::new(Some(MOST as usize), false)),
+            with_loom("", rounds, false, None, LONGEST),
+        ]);
+        let faster = |run: &Run| 1.0 / run.time.as_secs_f64();
+        let mut rows = medians(exhaust, TURNS);
+        rows.extend(medians(endless, 1));
+        print("to exhaustion", &rows, Some(End::Exhausted), faster);
+        let bounded = asked_for(vec![
+            ours("preemptions 2", rounds, false, |_| Config::new(Strategy::Preemptions(2))),
+            with_loom(", preemptions 2", rounds, false, Some(2), LONGEST),
+        ]);
+        print("to exhaustion within two preemptions", &medians(bounded, TURNS), Some(End::Bounded), faster);
+
+        let chance = asked_for(vec![
+            ours("random", rounds, true, move |seed| random(seed, 1_000_000)),
+            ours("pct 3", rounds, true, move |seed| pct(seed, 1_000_000)),
+            with_shuttle("random", rounds, true, |seed| RandomScheduler::new_from_seed(seed, 200_000)),
+            with_shuttle("pct 3", rounds, true, |seed| PctScheduler::new_from_seed(seed, 3, 200_000)),
+        ]);
+        let order = asked_for(vec![
+            ours("dpor", rounds, true, |_| Config::new(Strategy::Dpor)),
+            ours("preemptions 2 (default)", rounds, true, |_| Config::default()),
+            with_loom(", preemptions 2", rounds, true, Some(2), LONGEST),
+        ]);
+        let endless = asked_for(vec![
+            with_shuttle("dfs", rounds, true, |_| DfsScheduler::new(Some(MOST as usize), false)),
+            with_loom("", rounds, true, None, LONGEST),
+        ]);
+        let mut rows = means(chance, SEEDS);
+        rows.extend(medians(order, TURNS));
+        rows.extend(medians(endless, 1));
+        print("to the fault", &rows, Some(End::Found), faster);
     }
 }

@@ -81,8 +81,12 @@ impl Birth {
     #[inline(always)]
     pub(crate) fn world(self, site: Site) -> Option<&'static dyn World> {
         let world = world::active();
-        if world.is_none() && self.0 & EXPLORED == 0 {
+        let explored = self.0 & EXPLORED != 0;
+        if world.is_none() && !explored {
             return None;
+        }
+        if world.is_some() && explored {
+            return world;
         }
         self.other(world, site)
     }
@@ -91,7 +95,7 @@ impl Birth {
     #[inline(never)]
     fn other(self, world: Option<&'static dyn World>, site: Site) -> Option<&'static dyn World> {
         let explored = self.0 & EXPLORED != 0;
-        if world.is_some() == explored || std::thread::panicking() || world.is_some_and(World::aborting) {
+        if std::thread::panicking() || world.is_some_and(World::aborting) {
             return world;
         }
         let (born, used) = if explored { ("under", "outside") } else { ("outside", "under") };

@@ -4,7 +4,7 @@
 //! Nothing is shared between threads, so that a key in a static serves in every world.
 
 use std::any::Any;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,11 +17,19 @@ pub(crate) struct Slots(RefCell<Vec<Option<Rc<dyn Any>>>>);
 
 thread_local! {
     static SLOTS: Slots = const { Slots(RefCell::new(Vec::new())) };
+
+    /// Whether `SLOTS` has anything. Beside it, because what has no destructor is cheaper to reach.
+    static ANY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Exchanges the values of the running thread for those of another virtual thread.
+#[inline]
 pub(crate) fn swap(other: &Slots) {
-    SLOTS.with(|slots| slots.0.swap(&other.0));
+    let (mine, others) = (ANY.get(), !other.0.borrow().is_empty());
+    if mine || others {
+        SLOTS.with(|slots| slots.0.swap(&other.0));
+        ANY.set(others);
+    }
 }
 
 /// One `T` for each thread, made at its first use there and dropped when the thread ends.
@@ -58,6 +66,7 @@ impl<T: 'static> PerThread<T> {
                 }
                 slots[key] = Some(Rc::clone(&slot));
             });
+            ANY.set(true);
             slot
         });
         match slot.downcast_ref::<T>() {

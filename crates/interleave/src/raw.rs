@@ -130,15 +130,29 @@ pub(crate) fn attempt(
     granted
 }
 
+/// Gives when dropped: a thread that is unwound before it could let a thing go must not keep it from the others.
+struct Giving<F: FnOnce()>(Option<F>);
+
+impl<F: FnOnce()> Drop for Giving<F> {
+    fn drop(&mut self) {
+        if let Some(give) = self.0.take() {
+            give();
+        }
+    }
+}
+
 /// Lets a thing go, first in earnest and then in the world.
 #[cold]
 #[inline(never)]
 pub(crate) fn release(world: &dyn World, op: Op, digest: impl FnOnce() -> u64, give: impl FnOnce()) {
+    let giving = Giving(Some(give));
     if world.aborting() {
-        return give();
+        return;
     }
-    let digest = digest();
     world.point(&op);
-    give();
-    world.done(&op, digest);
+    let digest = world.hashes().then(digest);
+    drop(giving);
+    if let Some(digest) = digest {
+        world.done(&op, digest);
+    }
 }

@@ -2,7 +2,7 @@
 //! What a thread is doing: its sections that must not sleep, and the locks that it holds.
 //!
 //! All of it is thread-local, without a destructor and without allocation, so that a lock costs a few stores here.
-//! An engine that runs many virtual threads on one OS thread exchanges it with [`swap`] at each switch.
+//! An engine that runs many virtual threads on one OS thread copies it, with [`save`] and [`load`], at each switch.
 //! Invariant: the held stack lists locks in the order in which they were taken, whatever the order of their release.
 
 use std::cell::Cell;
@@ -109,6 +109,31 @@ impl Task {
             beyond: Cell::new(0),
             policy: Cell::new(None),
             held: [const { Slot::new() }; MAX_HELD],
+        }
+    }
+
+    /// Forgets everything: a new thread.
+    pub(crate) fn clear(&self) {
+        self.depth.set(0);
+        self.beyond.set(0);
+        self.policy.set(None);
+        self.atomic.depth.set(0);
+        self.non_block.depth.set(0);
+    }
+
+    fn copy(&self, from: &Task) {
+        for (to, slot) in self.held.iter().zip(&from.held).take(from.depth.get()) {
+            to.set(slot.get());
+        }
+        self.depth.set(from.depth.get());
+        self.beyond.set(from.beyond.get());
+        self.policy.set(from.policy.get());
+        for section in [Section::Atomic, Section::NonBlock] {
+            let (to, from) = (self.count(section), from.count(section));
+            to.depth.set(from.depth.get());
+            if from.depth.get() != 0 {
+                to.outermost.set(from.outermost.get());
+            }
         }
     }
 
@@ -256,22 +281,12 @@ pub(crate) fn policy() -> Option<Policy> {
     current(|t| t.policy.get())
 }
 
-/// Exchanges the state of the running thread for that of another virtual thread.
-pub(crate) fn swap(other: &Task) {
-    current(|t| {
-        let copied = t.depth.get().max(other.depth.get());
-        for (a, b) in t.held.iter().zip(&other.held).take(copied) {
-            let (mine, others) = (a.get(), b.get());
-            a.set(others);
-            b.set(mine);
-        }
-        t.depth.swap(&other.depth);
-        t.beyond.swap(&other.beyond);
-        t.policy.swap(&other.policy);
-        for section in [Section::Atomic, Section::NonBlock] {
-            let (a, b) = (t.count(section), other.count(section));
-            a.depth.swap(&b.depth);
-            a.outermost.swap(&b.outermost);
-        }
-    });
+/// Copies the state of the running thread, which another virtual thread will be now.
+pub(crate) fn save(to: &Task) {
+    current(|t| to.copy(t));
+}
+
+/// Makes the running thread the one whose state was saved.
+pub(crate) fn load(from: &Task) {
+    current(|t| t.copy(from));
 }

@@ -216,6 +216,22 @@ struct Children {
 }
 
 impl Children {
+    /// Waits for the end of all. Whether one panicked and nobody was told.
+    fn wait_for_all(&self) -> bool {
+        let mut unwound = None;
+        let mut panicked = false;
+        for (id, progress) in self.started.take() {
+            self.wait(id, &progress, &mut unwound);
+            panicked |= progress.panicked.load(Ordering::Relaxed);
+        }
+        if let Some(payload) = unwound
+            && !std::thread::panicking()
+        {
+            resume_unwind(payload);
+        }
+        panicked
+    }
+
     /// Waits for the end of one. A thread that the engine unwinds must wait on, so its unwinding is put off.
     fn wait(&self, id: Id, progress: &Progress, unwound: &mut Option<Box<dyn Any + Send>>) {
         let gone = || progress.gone.load(Ordering::Acquire);
@@ -241,15 +257,7 @@ impl Children {
 
 impl Drop for Children {
     fn drop(&mut self) {
-        let mut unwound = None;
-        for (id, progress) in self.started.take() {
-            self.wait(id, &progress, &mut unwound);
-        }
-        if let Some(payload) = unwound
-            && !std::thread::panicking()
-        {
-            resume_unwind(payload);
-        }
+        self.wait_for_all();
     }
 }
 
@@ -268,7 +276,6 @@ impl Drop for Unlisted<'_> {
 /// A thread of a [`Scope`].
 #[derive(Debug)]
 pub struct ScopedJoinHandle<'scope, T> {
-    name: String,
     thread: Running<std::thread::ScopedJoinHandle<'scope, T>, T>,
 }
 
@@ -309,12 +316,8 @@ pub fn scope<'env, R>(
     };
     let children = Children { world, site, started: RefCell::new(Vec::new()) };
     let result = f(&Scope { kind: ScopeKind::Explored(&children) }, cx);
-    let progress: Vec<_> = children.started.borrow().iter().map(|(_, p)| Arc::clone(p)).collect();
-    drop(children);
-    assert!(
-        !progress.iter().any(|p| p.panicked.load(Ordering::Relaxed)),
-        "a thread of the scope at {site} panicked"
-    );
+    let panicked = children.wait_for_all();
+    assert!(!panicked, "a thread of the scope at {site} panicked");
     result
 }
 
@@ -353,7 +356,7 @@ impl<'scope> Scope<'scope, '_> {
                 Running::Explored(thread)
             }
         };
-        ScopedJoinHandle { name: name.to_owned(), thread }
+        ScopedJoinHandle { thread }
     }
 }
 
@@ -365,11 +368,19 @@ impl<T> ScopedJoinHandle<'_, T> {
     #[track_caller]
     pub fn join(self, _cx: &mut MaySleep<'_>) -> Result<T, Panicked> {
         might_sleep();
-        let result = match self.thread {
-            Running::Plain(thread) => thread.join(),
-            Running::Explored(thread) => thread.join(Location::caller()),
-        };
-        result.map_err(|payload| Panicked::new(self.name, payload))
+        match self.thread {
+            Running::Plain(thread) => {
+                let name = thread.thread().name().map(str::to_owned);
+                thread.join().map_err(|payload| Panicked::new(name.unwrap_or_default(), payload))
+            }
+            Running::Explored(thread) => {
+                let id = thread.id;
+                thread.join(Location::caller()).map_err(|payload| {
+                    let name = world::active().map(|world| world.thread_name(id));
+                    Panicked::new(name.unwrap_or_default(), payload)
+                })
+            }
+        }
     }
 }
 

@@ -97,11 +97,21 @@ pub(crate) trait World {
     /// traces, and for the lock set of the thread.
     fn noted(&self, op: &Op);
 
+    /// Whether [`done`](Self::done) of a release is of any use, so that it pays to hash guarded data.
+    fn hashes(&self) -> bool {
+        true
+    }
+
     /// `op` has happened; `value` is what a load read, what an atomic now holds, or the digest of data being unlocked.
     fn done(&self, op: &Op, value: u64);
 
     /// Makes a virtual thread that will run `body`. If it unwinds, `body` has been dropped.
     fn spawn(&self, op: &Op, name: &str, body: Box<dyn FnOnce() + Send>) -> Id;
+
+    /// The name of a virtual thread.
+    fn thread_name(&self, thread: Id) -> String {
+        format!("virtual thread {thread}")
+    }
 
     /// Virtual time since the beginning of the execution.
     fn now(&self) -> Duration;

@@ -243,6 +243,86 @@ fn a_scenario_that_is_not_deterministic_is_told_so() {
 }
 
 #[test]
+fn a_schedule_outlives_unrelated_edits() {
+    let check = |edited: bool| {
+        move |cx: &mut MaySleep<'_>| {
+            let (page, seq, live, other) =
+                (Mutex::new(&A, 0), AtomicU32::new(0), AtomicBool::new(true), Mutex::new(&B, 0));
+            if edited {
+                *other.lock(cx) += 1;
+            }
+            scope(cx, |s, _| {
+                s.spawn("binder", |cx| {
+                    if edited {
+                        *other.lock(cx) += 1;
+                    }
+                    let before = seq.load(SC);
+                    let mut page = page.lock(cx);
+                    if before == 0 {
+                        *page = 1;
+                        assert!(live.load(SC), "the page is gone");
+                    }
+                });
+                s.spawn("unmapper", |cx| {
+                    seq.store(1, SC);
+                    if edited {
+                        drop(other.lock(cx));
+                    }
+                    *page.lock(cx) = 0;
+                    live.store(false, SC);
+                });
+                if edited {
+                    s.spawn("bystander", |cx| *other.lock(cx) += 1);
+                }
+            });
+        }
+    };
+    let config = Config::default();
+    let failure = explore(&config, check(false)).failures.remove(0);
+    for edited in [false, true] {
+        let again = replay(&config, &failure.replay, check(edited)).expect("readable");
+        assert!(again.missed.is_empty(), "{:?} of {}", again.missed, failure.replay);
+        let again = again.failure.unwrap_or_else(|| panic!("edited {edited}: no failure, {failure}"));
+        assert!(again.message.contains("the page is gone"), "{again}");
+    }
+    assert!(!failure.replay.chars().any(|c| c.is_ascii_digit()), "no numbers: {}", failure.replay);
+    assert!(replay(&config, "binder@a_lock.lock#0", check(false)).is_none());
+    let other = replay(&config, "nobody, binder@a_lock.unheard", check(false)).expect("readable");
+    assert_eq!(other.missed, ["nobody"], "binder runs to its end, since it comes to no such operation");
+}
+
+#[test]
+fn the_events_of_a_failure_say_who_did_what_to_what_holding_what() {
+    let report = explore(&Config::default(), |cx| {
+        let (lock, spin) = (RwLock::new(&MMAP_LOCK, 0), SpinLock::new(&B, 0));
+        two(
+            cx,
+            |cx| {
+                let _read = lock.read(cx);
+                *spin.lock(cx) += 1;
+                interleave::explore::note(|| "counted".to_owned());
+            },
+            |cx| {
+                *lock.write(cx) += 1;
+                assert_eq!(*spin.lock(cx), 0, "too late");
+            },
+        );
+    });
+    let schedule = &report.failures[0].schedule;
+    let event = |what: &str| schedule.iter().find(|e| e.what == what).unwrap_or_else(|| panic!("{what}"));
+    let read = event("mmap_lock.read");
+    assert_eq!((read.thread.as_str(), read.class, read.verb), ("one", Some("mmap_lock"), "read"));
+    assert!(read.site.file().ends_with("explore.rs"));
+    let spin = event("b_lock.lock");
+    assert_eq!(
+        (spin.class, spin.verb, &spin.holds[..]),
+        (Some("b_lock"), "lock", &["mmap_lock", "b_lock"][..])
+    );
+    let note = event("counted");
+    assert!(note.note && note.thread == "one" && note.class.is_none() && note.holds == ["mmap_lock"]);
+}
+
+#[test]
 fn a_try_lock_sees_both_outcomes() {
     for strategy in
         [Strategy::Plain, Strategy::Sleep, Strategy::Dpor, Strategy::ValueCache, Strategy::Preemptions(2)]

@@ -2,15 +2,19 @@
 //! The checker checked: random small programs have the same outcomes, deadlocks included, under every exhaustive
 //! strategy as under plain enumeration.
 //!
-//! An outcome is what each thread saw, up to where it ended or hangs, and what is left in the end. Debug builds try
-//! fewer programs; `EXPLORE_FUZZ=n` sets the number, `EXPLORE_SEED=n` where to begin.
+//! An outcome is what each thread saw, up to where it ended or hangs, and what is left in the end. A thread that calls
+//! `forget` between two operations promises that what it saw before does not matter: of such programs the shared
+//! states are compared that each thread can come to at each of its operations, and whether there is a deadlock.
+//!
+//! Debug builds try fewer programs; `EXPLORE_FUZZ=n` sets the number, `EXPLORE_SEED=n` where to begin.
 #![expect(clippy::disallowed_types, reason = "what is seen is written down behind the explorer's back")]
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::sync::Mutex as Plain;
 use std::time::Duration;
 
-use interleave::explore::{Config, FailureKind, Ghost, Report, Strategy, explore, replay};
+use interleave::explore::{self, Config, FailureKind, Ghost, Report, Strategy, explore, replay};
 use interleave::{
     AtomicU32, Digest, LockClass, MaySleep, Mutex, Ordering, RwLock, Semaphore, WaitQueue, scope, time,
 };
@@ -44,6 +48,7 @@ enum Do {
     Ghost,
     GhostRead,
     Sleep(u64),
+    Forget,
 }
 
 struct Rng(u64);
@@ -117,6 +122,15 @@ impl Rng {
     }
 }
 
+/// The same program with boundaries between some operations of its threads.
+fn with_boundaries(program: &[Vec<Do>], rng: &mut Rng) -> Vec<Vec<Do>> {
+    let mut bounded = |thread: &Vec<Do>| {
+        let steps = thread.iter().cloned();
+        steps.flat_map(|step| [Some(step), (rng.below(3) > 0).then_some(Do::Forget)]).flatten().collect()
+    };
+    program.iter().map(&mut bounded).collect()
+}
+
 /// The objects of one execution.
 struct Shared {
     atomics: [AtomicU32; 2],
@@ -149,15 +163,36 @@ impl Shared {
 struct Seen {
     now: Vec<Vec<u32>>,
     outcomes: BTreeSet<Vec<Vec<u32>>>,
+    /// What the objects hold: the atomics, the mutexes, the readers-writer lock, the ghost.
+    held: [u32; 6],
+    /// A thread, how far it is, and what the objects held then.
+    states: BTreeSet<(usize, usize, [u32; 6])>,
 }
 
 struct Runner<'a> {
     shared: &'a Shared,
     seen: &'a Plain<Seen>,
     me: usize,
+    /// A hundred for each boundary, and one for each operation made since the last.
+    made: Cell<usize>,
 }
 
 impl Runner<'_> {
+    fn new<'a>(shared: &'a Shared, seen: &'a Plain<Seen>, me: usize) -> Runner<'a> {
+        Runner { shared, seen, me, made: Cell::new(0) }
+    }
+
+    /// The thread has made an operation, by which object `slot` holds `value`.
+    fn holds(&self, slot: usize, value: u32) {
+        self.seen.lock().expect("no panics").held[slot] = value;
+    }
+
+    fn made(&self) {
+        self.made.set(self.made.get() + 1);
+        let seen = &mut *self.seen.lock().expect("no panics");
+        seen.states.insert((self.me, self.made.get(), seen.held));
+    }
+
     fn saw(&self, what: u32) {
         self.seen.lock().expect("no panics").now[self.me].push(what);
     }
@@ -165,34 +200,47 @@ impl Runner<'_> {
     fn run(&self, block: &[Do], cx: &mut MaySleep<'_>) {
         for step in block {
             self.one(step, cx);
+            self.made();
         }
     }
 
     /// Adds one to guarded data, so that the order of critical sections is seen.
-    fn bump(&self, data: &mut u32) {
+    fn bump(&self, slot: usize, data: &mut u32) {
         self.saw(*data);
         *data += 1;
+        self.holds(slot, *data);
+        self.made();
     }
 
     fn one(&self, step: &Do, cx: &mut MaySleep<'_>) {
         let s = self.shared;
         match step {
             Do::Load(a) => self.saw(s.atomics[*a].load(SC)),
-            Do::Store(a, v) => s.atomics[*a].store(*v, SC),
-            Do::Add(a) => self.saw(s.atomics[*a].fetch_add(1, SC)),
+            Do::Store(a, v) => {
+                s.atomics[*a].store(*v, SC);
+                self.holds(*a, *v);
+            }
+            Do::Add(a) => {
+                let was = s.atomics[*a].fetch_add(1, SC);
+                self.holds(*a, was + 1);
+                self.saw(was);
+            }
             Do::Cas(a, v) => {
                 let was = s.atomics[*a].compare_exchange(*v, *v + 1, SC, SC);
+                if was.is_ok() {
+                    self.holds(*a, *v + 1);
+                }
                 self.saw(was.unwrap_or_else(|v| v + 100));
             }
             Do::Lock(m, block) => {
                 let mut guard = s.mutexes[*m].lock(cx);
-                self.bump(&mut guard);
+                self.bump(2 + *m, &mut guard);
                 self.run(block, cx);
             }
             Do::TryLock(m, block) => match s.mutexes[*m].try_lock(cx) {
                 None => self.saw(1000),
                 Some(mut guard) => {
-                    self.bump(&mut guard);
+                    self.bump(2 + *m, &mut guard);
                     self.run(block, cx);
                 }
             },
@@ -203,7 +251,7 @@ impl Runner<'_> {
             }
             Do::Write(block) => {
                 let mut guard = s.rw.write(cx);
-                self.bump(&mut guard);
+                self.bump(4, &mut guard);
                 self.run(block, cx);
             }
             Do::TryRead(block) => match s.rw.try_read(cx) {
@@ -216,7 +264,7 @@ impl Runner<'_> {
             Do::TryWrite(block) => match s.rw.try_write(cx) {
                 None => self.saw(1002),
                 Some(mut guard) => {
-                    self.bump(&mut guard);
+                    self.bump(4, &mut guard);
                     self.run(block, cx);
                 }
             },
@@ -230,8 +278,13 @@ impl Runner<'_> {
             Do::WaitFor(a) => s.queue.wait_event(cx, || s.atomics[*a].load(SC) != 0),
             Do::WakeOne => s.queue.wake_one(),
             Do::WakeAll => s.queue.wake_all(),
-            Do::Ghost => s.ghost.update(|v| self.bump(v)),
+            Do::Ghost => s.ghost.update(|v| self.bump(5, v)),
             Do::GhostRead => self.saw(s.ghost.read(|v| *v)),
+            Do::Forget => {
+                explore::forget();
+                // What was made before, and so how much, is forgotten.
+                self.made.set((self.made.get() / 100 + 1) * 100);
+            }
             Do::Sleep(n) => time::sleep(cx, Duration::from_millis(*n)),
         }
     }
@@ -242,14 +295,15 @@ fn scenario(program: &[Vec<Do>], hashed: bool, seen: &Plain<Seen>, cx: &mut MayS
         let seen = &mut *seen.lock().expect("no panics");
         let before = std::mem::replace(&mut seen.now, vec![Vec::new(); program.len() + 1]);
         seen.outcomes.insert(before);
+        seen.held = [0; 6];
     }
     let shared = &Shared::new(hashed);
     scope(cx, |s, _| {
         for (me, block) in program.iter().enumerate() {
-            s.spawn(&format!("t{me}"), move |cx| Runner { shared, seen, me }.run(block, cx));
+            s.spawn(&format!("t{me}"), move |cx| Runner::new(shared, seen, me).run(block, cx));
         }
     });
-    let main = Runner { shared, seen, me: program.len() };
+    let main = Runner::new(shared, seen, program.len());
     for atomic in &shared.atomics {
         main.saw(atomic.load(SC));
     }
@@ -260,12 +314,17 @@ fn scenario(program: &[Vec<Do>], hashed: bool, seen: &Plain<Seen>, cx: &mut MayS
     main.saw(shared.ghost.read(|v| *v));
 }
 
-fn outcomes(program: &[Vec<Do>], config: &Config, hashed: bool) -> (BTreeSet<Vec<Vec<u32>>>, Report) {
+fn seen(program: &[Vec<Do>], config: &Config, hashed: bool) -> (Seen, Report) {
     let seen = Plain::new(Seen::default());
     let report = explore(config, |cx| scenario(program, hashed, &seen, cx));
     let mut seen = seen.into_inner().expect("no panics");
-    seen.outcomes.insert(seen.now);
+    seen.outcomes.insert(std::mem::take(&mut seen.now));
     seen.outcomes.remove(&Vec::new());
+    (seen, report)
+}
+
+fn outcomes(program: &[Vec<Do>], config: &Config, hashed: bool) -> (BTreeSet<Vec<Vec<u32>>>, Report) {
+    let (seen, report) = seen(program, config, hashed);
     (seen.outcomes, report)
 }
 
@@ -278,6 +337,8 @@ struct Totals {
     programs: u64,
     too_big: u64,
     deadlocks: u64,
+    /// Seen by programs with boundaries.
+    states: u64,
     executions: Vec<(&'static str, u64)>,
 }
 
@@ -352,6 +413,41 @@ fn check(program: &[Vec<Do>], totals: &mut Totals) -> Option<String> {
     None
 }
 
+/// Shared states that are missed when threads forget, in words.
+fn check_boundaries(program: &[Vec<Do>], totals: &mut Totals) -> Option<String> {
+    let (expected, plain) = seen(program, &config(Strategy::Plain).max_executions(1_000), true);
+    if !plain.exhausted {
+        return None;
+    }
+    totals.add("plain, boundaries", plain.executions);
+    let modes = [
+        ("cache, boundaries", Strategy::ValueCache, true),
+        ("cache without digests, boundaries", Strategy::ValueCache, false),
+        ("preemptions, boundaries", Strategy::CachedPreemptions(40), true),
+    ];
+    for (name, strategy, hashed) in modes {
+        let (got, report) = seen(program, &config(strategy), hashed);
+        totals.add(name, report.executions);
+        totals.states += got.states.len() as u64;
+        if !report.exhausted
+            || got.states != expected.states
+            || plain.failures.is_empty() != report.failures.is_empty()
+        {
+            return Some(format!(
+                "{name}: {} of {} states, {} and {} deadlocks, exhausted {}; missed {:?}, extra {:?}",
+                got.states.len(),
+                expected.states.len(),
+                report.failures.len(),
+                plain.failures.len(),
+                report.exhausted,
+                expected.states.difference(&got.states).next(),
+                got.states.difference(&expected.states).next(),
+            ));
+        }
+    }
+    None
+}
+
 #[test]
 fn every_strategy_has_the_outcomes_of_plain_enumeration() {
     let number = |name: &str| std::env::var(name).ok().and_then(|n| n.parse::<u64>().ok());
@@ -369,14 +465,23 @@ fn every_strategy_has_the_outcomes_of_plain_enumeration() {
             all.programs += totals.programs;
             all.too_big += totals.too_big;
             all.deadlocks += totals.deadlocks;
+            all.states += totals.states;
             totals.executions.iter().for_each(|(name, n)| all.add(name, *n));
         }
     });
     wrong.sort_by_key(|(_, program, _)| format!("{program:?}").len());
     let (many, smallest) = (wrong.len(), wrong.first());
     assert!(wrong.is_empty(), "{many} of {programs} wrong; the smallest: {smallest:?}\n{all:?}");
-    let tried = all.programs < 100 || all.deadlocks > 0 && all.executions.iter().all(|(_, n)| *n > 0);
+    let tried = all.programs < 100
+        || all.deadlocks > 0 && all.states > 0 && all.executions.iter().all(|(_, n)| *n > 0);
     assert!(tried, "{all:?}");
+}
+
+/// A reader of a ghost without a digest was said to have seen the same before and after a change.
+#[test]
+fn a_program_that_was_wrong_once() {
+    let (wrong, totals) = worker(23_282, 1, 1);
+    assert!(wrong.is_empty() && totals.programs == 1, "{wrong:?} {totals:?}");
 }
 
 type Mistake = (u64, Vec<Vec<Do>>, String);
@@ -388,6 +493,14 @@ fn worker(first: u64, stride: u64, programs: u64) -> (Vec<Mistake>, Totals) {
         let program = Rng(seed.wrapping_mul(0x1234_5678_9abc_def1)).program();
         if let Some(what) = check(&program, &mut totals) {
             wrong.push((seed, program, what));
+            seed += stride;
+            continue;
+        }
+        if seed % 4 < 2 {
+            let bounded = with_boundaries(&program, &mut Rng(seed));
+            if let Some(what) = check_boundaries(&bounded, &mut totals) {
+                wrong.push((seed, bounded, what));
+            }
         }
         seed += stride;
     }

@@ -73,7 +73,7 @@ impl Mm {
             let (ptes, atomic) = guard.split();
             match self.wp_can_reuse_anon(atomic, old, page_lock.as_ref()) {
                 MayReuse::Yes => {
-                    frames.set_anon_vma(old, vma.anon_vma().unwrap_or_default(), page);
+                    frames.set_anon_vma(old, vma.anon_vma().unwrap_or_default(), vma.anon_index(page));
                     if flag == FaultFlag::Write {
                         ptes.set_bits(page, write | Pte::ACCESSED | Pte::DIRTY);
                     }

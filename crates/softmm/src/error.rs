@@ -137,6 +137,23 @@ pub enum ForkError {
     Exited,
 }
 
+/// Why nothing was moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum MremapError {
+    /// The two ranges overlap or differ in length (-EINVAL).
+    #[error("the ranges overlap or differ in length: softmm moves, and neither grows nor shrinks")]
+    Ranges,
+    /// Not all of it lies in one mapping (-EFAULT).
+    #[error("the range is not inside one mapping")]
+    NotOneVma,
+    /// The last user is gone; the address space is torn down (-ESRCH).
+    #[error("the mm has exited")]
+    Exited,
+    /// No memory for the page tables of the new place, which is unmapped now, or to give KSM's pages back their own copies.
+    #[error(transparent)]
+    Fault(#[from] FaultError),
+}
+
 /// Why a change of a range stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {

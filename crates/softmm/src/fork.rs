@@ -47,6 +47,7 @@ impl Mm {
             return Err(ForkError::Exited);
         }
         let mut copies = child.vmas.write_nested(cx, 1);
+        copies.has_uprobes = vmas.has_uprobes;
         let result = vmas.iter().try_for_each(|vma| {
             let copy = vma.for_child(|| self.machine().fresh_id());
             child.anon_vma_fork(cx, &copy);

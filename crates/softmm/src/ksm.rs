@@ -59,7 +59,7 @@ pub enum Merge {
 #[derive(Clone, Copy)]
 struct RmapItem {
     anon_vma: u64,
-    page: PageAddr,
+    index: PageAddr,
     mm: MmId,
 }
 
@@ -90,7 +90,7 @@ impl Machine {
         let items = self.stable_nodes().nodes.lock(cx).get(&id).cloned().unwrap_or_default();
         for forks in [false, true] {
             for item in &items {
-                let walked = self.anon_vma_walk(cx, item.anon_vma, item.page, &mut |cx, mm, page| {
+                let walked = self.anon_vma_walk(cx, item.anon_vma, item.index, &mut |cx, mm, page| {
                     if (mm.id() != item.mm) == forks {
                         visit(cx, mm, page)
                     } else {
@@ -163,7 +163,8 @@ impl Machine {
             let was_merged = frames.is_ksm(pfn);
             mm.try_to_merge_one_page(cx, vma, at, pfn, kpage)?;
             if !was_merged {
-                let item = RmapItem { anon_vma: vma.anon_vma().unwrap_or_default(), page: at, mm: mm.id() };
+                let (anon_vma, index) = (vma.anon_vma().unwrap_or_default(), vma.anon_index(at));
+                let item = RmapItem { anon_vma, index, mm: mm.id() };
                 self.stable_tree_append(cx, kpage.unwrap_or(pfn), item);
             }
         }

@@ -13,7 +13,7 @@
 //! the mm drops its reference.
 //!
 //! What there is, on base pages: private anonymous memory and files (page cache, shared, private and XIP mappings); mmap, fault,
-//! copy-on-write, munmap, mprotect, madvise, fork, get_user_pages, KSM, page ageing, reclaim and swap, truncate and hole
+//! copy-on-write, munmap, mprotect, mremap (moves alone), madvise, fork, get_user_pages, KSM, page ageing, reclaim and swap, truncate and hole
 //! punch, writeback, uprobes, the oom reaper, exit.
 //!
 //! Lock order (outer first; the same names are the lock classes):
@@ -58,6 +58,7 @@ pub mod madvise;
 pub mod mm;
 pub mod mmap;
 pub mod mprotect;
+pub mod mremap;
 pub mod munmap;
 mod notify;
 pub mod oom;
@@ -81,7 +82,8 @@ pub mod xip;
 pub mod zap;
 
 pub use error::{
-    AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, OutOfMemory, UprobeError,
+    AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, MremapError, OutOfMemory,
+    UprobeError,
 };
 pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};
 pub use gup::{Foll, FollRef, UserPages};

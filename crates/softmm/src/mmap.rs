@@ -117,7 +117,7 @@ impl Mm {
             self.anon_vma_link(cx, vma);
         }
         self.relink_files(cx, &vmas, range, &[], false);
-        self.uprobe_mmap(cx, &vmas, range);
+        self.uprobe_mmap(cx, &mut vmas, range);
         Ok(range)
     }
 }

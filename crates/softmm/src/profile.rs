@@ -82,6 +82,17 @@ pub enum Mprotect {
     FromFirstPud,
 }
 
+/// When mremap makes CPUs forget the old address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MremapFlush {
+    /// Once everything has moved: meanwhile the page may be freed through its new address (until 4.8).
+    AtEnd,
+    /// The same, but under the ptl where a pte was dirty (4.9 to 4.19).
+    AtEndUnlessDirty,
+    /// Under the ptl (4.20 and later).
+    UnderPtl,
+}
+
 /// The oom reaper beside notifiers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OomReaper {
@@ -168,6 +179,8 @@ pub struct KernelProfile {
     pub madvise_batches: bool,
     /// The oom reaper.
     pub oom_reaper: OomReaper,
+    /// When mremap flushes.
+    pub mremap: MremapFlush,
     // The file side.
     /// A dirty page of a file keeps its mapcount until the CPUs' TLBs are flushed (6.2).
     pub zap_delays_rmap: bool,
@@ -218,6 +231,7 @@ impl KernelProfile {
         xip: true,
         uprobes: Uprobes::Replace,
         i_mmap: IMmapLock::Mutex,
+        mremap: MremapFlush::AtEnd,
     };
     /// 3.16 without the pair around change_pte, and nothing in its place (V2a).
     pub const UNWRAPPED_A: KernelProfile = KernelProfile {
@@ -255,6 +269,7 @@ impl KernelProfile {
         clear_young: true,
         force: Force::DirtyAfterCow,
         oom_reaper: OomReaper::Silent,
+        mremap: MremapFlush::AtEndUnlessDirty,
         ..KernelProfile::V3_19
     };
     /// Linux 4.14: invalidate_page is gone.
@@ -281,6 +296,7 @@ impl KernelProfile {
         munmap_downgrades: true,
         dontneed_flushes_inside: false,
         oom_reaper: OomReaper::NonBlock,
+        mremap: MremapFlush::UnderPtl,
         ..KernelProfile::V4_14
     };
     /// Linux 6.18.

@@ -2,8 +2,8 @@
 //! From a page to the ptes that map it: anon_vma (all versions; without the reuse of empty ones, 4.0).
 //!
 //! An anonymous page remembers an anon_vma and a page number. Every vma that may map the page is linked to that
-//! anon_vma: the vma that made the page, and the vmas that fork copied from it, whose pages are at the same addresses
-//! (softmm moves nothing). A vma that fork made has an anon_vma of its own too, for its own pages, so that they are
+//! anon_vma: the vma that made the page, the vmas that fork copied from it, and those to which mremap has moved its pages: a
+//! page keeps its number, and each vma knows how far its addresses are from the numbers. A vma that fork made has an anon_vma of its own too, for its own pages, so that they are
 //! not looked for in the parent.
 //!
 //! Invariants:
@@ -38,6 +38,8 @@ struct Link {
     id: MmId,
     mm: Weak<Mm>,
     range: Range,
+    /// From an address in `range` to the number by which its page is looked for.
+    shift: u64,
 }
 
 /// The anon_vmas that came out of one by forks; an empty one is not there.
@@ -81,7 +83,7 @@ impl Mm {
         // A racing fault may have been first; then there is nothing to do.
         if vma.set_anon_vma(id) {
             all.families.lock(cx).insert(id, family.clone());
-            self.link(&mut trees, id, vma.range);
+            self.link(&mut trees, id, vma);
         }
         drop(trees);
     }
@@ -91,7 +93,7 @@ impl Mm {
         let Some(id) = vma.anon_vma() else { return };
         let Some(family) = self.machine().anon_vmas().family(cx, id) else { return };
         let mut trees = family.trees.write(cx);
-        vma.anon_vmas().for_each(|id| self.link(&mut trees, id, vma.range));
+        vma.anon_vmas().for_each(|id| self.link(&mut trees, id, vma));
         drop(trees);
     }
 
@@ -102,7 +104,7 @@ impl Mm {
         let Some(family) = all.family(cx, parent) else { return };
         let mut trees = family.trees.write(cx);
         all.families.lock(cx).insert(own, family.clone());
-        copy.anon_vmas().for_each(|id| self.link(&mut trees, id, copy.range));
+        copy.anon_vmas().for_each(|id| self.link(&mut trees, id, copy));
         drop(trees);
     }
 
@@ -122,16 +124,16 @@ impl Mm {
         drop(trees);
     }
 
-    fn link(&self, trees: &mut BTreeMap<u64, Vec<Link>>, id: u64, range: Range) {
+    fn link(&self, trees: &mut BTreeMap<u64, Vec<Link>>, id: u64, vma: &Vma) {
         let links = trees.entry(id).or_default();
-        subtract(links, self.id(), range);
-        links.push(Link { id: self.id(), mm: self.weak().clone(), range });
+        subtract(links, self.id(), vma.range);
+        links.push(Link { id: self.id(), mm: self.weak().clone(), range: vma.range, shift: vma.shift() });
     }
 
     /// A new page gets its first mapping (page_add_new_anon_rmap). Under the ptl; the vma has an anon_vma.
     pub(crate) fn add_new_anon_rmap(&self, vma: &Vma, pfn: Pfn, page: PageAddr) {
         let frames = self.machine().frames();
-        frames.set_anon_vma(pfn, vma.anon_vma().unwrap_or_default(), page);
+        frames.set_anon_vma(pfn, vma.anon_vma().unwrap_or_default(), vma.anon_index(page));
         frames.set_exclusive(pfn, self.machine().profile().has_exclusive());
         frames.add_rmap(pfn);
     }
@@ -158,7 +160,7 @@ fn subtract(links: &mut Vec<Link>, mm: MmId, range: Range) {
         let Some(cut) = link.range.intersection(range).filter(|_| link.id == mm) else { return true };
         for (start, end) in [(link.range.start(), cut.start()), (cut.end(), link.range.end())] {
             if let Ok(range) = Range::new(start, end - start) {
-                rest.push(Link { id: link.id, mm: link.mm.clone(), range });
+                rest.push(Link { range, mm: link.mm.clone(), ..*link });
             }
         }
         false
@@ -177,25 +179,28 @@ impl Machine {
     ) {
         if self.frames().is_ksm(pfn) {
             self.rmap_walk_ksm(cx, pfn, &mut visit);
-        } else if let Some((anon_vma, page)) = self.frames().anon_vma(pfn) {
-            let _ = self.anon_vma_walk(cx, anon_vma, page, &mut visit);
+        } else if let Some((anon_vma, index)) = self.frames().anon_vma(pfn) {
+            let _ = self.anon_vma_walk(cx, anon_vma, index, &mut visit);
         }
     }
 
-    /// The places under one anon_vma.
+    /// The places under one anon_vma of what [`Vma::anon_index`] numbers `index`.
     pub(crate) fn anon_vma_walk(
         &self,
         cx: &mut MaySleep<'_>,
         anon_vma: u64,
-        page: PageAddr,
+        index: PageAddr,
         visit: &mut Visit<'_>,
     ) -> ControlFlow<()> {
         let Some(family) = self.anon_vmas().family(cx, anon_vma) else { return ControlFlow::Continue(()) };
         let trees = family.trees.read(cx);
         let mut links = trees.get(&anon_vma).into_iter().flatten();
-        links.try_for_each(|link| match link.mm.upgrade() {
-            Some(mm) if link.range.contains(Range::page(page)) => visit(cx, &mm, page),
-            _ => ControlFlow::Continue(()),
+        links.try_for_each(|link| {
+            let page = PageAddr::new(index.get().wrapping_sub(link.shift)).ok();
+            match page.filter(|&page| link.range.contains(Range::page(page))).zip(link.mm.upgrade()) {
+                Some((page, mm)) => visit(cx, &mm, page),
+                None => ControlFlow::Continue(()),
+            }
         })
     }
 }

@@ -48,7 +48,7 @@ impl Mm {
         if frames.swap_slot(cached) != Some(slot) {
             return Ok(Faulted::default());
         }
-        let copy = if self.needs_copy_after_swap(cx, vma.anon_vma(), cached, page) {
+        let copy = if self.needs_copy_after_swap(cx, vma.anon_vma(), cached, vma.anon_index(page)) {
             let copy = frames.alloc()?;
             frames.copy_contents(copy, cached);
             Some(copy)
@@ -88,7 +88,7 @@ impl Mm {
         frames.add_rmap(pfn);
         if !frames.is_anon(pfn) {
             let owner = if sole { vma.anon_vma() } else { vma.anon_vmas().next() };
-            frames.set_anon_vma(pfn, owner.unwrap_or_default(), page);
+            frames.set_anon_vma(pfn, owner.unwrap_or_default(), vma.anon_index(page));
         }
         if machine.profile().has_exclusive() {
             frames.set_exclusive(pfn, sole);
@@ -110,10 +110,10 @@ impl Mm {
         cx: &mut MaySleep<'_>,
         anon_vma: Option<u64>,
         cached: Pfn,
-        page: PageAddr,
+        index: PageAddr,
     ) -> bool {
         let Some((of_page, at)) = self.machine().frames().anon_vma(cached) else { return false };
-        at != page || !anon_vma.is_some_and(|own| self.machine().anon_vmas().related(cx, own, of_page))
+        at != index || !anon_vma.is_some_and(|own| self.machine().anon_vmas().related(cx, own, of_page))
     }
 
     /// reuse_swap_page before the entry is freed: the entry is the only way to the page. Takes the page out of the

@@ -15,9 +15,13 @@
 //! | v5_10 | S; [ clr R; C; **set** copy ]; put; E(+R) | if the bytes are the file's again: S; [ clr R ]; put; E; else as before |
 //! | v6_18 | copy-on-write if needed, as FOLL_WRITE\|FOLL_FORCE does it; then **no S, no E**: [ clr A; write the word; **set** the same page ] | S(CLEAR); [ clr A; write the word; the file's bytes again and nobody else holds the copy? put : **set** the same page ]; E |
 //!
-//! R is there from v3_19 on. A mapping that holds the page already is left alone, and a fresh mapping of the file is probed
-//! at mmap. In v6_18 a copy that sits in a per-CPU list of new pages counts as held, so the running kernel often keeps it
-//! where softmm does not.
+//! R is there from v3_19 on. A mapping that has the breakpoint already is left alone, and a fresh mapping of the file is probed
+//! at mmap. A removal passes over every mm that never had one (MMF_HAS_UPROBES). In v6_18 a copy that sits in a per-CPU batch
+//! counts as held, and looking it up for the removal may put it into one, so the running kernel often keeps it where softmm
+//! does not.
+//!
+//! What is not here: the kernel sets a breakpoint that a mapping has lost (MADV_DONTNEED, swap-out) again whenever it splits or
+//! merges the vma.
 //!
 //! Locks: register_rwsem of the file; dup_mmap_sem for writing (fork holds it for reading: nobody copies half a set of
 //! breakpoints); i_mmap for reading while the mappings are listed; then one mm after the other: mmap_lock for writing; page
@@ -143,11 +147,16 @@ impl File {
         place: Place,
         change: Change,
     ) -> Result<(), OutOfMemory> {
-        let vmas = mm.vmas.write(cx);
+        let mut vmas = mm.vmas.write(cx);
         let Some(vma) = vmas.find(page.get()).filter(|vma| change.concerns(vma)) else { return Ok(()) };
         let here =
             |file: &crate::vma::VmaFile| file.file.id() == self.id() && file.index(vma, page) == place.index;
         if !vma.file.as_ref().is_some_and(here) {
+            return Ok(());
+        }
+        if change == Change::Insert {
+            vmas.has_uprobes = true;
+        } else if !vmas.has_uprobes {
             return Ok(());
         }
         mm.write_opcode(cx, &vmas, page, place, change)
@@ -156,7 +165,7 @@ impl File {
 
 impl Mm {
     /// uprobe_mmap: a new mapping of the file gets the breakpoints that are registered. One that cannot be set is missing.
-    pub(crate) fn uprobe_mmap(&self, cx: &mut MaySleep<'_>, vmas: &VmaTree, range: Range) {
+    pub(crate) fn uprobe_mmap(&self, cx: &mut MaySleep<'_>, vmas: &mut VmaTree, range: Range) {
         let Some((vma, file)) = vmas.find(range.start()).and_then(|vma| Some((vma, vma.file.as_ref()?)))
         else {
             return;
@@ -166,10 +175,13 @@ impl Mm {
         }
         let places: Vec<Place> = file.file.uprobes.lock(cx).keys().copied().collect();
         let pages = range.iter_pages().map(|page| (page, file.index(vma, page)));
-        for (page, index) in pages {
-            for &place in places.iter().filter(|place| place.index == index) {
-                let _ = self.write_opcode(cx, vmas, page, place, Change::Insert);
-            }
+        let covered = |(page, index)| {
+            places.iter().filter(move |place| place.index == index).map(move |&place| (page, place))
+        };
+        let probed: Vec<_> = pages.flat_map(covered).collect();
+        vmas.has_uprobes |= !probed.is_empty();
+        for (page, place) in probed {
+            let _ = self.write_opcode(cx, vmas, page, place, Change::Insert);
         }
     }
 

@@ -69,6 +69,8 @@ pub(crate) struct Vma {
     pub(crate) mergeable: bool,
     /// What it maps; `None` is anonymous memory.
     pub(crate) file: Option<VmaFile>,
+    /// Of anonymous memory: how far its vm_pgoff is from its address, in bytes. Not 0 where mremap has moved pages.
+    shift: u64,
 }
 
 impl Vma {
@@ -81,6 +83,7 @@ impl Vma {
             accounted: prot.writable(),
             mergeable: false,
             file: None,
+            shift: 0,
         }
     }
 
@@ -110,6 +113,30 @@ impl Vma {
     /// Its anon_vma and those of its ancestors, the oldest first.
     pub(crate) fn anon_vmas(&self) -> impl Iterator<Item = u64> {
         self.inherited.iter().copied().chain(self.anon_vma())
+    }
+
+    /// How far [`Vma::anon_index`] is from the address.
+    pub(crate) fn shift(&self) -> u64 {
+        match &self.file {
+            Some(file) => (file.pgoff << PAGE_SHIFT).wrapping_sub(self.range.start()),
+            None => self.shift,
+        }
+    }
+
+    /// By what number an anonymous page that is made at `page` is looked for (linear_page_index).
+    pub(crate) fn anon_index(&self, page: PageAddr) -> PageAddr {
+        PageAddr::new(page.get().wrapping_add(self.shift())).unwrap_or(page)
+    }
+
+    /// What mremap puts at `to` for the part `from` (copy_vma). Without an anon_vma no page is looked for yet, and the new place
+    /// may as well be like any other there.
+    pub(crate) fn moved(&self, from: Range, to: Range) -> Vma {
+        let piece = self.piece(from);
+        let shift = match piece.anon_vma() {
+            Some(_) => self.shift.wrapping_add(from.start()).wrapping_sub(to.start()),
+            None => 0,
+        };
+        Vma { range: to, shift, ..piece }
     }
 
     /// mprotect_fixup: private memory that becomes writable is charged, and never given back,
@@ -158,7 +185,7 @@ impl Vma {
     /// Does `next` begin where this ends, and differ at most in protection and anon_vma (anon_vma_compatible)?
     fn alike(&self, next: &Vma) -> bool {
         let one_file = match (&self.file, &next.file) {
-            (None, None) => true,
+            (None, None) => self.shift == next.shift,
             (Some(a), Some(b)) => {
                 Arc::ptr_eq(&a.file, &b.file)
                     && a.shared == b.shared
@@ -177,6 +204,8 @@ pub(crate) struct VmaTree {
     vmas: BTreeMap<u64, Vma>,
     /// The last user is gone.
     pub(crate) exited: bool,
+    /// A breakpoint was set in this mm or in the one that it was forked from (MMF_HAS_UPROBES).
+    pub(crate) has_uprobes: bool,
 }
 
 impl VmaTree {

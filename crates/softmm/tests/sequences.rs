@@ -125,6 +125,16 @@ const PATHS: &[Path] = &[
         heard: COPY,
     },
     Path {
+        name: "mremap to where nothing is",
+        prepare: |_, _| {},
+        run: |cx, s| s.user.mremap(cx, range(16, 1), range(40, 1)).unwrap(),
+        heard: &[
+            ("v3_16..unwrapped_c", "S= E- S- E-"),
+            ("v3_19..v5_10", "S= R- E- S- R- E-"),
+            ("v6_18", "S= R- E- S- E-"),
+        ],
+    },
+    Path {
         name: "reuse by the last owner",
         prepare: |cx, s| {
             s.fork(cx);

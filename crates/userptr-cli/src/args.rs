@@ -72,7 +72,9 @@ Examples:
 
 Examples:
   userptr diff
-  userptr diff --seed 7 --ops 1000000 --json"
+  userptr diff --list
+  userptr diff --seed 7 --ops 1000000 --json
+  userptr diff --script FILE         a difference again, as `diff` prints it, or a script of your own"
     )]
     Diff(DiffArgs),
     /// Some scripts of `diff`, in a process of its own
@@ -147,7 +149,7 @@ pub(crate) struct AnswerArgs {
 
 #[derive(Args)]
 pub(crate) struct CheckArgs {
-    /// A number of the catalogue, or a scenario of the question of 2014 (S1, S2, S5 to S8, S10, S11, S16, sleep)
+    /// A number of the catalogue, or a scenario of the question of 2014 (S1, S2, S5 to S8, S10, S11, S16, flag, sleep)
     #[arg(long, value_name = "N", required_unless_present = "all")]
     pub(crate) bug: Option<String>,
     /// Every bug that softmm can express
@@ -223,6 +225,12 @@ pub(crate) struct DiffArgs {
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
+    /// List every path and the scripts that take it, or why none can; run nothing
+    #[arg(long, conflicts_with_all = ["seed", "ops", "script"])]
+    pub(crate) list: bool,
+    /// Run the operations that FILE lists, one a line, and nothing else
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["seed", "ops"])]
+    pub(crate) script: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -231,6 +239,9 @@ pub(crate) struct DiffBatchArgs {
     pub(crate) seed: u64,
     /// How many scripts; 0 for those by hand
     pub(crate) scripts: u64,
+    /// The operations in FILE instead
+    #[arg(long)]
+    pub(crate) script: Option<PathBuf>,
 }
 
 #[derive(Args)]

@@ -56,6 +56,9 @@ fn bad_input_is_refused_with_2_and_a_reason() {
         &["live", "--race", "--rounds", "0"],
         &["live", "--race", "--threads", "0"],
         &["live", "--save", "/no/such/directory/file"],
+        &["diff", "--script", "/no/such/file"],
+        &["diff", "--script", "/proc/self/status"],
+        &["diff", "--list", "--seed", "2"],
         &["live-row", "no_such_event", "kvm", "pinned"],
         &["live-row", "munmap/raw", "no_such_source", "pinned"],
         &["live-row", "munmap/raw", "kvm", "no_such_device"],
@@ -75,7 +78,13 @@ fn bad_input_is_refused_with_2_and_a_reason() {
 
 #[test]
 fn help_has_an_example_for_every_command() {
-    for args in [&["--help"][..], &["live", "--help"], &["doctor", "--help"], &["answer", "--help"]] {
+    for args in [
+        &["--help"][..],
+        &["live", "--help"],
+        &["doctor", "--help"],
+        &["answer", "--help"],
+        &["diff", "--help"],
+    ] {
         let out = userptr(args);
         assert!(out.status.success());
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
@@ -250,4 +259,47 @@ fn every_counterexample_of_the_ledger_replays() {
         replayed += 1;
     }
     assert!(replayed > 10, "{replayed}");
+}
+
+fn can_run_diff() -> bool {
+    [Capability::DevKvm, Capability::KvmTracepoint, Capability::Bpf, Capability::Pfn].into_iter().all(require)
+}
+
+#[test]
+fn diff_lists_a_script_or_a_reason_for_every_path() {
+    let listed = json(&userptr(&["diff", "--list", "--json"]));
+    let listed = listed.as_array().unwrap();
+    assert_eq!(listed.len(), mmu_check::PATHS.len());
+    for path in listed {
+        let scripts = path["scripts"].as_array().unwrap();
+        assert!(scripts.is_empty() != path["without"].is_null(), "{path}");
+    }
+    assert!(String::from_utf8_lossy(&userptr(&["diff", "--list"]).stdout).contains("ksm-replace"));
+}
+
+#[test]
+fn diff_holds_and_counts_what_it_was_told() {
+    if !can_run_diff() {
+        return;
+    }
+    let out = userptr(&["diff", "--ops", "800", "--seed", "9", "--json"]);
+    let document = json(&out);
+    assert_eq!(out.status.code(), Some(0), "{document:#}");
+    assert_eq!(document["holds"], true);
+    assert!(document["operations"].as_u64().unwrap() > 900 && document["ranges"].as_u64().unwrap() > 250);
+    assert!(document["told_share"].as_f64().unwrap() < 0.01);
+}
+
+#[test]
+fn diff_runs_a_script_from_a_file() {
+    if !can_run_diff() {
+        return;
+    }
+    let path = std::env::temp_dir().join(format!("userptr-diff-{}", std::process::id()));
+    std::fs::write(&path, "mmap [4,8) PROT_READ|PROT_WRITE MAP_FIXED|MAP_PRIVATE|MAP_ANONYMOUS\nstore 5 = 7 # first touch\n\nmunmap [5,6)\n").unwrap();
+    let out = userptr(&["diff", "--json", "--script", path.to_str().unwrap()]);
+    std::fs::remove_file(&path).unwrap();
+    let document = json(&out);
+    assert_eq!(out.status.code(), Some(0), "{document:#}");
+    assert_eq!((&document["operations"], &document["ranges"]), (&3.into(), &1.into()));
 }

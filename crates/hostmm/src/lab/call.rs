@@ -41,10 +41,27 @@ pub enum Call {
     Protect(Range, Rights),
     /// madvise(`MADV_DONTNEED`).
     DontNeed(Range),
+    /// madvise(`MADV_PAGEOUT`).
+    PageOut(Range),
+    /// madvise(`MADV_MERGEABLE`), or `MADV_UNMERGEABLE`.
+    Mergeable(Range, bool),
+    /// mremap of one page with `MREMAP_MAYMOVE` and `MREMAP_FIXED`, to another place.
+    Move {
+        /// From here.
+        from: PageAddr,
+        /// To here.
+        to: PageAddr,
+    },
     /// Load the first word of a page.
     Load(PageAddr),
     /// Store to the first word of a page.
     Store(PageAddr, u64),
+    /// Load the first word of a page through a pin for reading, as process_vm_readv takes one.
+    ReadPinned(PageAddr),
+    /// Store to the first word of a page through a pin for writing.
+    WritePinned(PageAddr, u64),
+    /// fsync.
+    Sync,
     /// ftruncate.
     Truncate {
         /// The new length.
@@ -67,15 +84,33 @@ pub enum Call {
 }
 
 impl Call {
-    /// The addresses that it changes or touches.
+    /// Do the addresses that it changes or touches lie in `arena`?
     #[must_use]
-    pub fn range(&self) -> Option<Range> {
+    pub fn is_inside(&self, arena: Range) -> bool {
+        let inside = |range: Option<Range>| range.is_none_or(|range| arena.contains(range));
         match *self {
-            Call::Map(range, ..) | Call::Unmap(range) | Call::Protect(range, _) | Call::DontNeed(range) => {
-                Some(range)
+            Call::Move { from, to } => [from, to].into_iter().all(|page| inside(Some(Range::page(page)))),
+            _ => inside(self.range()),
+        }
+    }
+
+    /// The range of addresses that it changes or touches, if it is one.
+    fn range(&self) -> Option<Range> {
+        match *self {
+            Call::Map(range, ..)
+            | Call::Unmap(range)
+            | Call::Protect(range, _)
+            | Call::DontNeed(range)
+            | Call::PageOut(range)
+            | Call::Mergeable(range, _) => Some(range),
+            Call::Load(page) | Call::Store(page, _) | Call::ReadPinned(page) | Call::WritePinned(page, _) => {
+                Some(Range::page(page))
             }
-            Call::Load(page) | Call::Store(page, _) => Some(Range::page(page)),
-            Call::Truncate { .. } | Call::Punch { .. } | Call::WriteFile { .. } => None,
+            Call::Move { .. }
+            | Call::Sync
+            | Call::Truncate { .. }
+            | Call::Punch { .. }
+            | Call::WriteFile { .. } => None,
         }
     }
 }

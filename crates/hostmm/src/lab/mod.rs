@@ -8,18 +8,21 @@
 
 mod call;
 mod fork;
+mod ksm;
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use interleave::{AtomicBool, Ordering};
 use mmu_notifier::{PAGE_SIZE, Range};
 
-use crate::sys::lab as sys;
 use crate::sys::map::Mapping;
+use crate::sys::{self as host, lab as sys};
 
 pub use call::{Answer, Backing, Call, Rights};
 pub use fork::Fork;
+pub use ksm::Ksm;
 pub use rustix::io::Errno;
 
 /// One lab a process: two could be given the same arena.
@@ -60,6 +63,41 @@ impl Lab {
         sys::unmap(self.arena)?;
         self.file = sys::memfd()?;
         self.call(&Call::Truncate { pages }).map(drop).map_err(io::Error::from)
+    }
+
+    /// Unmaps what is mapped.
+    ///
+    /// # Errors
+    /// What `munmap` says.
+    pub fn clear(&self) -> io::Result<()> {
+        sys::unmap(self.arena)
+    }
+
+    /// As [`Lab::renew`], with a file on a disk (in the directory for temporary files), written page by page: all of it is
+    /// in the page cache.
+    ///
+    /// # Errors
+    /// What `open` with `O_TMPFILE` or `pwrite` say.
+    pub fn renew_on_disk(&mut self, pages: u64) -> io::Result<()> {
+        sys::unmap(self.arena)?;
+        self.file = sys::unnamed(&std::env::temp_dir())?;
+        let write = |page| self.call(&Call::WriteFile { page, value: 0 }).map(drop).map_err(io::Error::from);
+        (0..pages).try_for_each(write)
+    }
+
+    /// Sets a breakpoint on the first byte of page `page` of the file, in every process that maps it. Closing the
+    /// descriptor takes it out again.
+    ///
+    /// # Errors
+    /// What `perf_event_open` says: no such instruction, no uprobes, not permitted.
+    pub fn probe(&self, page: u64) -> io::Result<OwnedFd> {
+        let path = std::ffi::CString::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))?;
+        host::perf::uprobe(&path, page * PAGE_SIZE)
+    }
+
+    /// Has every CPU put the pages that it batches on their lists, so that nobody holds a page for a moment only.
+    pub fn drain(&self) {
+        host::mm::drain_lru_batches(self.mark_range());
     }
 
     /// The addresses that calls may change.

@@ -54,6 +54,12 @@ pub(crate) fn memfd() -> io::Result<File> {
     Ok(File::from(rustix::fs::memfd_create("userptr-lab", flags)?))
 }
 
+/// An empty file without a name in `dir`.
+pub(crate) fn unnamed(dir: &std::path::Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    File::options().read(true).write(true).custom_flags(libc::O_TMPFILE | libc::O_CLOEXEC).open(dir)
+}
+
 /// PR_SET_THP_DISABLE.
 pub(crate) fn disable_huge_pages() -> io::Result<()> {
     // SAFETY: it changes no memory.
@@ -65,7 +71,7 @@ pub(crate) fn disable_huge_pages() -> io::Result<()> {
 
 /// Make `call` on a lab's `arena` and `file`. Makes system calls and nothing else, so a forked child may call it.
 pub(crate) fn call(arena: Range, file: &File, call: &Call) -> Answer {
-    if call.range().is_some_and(|range| !arena.contains(range)) {
+    if !call.is_inside(arena) {
         return Err(Errno::INVAL);
     }
     match *call {
@@ -78,13 +84,19 @@ pub(crate) fn call(arena: Range, file: &File, call: &Call) -> Answer {
             // SAFETY: as above.
             answer(unsafe { libc::mprotect(ptr(range), range.len() as usize, prot(rights)) }.into())
         }
-        Call::DontNeed(range) => {
-            // SAFETY: as above.
-            let ret = unsafe { libc::madvise(ptr(range), range.len() as usize, libc::MADV_DONTNEED) };
-            answer(ret.into())
-        }
+        Call::DontNeed(range) => advise(range, libc::MADV_DONTNEED),
+        Call::PageOut(range) => advise(range, libc::MADV_PAGEOUT),
+        Call::Mergeable(range, true) => advise(range, libc::MADV_MERGEABLE),
+        Call::Mergeable(range, false) => advise(range, libc::MADV_UNMERGEABLE),
+        Call::Move { from, to } => move_page(from, to),
         Call::Load(page) => load(page),
         Call::Store(page, value) => store(page, value),
+        Call::ReadPinned(page) => read_pinned(page),
+        Call::WritePinned(page, value) => write_pinned(page, value),
+        Call::Sync => {
+            // SAFETY: a call on a descriptor of ours, which changes no content.
+            answer(unsafe { libc::fsync(file.as_raw_fd()) }.into())
+        }
         Call::Truncate { pages } => {
             // SAFETY: a call on a descriptor of ours.
             answer(unsafe { libc::ftruncate(file.as_raw_fd(), bytes(pages)?) }.into())
@@ -103,6 +115,19 @@ pub(crate) fn call(arena: Range, file: &File, call: &Call) -> Answer {
             answer(ret as i64)
         }
     }
+}
+
+fn move_page(from: PageAddr, to: PageAddr) -> Answer {
+    let (page, flags) = (PAGE_SIZE as usize, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+    let at = |page: PageAddr| page.get() as *mut libc::c_void;
+    // SAFETY: both pages lie inside the arena, so what is moved and what is replaced are the lab's.
+    let got = unsafe { libc::mremap(at(from), page, page, flags, at(to)) };
+    if got == libc::MAP_FAILED { Err(last_errno()) } else { Ok(0) }
+}
+
+fn advise(range: Range, advice: i32) -> Answer {
+    // SAFETY: the caller has checked that it lies inside the arena, to which no reference exists.
+    answer(unsafe { libc::madvise(ptr(range), range.len() as usize, advice) }.into())
 }
 
 fn bytes(pages: u64) -> Result<i64, Errno> {
@@ -146,6 +171,25 @@ fn store(page: PageAddr, value: u64) -> Answer {
     let from = libc::iovec { iov_base: (&raw const value).cast_mut().cast(), iov_len: 8 };
     // SAFETY: inside the arena, to which no reference exists; the kernel checks the address.
     let got = unsafe { libc::process_vm_readv(libc::getpid(), &raw const to, 1, &raw const from, 1, 0) };
+    if got == 8 { Ok(0) } else { Err(Errno::FAULT) }
+}
+
+/// The remote side of process_vm_readv: the kernel pins the page for reading while it copies.
+fn read_pinned(page: PageAddr) -> Answer {
+    let mut word = 0_u64;
+    let to = libc::iovec { iov_base: (&raw mut word).cast(), iov_len: 8 };
+    let from = libc::iovec { iov_base: page.get() as *mut libc::c_void, iov_len: 8 };
+    // SAFETY: the kernel checks the address that it reads, and writes eight bytes to `word`.
+    let got = unsafe { libc::process_vm_readv(libc::getpid(), &raw const to, 1, &raw const from, 1, 0) };
+    if got == 8 { Ok(word) } else { Err(Errno::FAULT) }
+}
+
+/// The remote side of process_vm_writev: the kernel pins the page for writing.
+fn write_pinned(page: PageAddr, value: u64) -> Answer {
+    let from = libc::iovec { iov_base: (&raw const value).cast_mut().cast(), iov_len: 8 };
+    let to = libc::iovec { iov_base: page.get() as *mut libc::c_void, iov_len: 8 };
+    // SAFETY: inside the arena, to which no reference exists; the kernel checks the address.
+    let got = unsafe { libc::process_vm_writev(libc::getpid(), &raw const from, 1, &raw const to, 1, 0) };
     if got == 8 { Ok(0) } else { Err(Errno::FAULT) }
 }
 

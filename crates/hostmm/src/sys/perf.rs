@@ -67,6 +67,14 @@ pub(crate) fn attach_point(tracepoint: u64) -> io::Result<OwnedFd> {
     open(&Attr { flags: ATTR_DISABLED, ..attr(tracepoint) }, 0)
 }
 
+/// A breakpoint at `offset` of the file at `path`, in every process that maps it, until the descriptor is closed.
+pub(crate) fn uprobe(path: &std::ffi::CStr, offset: u64) -> io::Result<OwnedFd> {
+    let kind = std::fs::read_to_string("/sys/bus/event_source/devices/uprobe/type")?;
+    let kind = kind.trim().parse().map_err(io::Error::other)?;
+    let config1 = path.as_ptr() as u64;
+    open(&Attr { kind, size: size_of::<Attr>() as u32, config1, config2: offset, ..Attr::default() }, 0)
+}
+
 /// Attaches the program `prog` to `event`.
 pub(crate) fn set_bpf(event: BorrowedFd<'_>, prog: BorrowedFd<'_>) -> io::Result<()> {
     // SAFETY: the argument is a descriptor, not a pointer.

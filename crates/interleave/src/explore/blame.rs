@@ -56,17 +56,13 @@ impl Exec {
     }
 
     fn holds(&self, tid: Tid, text: &mut String) {
-        for object in self.objects() {
-            let draining = object.writer.is_some() && !object.readers.is_empty();
-            let held = object.writer.iter().filter(|_| !draining).chain(&object.readers);
-            for holder in held.filter(|holder| holder.tid == tid) {
-                let name = match (object.class, object.kind) {
-                    (Some(class), _) => class.name(),
-                    (None, ObjectKind::Once) => "a once cell",
-                    (None, _) => "an object",
-                };
-                let _ = write!(text, "\n    holds `{name}` since {}", holder.site);
-            }
+        for (object, holder) in self.held_by(tid) {
+            let name = match (object.class, object.kind) {
+                (Some(class), _) => class.name(),
+                (None, ObjectKind::Once) => "a once cell",
+                (None, _) => "an object",
+            };
+            let _ = write!(text, "\n    holds `{name}` since {}", holder.site);
         }
     }
 }

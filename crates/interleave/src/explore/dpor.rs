@@ -16,11 +16,46 @@ use super::exec::{Exec, Phase, Set, Status, Tid};
 use super::path::Node;
 use crate::world::OpKind;
 
-/// One more than the index of the last step of each thread that comes before something.
-type Clock = Vec<u32>;
+/// For each thread one more than the index of its last step that comes before something.
+type Clock = [u32];
 
-fn join(into: &mut [u32], from: &[u32]) {
+fn join(into: &mut Clock, from: &Clock) {
     into.iter_mut().zip(from).for_each(|(a, b)| *a = (*a).max(*b));
+}
+
+/// As many clocks as are asked for, side by side: an analysis runs after each execution, and allocates nothing.
+#[derive(Default)]
+struct Clocks {
+    threads: usize,
+    ticks: Vec<u32>,
+}
+
+impl Clocks {
+    fn reset(&mut self, threads: usize, clocks: usize) {
+        self.threads = threads;
+        self.ticks.clear();
+        self.ticks.resize(threads * clocks, 0);
+    }
+
+    fn of(&self, index: usize) -> &Clock {
+        &self.ticks[index * self.threads..][..self.threads]
+    }
+
+    fn of_mut(&mut self, index: usize) -> &mut Clock {
+        &mut self.ticks[index * self.threads..][..self.threads]
+    }
+
+    fn len(&self) -> usize {
+        self.ticks.len() / self.threads
+    }
+
+    fn push(&mut self, clock: &Clock) {
+        self.ticks.extend_from_slice(clock);
+    }
+
+    fn pop(&mut self) {
+        self.ticks.truncate(self.ticks.len() - self.threads);
+    }
 }
 
 /// An access that may race with one to come.
@@ -31,119 +66,95 @@ struct Past {
     access: Access,
 }
 
+/// What is known of an execution, from its beginning up to some step. Kept for its memory only.
 #[derive(Default)]
-struct History {
-    past: Vec<Past>,
-    released: Clock,
-    released_shared: Clock,
-}
-
-struct Analysis<'a> {
-    exec: &'a Exec,
+pub(super) struct Analysis {
     threads: usize,
     /// Of each thread now.
-    clocks: Vec<Clock>,
+    clocks: Clocks,
     /// After each step.
-    after: Vec<Clock>,
-    objects: Vec<History>,
+    after: Clocks,
+    /// By object.
+    past: Vec<Vec<Past>>,
+    released: Clocks,
+    released_shared: Clocks,
     /// What will wake each thread.
-    wakes: Vec<Clock>,
+    wakes: Clocks,
+    /// Of the thread whose access is looked at.
+    now: Vec<u32>,
+    /// Steps that race with the one that is looked at.
+    races: Vec<u32>,
+    earlier: Vec<usize>,
 }
 
-/// Adds to the nodes what the races of the execution ask for.
-pub(super) fn reverse_races(exec: &Exec, nodes: &mut [Node]) {
-    let threads = exec.threads.len();
-    let clock = || vec![0; threads];
-    let history =
-        || History { past: Vec::new(), released: vec![0; threads], released_shared: vec![0; threads] };
-    let mut analysis = Analysis {
-        exec,
-        threads,
-        clocks: (0..threads).map(|_| clock()).collect(),
-        after: Vec::with_capacity(nodes.len()),
-        objects: exec.objects().iter().map(|_| history()).collect(),
-        wakes: (0..threads).map(|_| clock()).collect(),
-    };
-    for index in 0..nodes.len().min(exec.steps.len()) {
-        analysis.step(index, nodes);
-    }
-    for tid in 0..threads {
-        if let Some(access) = analysis.next_take(tid, analysis.after.len()) {
-            analysis.waiting(tid, access, nodes);
+impl Analysis {
+    /// Adds to the nodes what the races of the execution ask for.
+    pub(super) fn reverse_races(&mut self, exec: &Exec, nodes: &mut [Node]) {
+        let (threads, objects) = (exec.threads.len(), exec.objects().len());
+        self.threads = threads;
+        self.clocks.reset(threads, threads);
+        self.after.reset(threads, 0);
+        self.wakes.reset(threads, threads);
+        self.released.reset(threads, objects);
+        self.released_shared.reset(threads, objects);
+        self.past.iter_mut().for_each(Vec::clear);
+        self.past.resize_with(self.past.len().max(objects), Vec::new);
+        for index in 0..nodes.len().min(exec.steps.len()) {
+            self.step(exec, index, nodes);
+        }
+        for tid in 0..threads {
+            if let Some(access) = next_take(exec, tid, self.after.len()) {
+                self.waiting(exec, tid, access, nodes);
+            }
         }
     }
-}
 
-impl Analysis<'_> {
-    fn step(&mut self, index: usize, nodes: &mut [Node]) {
-        let exec = self.exec;
+    fn step(&mut self, exec: &Exec, index: usize, nodes: &mut [Node]) {
         let tid = exec.steps[index].tid;
         if exec.footprint(index).iter().any(|access| access.mode == Mode::Barrier) {
             // What waits for a lock now comes after this step, but could have had the lock before.
             for other in (0..self.threads).filter(|&other| other != tid) {
-                if let Some(access) = self.next_take(other, index) {
-                    self.waiting(other, access, nodes);
+                if let Some(access) = next_take(exec, other, index) {
+                    self.waiting(exec, other, access, nodes);
                 }
             }
         }
-        self.clocks[tid][tid] = index as u32 + 1;
-        let mut races: Vec<u32> = Vec::new();
+        self.clocks.of_mut(tid)[tid] = index as u32 + 1;
+        self.races.clear();
         for &access in exec.footprint(index) {
-            self.races(tid, access, &mut races);
+            self.race(tid, access);
             self.order(tid, index, access);
         }
-        self.after.push(self.clocks[tid].clone());
-        for race in races {
-            self.reverse(race as usize, index, tid, nodes);
-        }
-    }
-
-    /// The lock that `tid` waits for, or is about to take, after step `index`.
-    fn next_take(&self, tid: Tid, index: usize) -> Option<Access> {
-        let exec = self.exec;
-        if let Some(next) = (index + 1..exec.steps.len()).find(|&k| exec.steps[k].tid == tid) {
-            let first = exec.footprint(next).first().copied();
-            return first.filter(|access| matches!(access.mode, Mode::Take | Mode::TakeShared));
-        }
-        let thread = &exec.threads[tid];
-        if thread.status != Status::Pending || thread.phase != Phase::First {
-            return None;
-        }
-        let mode = match thread.op.kind {
-            OpKind::Lock => Mode::Take,
-            OpKind::LockShared => Mode::TakeShared,
-            _ => return None,
-        };
-        thread.op.object.map(|object| Access { object, mode })
+        self.after.push(self.clocks.of(tid));
+        self.reverse_all(exec, index, tid, nodes);
     }
 
     /// `tid` waits for a lock, perhaps for ever: it races with who has it.
-    fn waiting(&mut self, tid: Tid, access: Access, nodes: &mut [Node]) {
-        let mut races = Vec::new();
-        self.races(tid, access, &mut races);
+    fn waiting(&mut self, exec: &Exec, tid: Tid, access: Access, nodes: &mut [Node]) {
+        self.races.clear();
+        self.race(tid, access);
         let index = self.after.len();
-        self.after.push(self.clocks[tid].clone());
-        for race in races {
-            self.reverse(race as usize, index, tid, nodes);
-        }
+        self.after.push(self.clocks.of(tid));
+        self.reverse_all(exec, index, tid, nodes);
         self.after.pop();
     }
 
-    /// The steps that race with `access`, which `tid` is about to make.
-    fn races(&self, tid: Tid, access: Access, races: &mut Vec<u32>) {
+    /// Notes the steps that race with `access`, which `tid` is about to make.
+    fn race(&mut self, tid: Tid, access: Access) {
         if !access.can_race() {
             return;
         }
-        let now = &self.clocks[tid];
-        let first = races.len();
-        for past in self.objects[access.object as usize].past.iter().rev() {
+        let now = self.clocks.of(tid);
+        let first = self.races.len();
+        for past in self.past[access.object as usize].iter().rev() {
             let ordered = past.tid == tid || now[past.tid] > past.step;
             if ordered || !past.access.races_with_later(access) {
                 continue;
             }
-            let between = races[first..].iter().any(|&r| self.after[r as usize][past.tid] > past.step);
-            if !between && !races.contains(&past.step) {
-                races.push(past.step);
+            let known = &self.races;
+            let between = known[first..].iter().any(|&r| self.after.of(r as usize)[past.tid] > past.step);
+            if !between && !known.contains(&past.step) {
+                self.races.push(past.step);
             }
         }
     }
@@ -151,54 +162,62 @@ impl Analysis<'_> {
     /// Notes what `access`, of step `index` of `tid`, comes after, and what comes after it.
     fn order(&mut self, tid: Tid, index: usize, access: Access) {
         let other = access.object as usize;
-        let mut now = std::mem::take(&mut self.clocks[tid]);
+        let mut now = std::mem::take(&mut self.now);
+        now.clear();
+        now.extend_from_slice(self.clocks.of(tid));
         match access.mode {
-            Mode::Release => join(&mut self.objects[other].released, &now),
-            Mode::ReleaseShared => join(&mut self.objects[other].released_shared, &now),
+            Mode::Release => join(self.released.of_mut(other), &now),
+            Mode::ReleaseShared => join(self.released_shared.of_mut(other), &now),
             Mode::Acquire => {
-                join(&mut now, &self.objects[other].released);
-                join(&mut now, &self.objects[other].released_shared);
+                join(&mut now, self.released.of(other));
+                join(&mut now, self.released_shared.of(other));
             }
-            Mode::AcquireShared => join(&mut now, &self.objects[other].released),
-            Mode::Start => join(&mut self.clocks[other], &now),
-            Mode::Join => join(&mut now, &self.clocks[other]),
-            Mode::Wake => self.wakes[other].clone_from(&now),
-            Mode::Woken => join(&mut now, &self.wakes[tid]),
+            Mode::AcquireShared => join(&mut now, self.released.of(other)),
+            Mode::Start => join(self.clocks.of_mut(other), &now),
+            Mode::Join => join(&mut now, self.clocks.of(other)),
+            Mode::Wake => self.wakes.of_mut(other).copy_from_slice(&now),
+            Mode::Woken => join(&mut now, self.wakes.of(tid)),
             Mode::Barrier => {
-                for clock in self.clocks.iter().filter(|clock| !clock.is_empty()) {
-                    join(&mut now, clock);
-                }
-                for clock in self.clocks.iter_mut().filter(|clock| !clock.is_empty()) {
-                    join(clock, &now);
-                }
+                let others = (0..self.threads).filter(|&other| other != tid);
+                others.clone().for_each(|other| join(&mut now, self.clocks.of(other)));
+                others.for_each(|other| join(self.clocks.of_mut(other), &now));
             }
             _ => {
-                for past in &self.objects[other].past {
+                for past in &self.past[other] {
                     if past.tid != tid && past.access.races_with_later(access) {
                         // Of this very step there is no clock yet; a step does not race with itself.
-                        join(&mut now, &self.after[past.step as usize]);
+                        join(&mut now, self.after.of(past.step as usize));
                     }
                 }
-                let past = Past { step: index as u32, tid, access };
-                self.objects[other].past.push(past);
+                self.past[other].push(Past { step: index as u32, tid, access });
             }
         }
-        self.clocks[tid] = now;
+        self.clocks.of_mut(tid).copy_from_slice(&now);
+        self.now = now;
+    }
+
+    fn reverse_all(&mut self, exec: &Exec, second: usize, tid: Tid, nodes: &mut [Node]) {
+        for race in 0..self.races.len() {
+            self.reverse(exec, self.races[race] as usize, second, tid, nodes);
+        }
     }
 
     /// Sees to it that the other order of the race between steps `first` and `second`, of `tid`, is tried.
-    fn reverse(&self, first: usize, second: usize, tid: Tid, nodes: &mut [Node]) {
-        let steps = &self.exec.steps;
+    fn reverse(&mut self, exec: &Exec, first: usize, second: usize, tid: Tid, nodes: &mut [Node]) {
+        let steps = &exec.steps;
         let racer = steps[first].tid;
+        let node = &mut nodes[first];
         let mut begun: Set = 0;
         let mut initials: Set = 0;
         // Steps after the first that do not come after it, by thread: the earliest of each.
-        let mut earlier: Vec<usize> = Vec::new();
-        let independent = (first + 1..second).filter(|&k| self.after[k][racer] <= first as u32);
+        let earlier = &mut self.earlier;
+        earlier.clear();
+        let after = &self.after;
+        let independent = (first + 1..second).filter(|&k| after.of(k)[racer] <= first as u32);
         for (k, thread) in independent.map(|k| (k, steps[k].tid)).chain([(second, tid)]) {
             if begun & (1 << thread) == 0 {
                 begun |= 1 << thread;
-                let preceded = earlier.iter().any(|&m| self.after[k][steps[m].tid] > m as u32);
+                let preceded = earlier.iter().any(|&m| after.of(k)[steps[m].tid] > m as u32);
                 if !preceded {
                     initials |= 1 << thread;
                 }
@@ -208,7 +227,6 @@ impl Analysis<'_> {
                 break;
             }
         }
-        let node = &mut nodes[first];
         if initials & (node.backtrack | node.asleep) != 0 {
             return;
         }
@@ -218,4 +236,22 @@ impl Analysis<'_> {
             possible => possible & possible.wrapping_neg(),
         };
     }
+}
+
+/// The lock that `tid` waits for, or is about to take, after step `index`.
+fn next_take(exec: &Exec, tid: Tid, index: usize) -> Option<Access> {
+    if let Some(next) = (index + 1..exec.steps.len()).find(|&k| exec.steps[k].tid == tid) {
+        let first = exec.footprint(next).first().copied();
+        return first.filter(|access| matches!(access.mode, Mode::Take | Mode::TakeShared));
+    }
+    let thread = &exec.threads[tid];
+    if thread.status != Status::Pending || thread.phase != Phase::First {
+        return None;
+    }
+    let mode = match thread.op.kind {
+        OpKind::Lock => Mode::Take,
+        OpKind::LockShared => Mode::TakeShared,
+        _ => return None,
+    };
+    thread.op.object.map(|object| Access { object, mode })
 }

@@ -8,7 +8,7 @@ use std::panic::Location;
 use std::time::Instant;
 
 use super::config::{Config, Strategy};
-use super::engine::{Engine, Inside, Watched};
+use super::engine::{Engine, Inner, Inside, Watched};
 use super::exec::{Fault, Tid};
 use super::fiber::Job;
 use super::hooks;
@@ -17,7 +17,7 @@ use super::replay::{self, Follow};
 use super::report::{Event, Failure, FailureKind, Report};
 use super::search::{Exact, Pct, Random, Search};
 use crate::MaySleep;
-use crate::lockdep::{Cycles, Site};
+use crate::lockdep::Site;
 use crate::world::{Op, OpKind};
 
 /// Runs `scenario` under many interleavings, on the calling OS thread. Several may run at once, on several.
@@ -45,8 +45,8 @@ pub struct Replay {
 /// As [`explore`].
 #[track_caller]
 pub fn replay(config: &Config, schedule: &str, scenario: impl Fn(&mut MaySleep<'_>)) -> Option<Replay> {
-    let turns = replay::read(schedule)?;
-    Some(Explorer::new(config, &scenario, Location::caller()).replay(turns))
+    let schedule = replay::read(schedule)?;
+    Some(Explorer::new(config, &scenario, Location::caller()).replay(schedule))
 }
 
 struct Explorer<'a> {
@@ -61,7 +61,6 @@ struct Explorer<'a> {
 struct Found {
     fault: Fault,
     exact: Vec<Tid>,
-    history: u64,
     preemptions: usize,
     /// Without it there would be other steps.
     watched: Watched,
@@ -141,16 +140,13 @@ impl<'a> Explorer<'a> {
                 self.report.steps += inner.exec.steps.len() as u64;
                 self.report.pruned += u64::from(inner.draining);
             }
-            if std::mem::take(&mut engine.inner.borrow_mut().stale) {
-                // Its schedule has not all the steps that the same one will have from now on. What lockdep said in it is
-                // lost with it, so it must be able to say it again.
-                engine.inner.borrow_mut().cycles = Cycles::default();
-                engine.inner.borrow_mut().search.restart();
+            if engine.inner.borrow_mut().starts_over() {
                 continue;
             }
             let nondeterminism =
                 found.as_ref().is_some_and(|found| found.fault.kind == FailureKind::Nondeterminism);
             if let Some(found) = found {
+                engine.rest();
                 self.keep(found);
                 if self.full() || nondeterminism {
                     break;
@@ -185,7 +181,6 @@ impl<'a> Explorer<'a> {
         Some(Found {
             fault,
             exact: exec.steps.iter().map(|s| s.tid).collect(),
-            history: exec.history,
             preemptions: exec.steps.iter().filter(|s| s.preempts).count(),
             watched: inner.watched.clone(),
         })
@@ -203,11 +198,11 @@ impl<'a> Explorer<'a> {
             return;
         }
         let best = self.smaller(&found).unwrap_or(found);
-        let first = self.again(&best);
-        let second = self.again(&best);
+        let first = self.again(&best, true);
+        let second = self.again(&best, false);
         let same = first.history == second.history && first.message == second.message;
         let as_found = best.fault.kind == FailureKind::LockOrder
-            || first.history == best.history && first.message.as_deref() == Some(&best.fault.message);
+            || first.message.as_deref() == Some(&best.fault.message);
         if !same || !as_found {
             let message = format!(
                 "the same schedule, run again, did not end the same way; it had failed with: {}: {}",
@@ -239,17 +234,18 @@ impl<'a> Explorer<'a> {
             while left > 0 {
                 left -= 1;
                 let better = self.execute(&engine);
-                if std::mem::take(&mut engine.inner.borrow_mut().stale) {
-                    engine.inner.borrow_mut().cycles = Cycles::default();
-                    engine.inner.borrow_mut().search.restart();
+                if engine.inner.borrow_mut().starts_over() {
                     continue;
                 }
-                if let Some(better) = better
-                    && better.fault.kind == found.fault.kind
-                    && (better.fault.kind == FailureKind::Deadlock
-                        || better.fault.message == found.fault.message)
-                {
-                    return Some(better);
+                if let Some(better) = better {
+                    let same = better.fault.message == found.fault.message;
+                    if better.fault.kind == found.fault.kind
+                        && (same || better.fault.kind == FailureKind::Deadlock)
+                    {
+                        return Some(better);
+                    }
+                    // Told once, an order is not told again: alone, a later execution would fail by it first.
+                    engine.inner.borrow_mut().forget_orders();
                 }
                 let inner = &mut *engine.inner.borrow_mut();
                 if !inner.search.next(&inner.exec) {
@@ -260,31 +256,39 @@ impl<'a> Explorer<'a> {
         None
     }
 
-    /// Runs a schedule again, and writes everything down.
-    fn again(&self, found: &Found) -> Again {
+    /// Runs a schedule again, and writes down everything if `events` are wanted.
+    fn again(&self, found: &Found, events: bool) -> Again {
         let engine = self.engine(Search::Exact(Exact::new(found.exact.clone())));
         {
             let inner = &mut *engine.inner.borrow_mut();
-            inner.exec.events = Some(Vec::new());
+            // An order that an earlier execution was blamed for is no news in this one.
+            inner.orders = found.fault.kind == FailureKind::LockOrder;
+            inner.exec.remembering = true;
+            inner.exec.events = events.then(Vec::new);
             inner.watched.clone_from(&found.watched);
         }
         let found = self.execute(&engine);
-        let exec = &mut engine.inner.borrow_mut().exec;
+        let Inner { exec, watched, .. } = &mut *engine.inner.borrow_mut();
         Again {
             history: exec.history,
             message: found.map(|found| found.fault.message),
-            text: replay::write(&replay::turns(exec)),
+            text: replay::write(watched, &replay::turns(exec)),
             events: exec.events.take().unwrap_or_default(),
         }
     }
 
-    fn replay(self, turns: Vec<replay::Turn>) -> Replay {
+    fn replay(self, schedule: replay::Schedule) -> Replay {
+        let turns = schedule.turns;
         let engine = self.engine(Search::Follow(Follow::new(turns.clone())));
-        engine.inner.borrow_mut().exec.events = Some(Vec::new());
+        {
+            let inner = &mut *engine.inner.borrow_mut();
+            inner.watched = schedule.watched;
+            inner.exec.remembering = true;
+            inner.exec.events = Some(Vec::new());
+        }
         let mut found = self.execute(&engine);
-        while std::mem::take(&mut engine.inner.borrow_mut().stale) {
+        while engine.inner.borrow_mut().starts_over() {
             // It takes a run to learn which unlocks are steps.
-            engine.inner.borrow_mut().cycles = Cycles::default();
             engine.inner.borrow_mut().search = Search::Follow(Follow::new(turns.clone()));
             found = self.execute(&engine);
         }
@@ -292,7 +296,7 @@ impl<'a> Explorer<'a> {
         let failure = found.map(|found| Failure {
             kind: found.fault.kind,
             message: found.fault.message,
-            replay: replay::write(&replay::turns(&inner.exec)),
+            replay: replay::write(&inner.watched, &replay::turns(&inner.exec)),
             schedule: inner.exec.events.take().unwrap_or_default(),
             preemptions: found.preemptions,
             execution: 1,

@@ -7,7 +7,6 @@
 //! Invariants: `inner` is not borrowed while a fiber runs code of the scenario; `fibers[tid]` is empty while it runs.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashSet;
 use std::panic::resume_unwind;
 use std::time::Duration;
 
@@ -32,24 +31,35 @@ pub(super) struct Inner {
     pub(super) search: Search,
     pub(super) max_steps: usize,
     pub(super) lockdep: bool,
-    /// Objects that are tried: their unlocks are steps.
+    /// So are contradicting orders of lock classes, if what lockdep reports is.
+    pub(super) orders: bool,
+    /// Classes of objects that are tried: their unlocks are steps.
     pub(super) watched: Watched,
-    /// A kind was added to `watched`: earlier executions had too few steps.
-    pub(super) stale: bool,
+    /// A class was added to `watched`: earlier executions had too few steps.
+    stale: bool,
     /// The rest of the execution is not looked at.
     pub(super) draining: bool,
-    pub(super) cycles: Cycles,
+    cycles: Cycles,
 }
 
-/// Kinds of objects, by class and birthplace.
-pub(super) type Watched = HashSet<(usize, usize)>;
+/// Lock classes, by name, as a schedule that is written down has them.
+pub(super) type Watched = Vec<String>;
 
 /// A virtual thread's stack, and its part of the thread-locals while it does not run.
 struct Slot {
-    fiber: Option<Fiber>,
+    /// In a box, because it is taken out while it runs: a move of more than a word costs more than the switch.
+    fiber: Option<Box<Fiber>>,
     job: Option<Job>,
     task: Task,
     storage: Slots,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if let Some(fiber) = self.fiber.take() {
+            fiber.give_back();
+        }
+    }
 }
 
 pub(crate) struct Engine {
@@ -60,17 +70,22 @@ pub(crate) struct Engine {
     unwound: Cell<Set>,
     /// Who goes on when a fiber pauses; `None`: the execution is over.
     next: Cell<Option<Tid>>,
+    /// Whose task state is in the thread-local; `None`: that of the OS thread.
+    loaded: Cell<Option<Tid>>,
+    /// The task state of the OS thread, during an execution.
+    own: Task,
     stack: usize,
 }
 
 impl Engine {
     pub(super) fn new(search: Search, max_steps: usize, lockdep: bool, stack: usize) -> Engine {
         let inner = Inner {
-            exec: Exec::new(search.hashes()),
+            exec: Exec::new(search.hashes(), search.reduces()),
             search,
             max_steps,
             lockdep,
-            watched: HashSet::new(),
+            orders: true,
+            watched: Watched::new(),
             stale: false,
             draining: false,
             cycles: Cycles::default(),
@@ -81,6 +96,8 @@ impl Engine {
             aborting: Cell::new(false),
             unwound: Cell::new(0),
             next: Cell::new(None),
+            loaded: Cell::new(None),
+            own: Task::new(),
             stack: stack.max(256 << 10),
         }
     }
@@ -94,6 +111,8 @@ impl Engine {
         }
         self.aborting.set(false);
         self.unwound.set(0);
+        task::save(&self.own);
+        let _own = Own(self);
         self.give(0, main);
         self.next.set(Some(0));
         while let Some(tid) = self.next.get() {
@@ -102,6 +121,11 @@ impl Engine {
         if self.inner.borrow().exec.fault.is_some() {
             self.tear_down();
         }
+    }
+
+    /// Gives the stacks back between two executions, so that another engine can use them.
+    pub(super) fn rest(&self) {
+        self.slots.borrow_mut().clear();
     }
 
     fn give(&self, tid: Tid, job: Job) {
@@ -114,13 +138,20 @@ impl Engine {
             slots.push(Slot { fiber, job: None, task: Task::new(), storage: Slots::default() });
         }
         slots[tid].job = Some(job);
+        slots[tid].task.clear();
     }
 
     /// Lets `tid` run until it pauses or ends.
     fn resume(&self, tid: Tid) -> Paused {
         let (fiber, job) = {
             let slots = &mut *self.slots.borrow_mut();
-            task::swap(&slots[tid].task);
+            let loaded = self.loaded.replace(Some(tid));
+            if loaded != Some(tid) {
+                if let Some(loaded) = loaded {
+                    task::save(&slots[loaded].task);
+                }
+                task::load(&slots[tid].task);
+            }
             per_thread::swap(&slots[tid].storage);
             (slots[tid].fiber.take(), slots[tid].job.take())
         };
@@ -129,7 +160,6 @@ impl Engine {
         {
             let slots = &mut *self.slots.borrow_mut();
             slots[tid].fiber = Some(fiber);
-            task::swap(&slots[tid].task);
             per_thread::swap(&slots[tid].storage);
         }
         if let Paused::Ended(payload) = paused {
@@ -144,11 +174,7 @@ impl Engine {
     }
 
     fn ended(&self, tid: Tid) {
-        let slot = &mut self.slots.borrow_mut()[tid];
-        let storage = std::mem::take(&mut slot.storage);
-        if self.aborting.get() {
-            slot.task = Task::new();
-        }
+        let storage = std::mem::take(&mut self.slots.borrow_mut()[tid].storage);
         let inner = &mut *self.inner.borrow_mut();
         inner.exec.current = tid;
         if self.aborting.get() {
@@ -308,25 +334,42 @@ impl Inner {
         }
     }
 
-    /// Unlocks of objects of this kind are steps, from the next execution on.
+    /// Whether the last execution counts for nothing, since it had not all the steps that its schedule will have from
+    /// now on. Then the search starts over, and lock orders are learnt anew: what they told was told to nobody.
+    pub(super) fn starts_over(&mut self) -> bool {
+        let stale = std::mem::take(&mut self.stale);
+        if stale {
+            self.search.restart();
+            self.forget_orders();
+        }
+        stale
+    }
+
+    /// Orders of lock classes are learnt anew.
+    pub(super) fn forget_orders(&mut self) {
+        self.cycles = Cycles::default();
+    }
+
+    /// Unlocks of objects of this class are steps, from the next execution on.
     fn watch(&mut self, op: &Op) {
         if let Some(object) = self.exec.object_of(op)
             && !object.watched
+            && let Some(class) = object.class
+            && !self.watches(class)
         {
-            let kind = kind_of(object.class, object.born);
-            self.stale |= self.watched.insert(kind);
+            self.watched.push(class.name().to_owned());
+            self.stale = true;
         }
     }
 
+    fn watches(&self, class: &LockClass) -> bool {
+        self.watched.iter().any(|name| name == class.name())
+    }
+
     fn birth(&mut self, born: &Born) -> Id {
-        let watched = born.kind == ObjectKind::Once
-            || !self.watched.is_empty() && self.watched.contains(&kind_of(born.class, born.site));
+        let watched = born.kind == ObjectKind::Once || born.class.is_some_and(|class| self.watches(class));
         self.exec.birth(born, watched)
     }
-}
-
-fn kind_of(class: Option<&'static LockClass>, born: Site) -> (usize, usize) {
-    (class.map_or(0, |class| std::ptr::from_ref(class).addr()), std::ptr::from_ref(born).addr())
 }
 
 impl World for Engine {
@@ -364,6 +407,10 @@ impl World for Engine {
         self.inner.borrow().exec.threads[me].answer
     }
 
+    fn hashes(&self) -> bool {
+        self.inner.borrow().exec.remembers()
+    }
+
     fn done(&self, op: &Op, value: u64) {
         self.inner.borrow_mut().exec.done(op, value);
     }
@@ -387,6 +434,11 @@ impl World for Engine {
         tid as Id
     }
 
+    fn thread_name(&self, thread: Id) -> String {
+        let threads = &self.inner.borrow().exec.threads;
+        threads.get(thread as usize).map_or_else(String::new, |thread| thread.name.clone())
+    }
+
     fn noted(&self, op: &Op) {
         self.inner.borrow_mut().exec.record(op, true);
     }
@@ -406,7 +458,7 @@ impl World for Engine {
             ReportKind::Exhausted => return,
         };
         let inner = &mut *self.inner.borrow_mut();
-        if inner.lockdep {
+        if inner.lockdep && (inner.orders || kind != FailureKind::LockOrder) {
             inner.exec.fail(kind, report.to_string());
         }
     }
@@ -424,6 +476,16 @@ impl World for Engine {
 
     fn engine(&self) -> Option<&Engine> {
         Some(self)
+    }
+}
+
+/// Makes the running thread the OS thread again when dropped.
+struct Own<'a>(&'a Engine);
+
+impl Drop for Own<'_> {
+    fn drop(&mut self) {
+        self.0.loaded.set(None);
+        task::load(&self.0.own);
     }
 }
 

@@ -109,7 +109,6 @@ pub(super) struct Object {
 
 pub(super) struct Step {
     pub(super) tid: Tid,
-    pub(super) op: Op,
     /// The thread that made the step before could have gone on.
     pub(super) preempts: bool,
     /// Where its footprint begins.
@@ -128,6 +127,8 @@ pub(super) struct Exec {
     /// How many of `objects` are of this execution.
     live: usize,
     pub(super) steps: Vec<Step>,
+    /// What the steps did, if somebody wants `events` or `history`.
+    pub(super) ops: Vec<Op>,
     pub(super) accesses: Vec<Access>,
     /// Who runs, or whose step it is.
     pub(super) current: Tid,
@@ -139,19 +140,26 @@ pub(super) struct Exec {
     pub(super) events: Option<Vec<Event>>,
     /// Sum of the objects' parts in the hash of the state.
     pub(super) parts: u64,
-    hashing: bool,
+    pub(super) hashing: bool,
+    /// Somebody wants the `history`.
+    pub(super) remembering: bool,
+    /// Somebody wants the footprints of steps.
+    footprints: bool,
     /// A hash of all that happened, to compare two runs of one schedule.
     pub(super) history: u64,
+    /// Names of threads of earlier executions, for their memory.
+    spare: Vec<String>,
 }
 
 impl Exec {
-    /// `hashing`: somebody will ask for the hash of a state.
-    pub(super) fn new(hashing: bool) -> Exec {
+    /// `hashing`: somebody will ask for the hash of a state; `footprints`: for what steps did.
+    pub(super) fn new(hashing: bool, footprints: bool) -> Exec {
         Exec {
             threads: Vec::new(),
             objects: Vec::new(),
             live: 0,
             steps: Vec::new(),
+            ops: Vec::new(),
             accesses: Vec::new(),
             current: 0,
             last: 0,
@@ -160,15 +168,19 @@ impl Exec {
             events: None,
             parts: 0,
             hashing,
+            remembering: false,
+            footprints,
             history: 0,
+            spare: Vec::new(),
         }
     }
 
     /// Begins another execution, with the thread `main` running.
     pub(super) fn reset(&mut self, op: Op) {
-        self.threads.clear();
+        self.spare.extend(self.threads.drain(..).map(|thread| thread.name));
         self.live = 0;
         self.steps.clear();
+        self.ops.clear();
         self.accesses.clear();
         (self.current, self.last, self.clock, self.parts, self.history) = (0, 0, Duration::ZERO, 0, 0);
         self.fault = None;
@@ -179,8 +191,13 @@ impl Exec {
     }
 
     fn add_thread(&mut self, name: &str, key: u64, op: Op, starter: Option<Tid>) -> Tid {
-        let mut unique: String =
-            name.chars().map(|c| if matches!(c, ',' | '@' | ' ') { '_' } else { c }).collect();
+        let mut unique = self.spare.pop().unwrap_or_default();
+        unique.clear();
+        if name.bytes().any(|c| matches!(c, b',' | b'@' | b' ')) {
+            unique.extend(name.chars().map(|c| if matches!(c, ',' | '@' | ' ') { '_' } else { c }));
+        } else {
+            unique.push_str(name);
+        }
         for n in 2.. {
             if self.threads.iter().all(|t| t.name != unique) {
                 break;
@@ -256,6 +273,7 @@ impl Exec {
     }
 
     /// An object of this execution.
+    #[inline]
     pub(super) fn object(&mut self, id: u32) -> &mut Object {
         &mut self.objects[..self.live][id as usize]
     }
@@ -264,16 +282,30 @@ impl Exec {
         &self.objects[..self.live]
     }
 
+    /// What thread `tid` holds, and since where. A writer that waits for readers to leave does not hold the lock.
+    pub(super) fn held_by(&self, tid: Tid) -> impl Iterator<Item = (&Object, Holder)> {
+        self.objects().iter().flat_map(move |object| {
+            let writer = object.writer.iter().filter(|_| object.readers.is_empty());
+            let held = writer.chain(&object.readers).filter(move |holder| holder.tid == tid);
+            held.map(move |holder| (object, *holder))
+        })
+    }
+
     /// The object of an operation that has one.
+    #[inline]
     pub(super) fn object_of(&self, op: &Op) -> Option<&Object> {
         op.object.map(|id| &self.objects[..self.live][id as usize])
     }
 
     /// Renews the object's part in the hash of the state.
+    #[inline]
     pub(super) fn touched(&mut self, id: u32) {
-        if !self.hashing {
-            return;
+        if self.hashing {
+            self.rehash(id);
         }
+    }
+
+    fn rehash(&mut self, id: u32) {
         let threads = &self.threads;
         let object = &mut self.objects[id as usize];
         let key = |tid: Tid| threads.get(tid).map_or(0, |t| t.key);
@@ -298,8 +330,11 @@ impl Exec {
     }
 
     /// Adds to the footprint of the step that is being made.
+    #[inline]
     pub(super) fn access(&mut self, object: u32, mode: Mode) {
-        self.accesses.push(Access { object, mode });
+        if self.footprints {
+            self.accesses.push(Access { object, mode });
+        }
     }
 
     /// What step `index` did.
@@ -309,17 +344,24 @@ impl Exec {
     }
 
     /// Writes down an operation of the current thread, for a report.
+    #[inline]
     pub(super) fn record(&mut self, op: &Op, answer: bool) {
         if self.events.is_some() {
-            let event = Event::new(self, self.current, op, answer);
-            self.events.iter_mut().for_each(|events| events.push(event.clone()));
+            self.write_down(op, answer);
         }
+    }
+
+    #[cold]
+    fn write_down(&mut self, op: &Op, answer: bool) {
+        let event = Event::new(self, self.current, op, answer);
+        self.events.iter_mut().for_each(|events| events.push(event.clone()));
     }
 
     /// Writes down a line of the scenario's own.
     pub(super) fn note(&mut self, text: String, site: Site) {
         let op = Op { kind: OpKind::PerThread, object: None, class: None, site };
-        let event = Event { what: text, note: true, ..Event::new(self, self.current, &op, true) };
+        let event =
+            Event { what: text, verb: "note", note: true, ..Event::new(self, self.current, &op, true) };
         self.events.iter_mut().for_each(|events| events.push(event.clone()));
     }
 
@@ -335,6 +377,7 @@ impl Exec {
     }
 
     /// The current thread has come to its first point, or to its end, and whoever started it goes on.
+    #[inline]
     pub(super) fn started(&mut self) -> Option<Tid> {
         let starter = self.threads[self.current].starter.take()?;
         self.access(self.current as u32, Mode::Start);

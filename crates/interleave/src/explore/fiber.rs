@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The stacks that virtual threads run on. A fiber outlives the thread: it is reused by the next execution.
+//! The stacks that virtual threads run on. A fiber outlives the thread: it is reused by the next execution, and by the
+//! next exploration on the same OS thread, since making a stack costs as much as many executions.
 //!
 //! All `unsafe` of the engine that concerns switching is here.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -26,29 +27,77 @@ pub(super) enum Paused {
 
 type Resume = Option<Job>;
 
-pub(super) struct Fiber(Coroutine<Resume, Paused, ()>);
+pub(super) struct Fiber {
+    coroutine: Coroutine<Resume, Paused, ()>,
+    stack: usize,
+    /// It has a job, which may have been begun.
+    busy: bool,
+}
+
+/// Idle fibers kept for the next exploration.
+const POOLED: usize = 16;
 
 thread_local! {
     /// The yielder of the fiber that runs on this OS thread.
     static RUNNING: Cell<*const Yielder<Resume, Paused>> = const { Cell::new(std::ptr::null()) };
+
+    /// Fibers without a job.
+    #[expect(clippy::vec_box, reason = "they are moved in and out of slots, each time by one word")]
+    static POOL: RefCell<Vec<Box<Fiber>>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Fiber {
-    pub(super) fn new(stack: usize) -> io::Result<Fiber> {
-        Ok(Fiber(Coroutine::with_stack(DefaultStack::new(stack)?, |yielder, mut job: Resume| {
+    /// A fiber with at least `stack` bytes of stack.
+    pub(super) fn new(stack: usize) -> io::Result<Box<Fiber>> {
+        let pooled = POOL.with_borrow_mut(|pool| {
+            pool.iter().position(|fiber| fiber.stack == stack).map(|at| pool.swap_remove(at))
+        });
+        if let Some(fiber) = pooled {
+            return Ok(fiber);
+        }
+        let coroutine = Coroutine::with_stack(DefaultStack::new(stack)?, |yielder, mut job: Resume| {
             while let Some(run) = job {
                 RUNNING.set(yielder);
                 let panicked = catch_unwind(AssertUnwindSafe(run)).err();
                 job = yielder.suspend(Paused::Ended(panicked));
             }
-        })))
+        });
+        Ok(Box::new(Fiber { coroutine, stack, busy: false }))
     }
 
     /// Begins a job, or goes on with one, until it pauses or ends.
     pub(super) fn run(&mut self, job: Resume) -> Paused {
-        match self.0.resume(job) {
-            CoroutineResult::Yield(paused) => paused,
+        self.busy = true;
+        match self.coroutine.resume(job) {
+            CoroutineResult::Yield(Paused::Midway) => Paused::Midway,
+            CoroutineResult::Yield(ended) => {
+                self.busy = false;
+                ended
+            }
             CoroutineResult::Return(()) => Paused::Ended(None),
+        }
+    }
+
+    /// Keeps the fiber for the next exploration of this OS thread.
+    pub(super) fn give_back(self: Box<Self>) {
+        if self.busy {
+            return;
+        }
+        // At the end of the OS thread there is no pool.
+        let _gone = POOL.try_with(|pool| {
+            let pool = &mut *pool.borrow_mut();
+            if pool.len() < POOLED {
+                pool.push(self);
+            }
+        });
+    }
+}
+
+impl Drop for Fiber {
+    fn drop(&mut self) {
+        if !self.busy && self.coroutine.started() && !self.coroutine.done() {
+            // Told that there is no other job it returns, which is cheaper than to be unwound.
+            let _returned = self.coroutine.resume(None);
         }
     }
 }

@@ -9,7 +9,7 @@
 //! * Time stands still while anybody can go on; then the earliest sleeper wakes.
 
 use super::access::Mode;
-use super::exec::{Exec, Holder, Phase, Set, Status, Step, Tid, members};
+use super::exec::{Exec, Holder, Phase, Set, Status, Step, Thread, Tid, members};
 use super::hash::mix;
 use crate::birth::ObjectKind;
 use crate::world::{Op, OpKind};
@@ -30,9 +30,9 @@ pub(super) struct Enabled {
 }
 
 impl Exec {
-    /// Whether `tid` could make a step, time and laziness aside.
-    fn ready(&self, tid: Tid) -> bool {
-        let thread = &self.threads[tid];
+    /// Whether `tid`, which is `thread`, could make a step, time and laziness aside.
+    #[inline]
+    fn ready(&self, tid: Tid, thread: &Thread) -> bool {
         if thread.status != Status::Pending {
             return false;
         }
@@ -48,16 +48,23 @@ impl Exec {
     }
 
     /// Who could make the next step: nobody, if all wait for each other.
+    #[inline]
     pub(super) fn enabled(&self) -> Enabled {
         let (mut eager, mut lazy) = (0, 0);
         for (tid, thread) in self.threads.iter().enumerate() {
-            if self.ready(tid) {
+            if self.ready(tid, thread) {
                 *(if thread.lazy { &mut lazy } else { &mut eager }) |= 1 << tid;
             }
         }
         if eager != 0 {
             return Enabled { set: eager, timers: false };
         }
+        self.late(lazy)
+    }
+
+    /// Who could if nobody is eager to: those who stand back, if nobody's sleep can end.
+    #[cold]
+    fn late(&self, lazy: Set) -> Enabled {
         let sleepers = self.threads.iter().filter(|t| t.status == Status::Pending).filter_map(|t| t.until);
         let Some(first) = sleepers.min() else { return Enabled { set: lazy, timers: false } };
         let awake = self
@@ -69,6 +76,7 @@ impl Exec {
     }
 
     /// Whether an operation happens at once, as part of the step that is being made.
+    #[inline]
     pub(super) fn at_once(&self, op: &Op) -> bool {
         match op.kind {
             OpKind::Unlock | OpKind::UnlockShared | OpKind::Downgrade | OpKind::Up => {
@@ -88,6 +96,7 @@ impl Exec {
     }
 
     /// The current thread says what it would do next.
+    #[inline]
     pub(super) fn announce(&mut self, op: &Op) {
         let now = self.clock;
         let thread = &mut self.threads[self.current];
@@ -105,7 +114,10 @@ impl Exec {
     pub(super) fn step(&mut self, tid: Tid, could_go_on: bool) -> Applied {
         let op = self.threads[tid].op;
         let preempts = tid != self.last && could_go_on;
-        self.steps.push(Step { tid, op, preempts, from: self.accesses.len() });
+        self.steps.push(Step { tid, preempts, from: self.accesses.len() });
+        if self.remembering {
+            self.ops.push(op);
+        }
         for (other, thread) in self.threads.iter_mut().enumerate() {
             thread.lazy &= other == tid;
         }
@@ -121,6 +133,7 @@ impl Exec {
     }
 
     /// Does `op` to the objects. `chosen`: it is a step of its own, and not part of one.
+    #[inline]
     pub(super) fn apply(&mut self, tid: Tid, op: &Op, chosen: bool) -> Applied {
         let me = Holder { tid, site: op.site };
         let id = op.object.unwrap_or(u32::MAX);
@@ -326,7 +339,11 @@ impl Exec {
     }
 
     /// The thread learns what the operation tells it.
+    #[inline]
     fn observe(&mut self, tid: Tid, op: &Op, answer: bool) {
+        if !self.remembers() {
+            return;
+        }
         let told = match (op.kind, self.object_of(op)) {
             (OpKind::Lock | OpKind::LockShared, Some(o)) => o.value,
             (OpKind::TryLock | OpKind::TryLockShared, Some(o)) if answer => o.value,
@@ -335,8 +352,18 @@ impl Exec {
         self.see(tid, mix(op.kind.number(), told));
     }
 
+    /// Whether anybody asks for what threads have seen.
+    #[inline]
+    pub(super) fn remembers(&self) -> bool {
+        self.hashing || self.remembering
+    }
+
     /// The thread learns `what`.
+    #[inline]
     pub(super) fn see(&mut self, tid: Tid, what: u64) {
+        if !self.remembers() {
+            return;
+        }
         let thread = &mut self.threads[tid];
         thread.seen = mix(thread.seen, what);
         self.history = mix(self.history, mix(thread.key, what));
@@ -344,12 +371,19 @@ impl Exec {
 
     /// An operation of the current thread has happened; `value` is what the object now holds, or what was read.
     pub(super) fn done(&mut self, op: &Op, value: u64) {
+        if !self.remembers() {
+            return;
+        }
         let (tid, Some(id)) = (self.current, op.object) else { return };
         let seen = self.threads[tid].seen;
         let object = self.object(id);
         let before = object.value;
         match op.kind {
-            OpKind::Load | OpKind::GhostRead => self.see(tid, value),
+            OpKind::Load => self.see(tid, value),
+            OpKind::GhostRead => {
+                let value = if object.hashed { value } else { before };
+                self.see(tid, value);
+            }
             OpKind::Store => object.value = value,
             OpKind::Rmw => {
                 object.value = value;

@@ -13,7 +13,7 @@ use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::access::{Access, conflict};
-use super::dpor;
+use super::dpor::Analysis;
 use super::exec::{Exec, Set, Tid, members};
 use super::hash::mix;
 use super::search::{Choice, Pick};
@@ -66,11 +66,20 @@ pub(super) struct Path {
     cache: Option<HashSet<u64>>,
     /// Something was left out because of the bound.
     cut: bool,
+    analysis: Box<Analysis>,
 }
 
 impl Path {
     pub(super) fn new(reduction: Reduction, bound: Option<u32>, cached: bool) -> Path {
-        Path { nodes: Vec::new(), depth: 0, reduction, bound, cache: cached.then(HashSet::new), cut: false }
+        Path {
+            nodes: Vec::new(),
+            depth: 0,
+            reduction,
+            bound,
+            cache: cached.then(HashSet::new),
+            cut: false,
+            analysis: Box::default(),
+        }
     }
 
     /// The bound on preemptions, if anything was left out because of it.
@@ -80,6 +89,10 @@ impl Path {
 
     pub(super) fn cached(&self) -> bool {
         self.cache.is_some()
+    }
+
+    pub(super) fn reduces(&self) -> bool {
+        self.reduction != Reduction::None
     }
 
     /// States seen, with a cache.
@@ -174,7 +187,7 @@ impl Path {
     /// Goes back to the last node with something left to try.
     pub(super) fn next(&mut self, exec: &Exec) -> bool {
         if self.reduction == Reduction::Dpor {
-            dpor::reverse_races(exec, &mut self.nodes);
+            self.analysis.reverse_races(exec, &mut self.nodes);
         }
         self.depth = 0;
         while let Some(mut node) = self.nodes.pop() {

@@ -4,13 +4,25 @@
 //! `main, binder@mmap_lock.read, mm@ptl.lock#2, binder`: main runs until it cannot go on; binder runs until it is about
 //! to read-lock an `mmap_lock`; mm runs until it is about to take a `ptl` for the second time in this turn; binder
 //! runs on. After the last turn, whoever runs goes on, and then the first that can. No line or step numbers: a turn
-//! means the same when the code around it has changed. A turn that cannot be taken is passed over, and said so.
+//! means the same when the code around it has changed. For a thread that is not started yet, whoever runs goes on as
+//! far as that is possible. A turn that cannot be taken is passed over, and said so.
+//!
+//! `[page_lock; mmap_lock] ...`: somebody tries locks of these classes, so that letting them go is a step of its own.
 
 use std::fmt::Write;
 
+use super::engine::Watched;
 use super::exec::{Exec, Tid};
 use super::search::Choice;
+use crate::birth::ObjectKind;
 use crate::world::{Op, OpKind};
+
+/// What it takes to run a schedule again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Schedule {
+    pub(super) watched: Watched,
+    pub(super) turns: Vec<Turn>,
+}
 
 /// One thread's uninterrupted steps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,15 +34,20 @@ pub(super) struct Turn {
 
 /// Names `op` as a kernel person would, without a place: `mmap_lock.read`.
 pub(super) fn op_name(exec: &Exec, op: &Op) -> String {
-    use crate::birth::ObjectKind;
-    let object = exec.object_of(op);
-    let file = || {
-        let file = op.site.file().rsplit('/').next().unwrap_or_default();
-        file.strip_suffix(".rs").unwrap_or(file).to_owned()
-    };
-    let of = op.class.map_or_else(file, |class| class.name().to_owned());
-    let rw = object.is_some_and(|object| object.kind == ObjectKind::RwLock);
-    let verb = match op.kind {
+    let verb = verb(exec, op);
+    match op.class {
+        Some(class) => format!("{}.{verb}", class.name()),
+        None => {
+            let file = op.site.file().rsplit('/').next().unwrap_or_default();
+            format!("{}.{verb}", file.strip_suffix(".rs").unwrap_or(file))
+        }
+    }
+}
+
+/// What `op` does: `read`.
+pub(super) fn verb(exec: &Exec, op: &Op) -> &'static str {
+    let rw = exec.object_of(op).is_some_and(|object| object.kind == ObjectKind::RwLock);
+    match op.kind {
         OpKind::Lock if rw => "write",
         OpKind::Lock => "lock",
         OpKind::LockShared => "read",
@@ -63,11 +80,10 @@ pub(super) fn op_name(exec: &Exec, op: &Op) -> String {
         OpKind::GhostRead => "ghost_read",
         OpKind::MapAcquire => "begin",
         OpKind::MapRelease => "end",
-    };
-    format!("{of}.{verb}")
+    }
 }
 
-/// The turns of an execution that has ended, without those that come to pass by themselves.
+/// The turns of an execution that has ended and was remembered, without those that come to pass by themselves.
 pub(super) fn turns(exec: &Exec) -> Vec<Turn> {
     let mut turns: Vec<Turn> = Vec::new();
     let steps = &exec.steps;
@@ -76,11 +92,12 @@ pub(super) fn turns(exec: &Exec) -> Vec<Turn> {
         let tid = steps[at].tid;
         let end = steps[at..].iter().position(|s| s.tid != tid).map_or(steps.len(), |n| at + n);
         // The next operation of this thread is what it was about to do when it was left.
-        let next = steps[end..].iter().find(|s| s.tid == tid).map_or(exec.threads[tid].op, |s| s.op);
+        let next = (end..steps.len()).find(|&s| steps[s].tid == tid);
+        let next = next.map_or(exec.threads[tid].op, |s| exec.ops[s]);
         let preempted = steps.get(end).is_some_and(|s| s.preempts);
         let until = preempted.then(|| {
             let name = op_name(exec, &next);
-            let before = steps[at..end].iter().filter(|s| op_name(exec, &s.op) == name).count();
+            let before = exec.ops[at..end].iter().filter(|op| op_name(exec, op) == name).count();
             (name, before as u32 + 1)
         });
         turns.push(Turn { thread: exec.threads[tid].name.clone(), until });
@@ -89,11 +106,11 @@ pub(super) fn turns(exec: &Exec) -> Vec<Turn> {
     turns
 }
 
-/// Writes turns down.
-pub(super) fn write(turns: &[Turn]) -> String {
-    let mut text = String::new();
-    for turn in turns {
-        let comma = if text.is_empty() { "" } else { ", " };
+/// Writes a schedule down.
+pub(super) fn write(watched: &Watched, turns: &[Turn]) -> String {
+    let mut text = if watched.is_empty() { String::new() } else { format!("[{}] ", watched.join("; ")) };
+    for (n, turn) in turns.iter().enumerate() {
+        let comma = if n == 0 { "" } else { ", " };
         let _ = write!(text, "{comma}{}", turn.thread);
         match &turn.until {
             None => {}
@@ -106,8 +123,14 @@ pub(super) fn write(turns: &[Turn]) -> String {
     text
 }
 
-/// Reads turns.
-pub(super) fn read(text: &str) -> Option<Vec<Turn>> {
+/// Reads a schedule.
+pub(super) fn read(text: &str) -> Option<Schedule> {
+    let (watched, text) = match text.trim_start().strip_prefix('[') {
+        Some(text) => text.split_once(']')?,
+        None => ("", text),
+    };
+    let names = watched.split(';').map(str::trim).filter(|name| !name.is_empty());
+    let watched = names.map(str::to_owned).collect();
     let turn = |part: &str| {
         let part = part.trim();
         let (thread, until) = match part.split_once('@') {
@@ -122,7 +145,8 @@ pub(super) fn read(text: &str) -> Option<Vec<Turn>> {
         };
         (!thread.is_empty()).then(|| Turn { thread: thread.to_owned(), until })
     };
-    text.split(',').filter(|part| !part.trim().is_empty()).map(turn).collect()
+    let turns: Option<Vec<Turn>> = text.split(',').filter(|part| !part.trim().is_empty()).map(turn).collect();
+    Some(Schedule { watched, turns: turns? })
 }
 
 /// Follows turns.
@@ -151,9 +175,15 @@ impl Follow {
         while let Some(turn) = self.turns.get(self.at) {
             let tid =
                 (0..choice.exec.threads.len()).find(|&tid| choice.exec.threads[tid].name == turn.thread);
+            if tid.is_none()
+                && let Some(current) = choice.current()
+            {
+                // Whoever runs may be on the way to start it.
+                return current;
+            }
             let Some(tid) = tid.filter(|&tid| choice.enabled & (1 << tid) != 0) else {
                 if !self.taken {
-                    self.missed.push(write(std::slice::from_ref(turn)));
+                    self.missed.push(write(&Watched::new(), std::slice::from_ref(turn)));
                 }
                 self.advance();
                 continue;

@@ -5,7 +5,8 @@ use std::fmt;
 use std::time::Duration;
 
 use super::exec::{Exec, Tid};
-use super::replay::op_name;
+use super::replay::{op_name, verb};
+use crate::class::LockClass;
 use crate::lockdep::Site;
 use crate::world::Op;
 
@@ -54,6 +55,12 @@ pub struct Event {
     pub thread_number: usize,
     /// What it did, such as `mmap_lock.read`, or the text of a [`note`](super::note).
     pub what: String,
+    /// The lock class, queue class or section concerned, if there is one.
+    pub class: Option<&'static str>,
+    /// What it did to it, such as `read`; `note`.
+    pub verb: &'static str,
+    /// Classes of the locks that the thread holds then, in the order of the locks' birth.
+    pub holds: Vec<&'static str>,
     /// It did not succeed: a try failed, a lock was queued for, a wait timed out.
     pub failed: bool,
     /// Where.
@@ -70,6 +77,9 @@ impl Event {
             thread: exec.threads[tid].name.clone(),
             thread_number: tid,
             what: op_name(exec, op),
+            class: op.class.map(LockClass::name),
+            verb: verb(exec, op),
+            holds: exec.held_by(tid).filter_map(|(object, _)| object.class).map(LockClass::name).collect(),
             failed: !answer,
             site: op.site,
             object: op.object,
@@ -86,7 +96,8 @@ pub struct Failure {
     pub kind: FailureKind,
     /// What is wrong, where; for a deadlock who waits for whom.
     pub message: String,
-    /// For [`replay`](super::replay). Outlives edits that do not change what the named threads do.
+    /// For [`replay`](super::replay). Outlives edits that do not change what the named threads do. If there are several
+    /// failures, a replay may stop at a lock order that another one tells of: replay without lockdep, then.
     pub replay: String,
     /// All that happened, in order.
     pub schedule: Vec<Event>,

@@ -50,6 +50,12 @@ impl Search {
         matches!(self, Search::Path(path) if path.cached())
     }
 
+    /// Whether it looks at the footprints of steps.
+    pub(super) fn reduces(&self) -> bool {
+        matches!(self, Search::Path(path) if path.reduces())
+    }
+
+    #[inline]
     pub(super) fn pick(&mut self, choice: &Choice<'_>) -> Pick {
         match self {
             Search::Path(path) => path.pick(choice),
@@ -108,9 +114,15 @@ impl Random {
         Random { rng: Rng::new(seed) }
     }
 
+    #[inline]
     fn pick(&mut self, choice: &Choice<'_>) -> Tid {
-        let n = self.rng.below(u64::from(choice.enabled.count_ones()));
-        members(choice.enabled).nth(n as usize).unwrap_or_else(|| choice.default())
+        let mut left = choice.enabled;
+        if left & (left - 1) != 0 {
+            for _ in 0..self.rng.below(u64::from(left.count_ones())) {
+                left &= left - 1;
+            }
+        }
+        left.trailing_zeros() as usize
     }
 }
 

@@ -333,9 +333,8 @@ fn an_aborting_world_is_asked_about_a_lock_that_another_thread_still_holds() {
     let mutex: &'static Mutex<u32> = Box::leak(Box::new(Mutex::new(&CLASS, 1)));
     MaySleep::enter(|cx| {
         // The holder is another thread to lockdep: its part of the thread's state is put aside.
-        let holder = task::Task::new();
         let guard = mutex.lock(cx);
-        task::swap(&holder);
+        task::load(&task::Task::new());
         world.aborting.set(true);
         world.take();
         *world.others.borrow_mut() = Some(Box::new(move || drop(guard)));
@@ -395,9 +394,12 @@ fn each_object_has_one_world() {
 #[test]
 fn a_switch_of_virtual_threads_exchanges_all_that_a_thread_is() {
     static STORAGE: PerThread<Cell<u32>> = PerThread::new(|| Cell::new(0));
-    let (task, slots) = (task::Task::new(), per_thread::Slots::default());
+    let (tasks, slots) = ([task::Task::new(), task::Task::new()], per_thread::Slots::default());
+    let running = Cell::new(0);
     let switch = || {
-        task::swap(&task);
+        task::save(&tasks[running.get()]);
+        running.set(1 - running.get());
+        task::load(&tasks[running.get()]);
         per_thread::swap(&slots);
     };
     let (a, b) = (Mutex::new(&CLASS, ()), SpinLock::new(&INNER, ()));

@@ -295,6 +295,13 @@ pub static BUGS: &[Bug] = &[
         Spec::new(AMD, "ksm-replace", V2A),
     ),
     bug(
+        "flag",
+        "change_pte that notes and leaves the work to others: stale until they have done it",
+        STALE,
+        Spec::new(&drivers::design_flag_change_pte::KIND, "cow-zero", V2A).reading(),
+        Spec::new(&drivers::design_atomic_change_pte::KIND, "cow-zero", V2A).reading(),
+    ),
+    bug(
         "sleep",
         "a mutex in change_pte",
         &[Rule::Context],

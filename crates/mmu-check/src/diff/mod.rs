@@ -6,6 +6,8 @@
 //! frame, and its first word. A difference must show twice to count, since compaction and other machinery of the kernel change
 //! memory at their own time; one that shows once is counted as passing.
 //!
+//! Swap space, ksmd, disks, probes and pins are used where the machine has them ([`script::Op::needs`]).
+//!
 //! Not compared: the end and the kind of an announcement, which the kernel's tracepoint does not tell; SIGSEGV against
 //! SIGBUS; what is announced about the child.
 
@@ -15,6 +17,7 @@ pub mod script;
 pub mod shrink;
 pub mod step;
 pub mod subject;
+pub mod text;
 
 use model::ModelError;
 use script::Op;
@@ -64,6 +67,8 @@ pub struct Compared {
     pub faults: usize,
     /// Copies and reuses that softmm was told, since the kernel may choose.
     pub told: usize,
+    /// Pages that the kernel was asked to swap out or merge, and could have, and did not.
+    pub unprovoked: usize,
     /// Differences that did not show again.
     pub passing: usize,
     /// The difference, if there is one.
@@ -77,6 +82,7 @@ impl Compared {
         self.ranges += other.ranges;
         self.faults += other.faults;
         self.told += other.told;
+        self.unprovoked += other.unprovoked;
         self.passing += other.passing;
         self.difference = self.difference.take().or(other.difference);
     }
@@ -97,6 +103,7 @@ fn first_difference(
     let done = subject.run(script)?;
     let modelled = model::run(profile, script, &done)?;
     counts.told += modelled.told;
+    counts.unprovoked += modelled.unprovoked;
     for (at, (kernel, soft)) in done.iter().zip(&modelled.steps).enumerate() {
         if let Some(what) = kernel.step.difference(soft) {
             return Ok(Some(First { at, what }));

@@ -4,8 +4,8 @@
 //! Pages are numbered from the arena's first one. An operation of a child that is not there is skipped, so every part
 //! of a script is a script: that is what makes shrinking simple.
 
+use hostmm::capability::Capability;
 use hostmm::lab::{Backing, Rights};
-use std::fmt;
 
 /// Pages of the arena. In its middle lies a boundary of 1 GiB, so that two page tables of the last three levels map it.
 pub const PAGES: u64 = 32;
@@ -44,11 +44,13 @@ pub enum Op {
     Protect(Who, Span, Rights),
     /// madvise(MADV_DONTNEED).
     DontNeed(Who, Span),
+    /// mremap of page `.1` to page `.2` (MREMAP_FIXED).
+    Move(Who, u64, u64),
     /// Load the first word of a page.
     Load(Who, u64),
     /// Store it.
     Store(Who, u64, u64),
-    /// The parent forks; one child at a time.
+    /// The parent forks; one child at a time, and not while there is a probe, whose descriptor it would hold.
     Fork,
     /// The child exits.
     Exit,
@@ -58,53 +60,59 @@ pub enum Op {
     Punch(u64, u64),
     /// pwrite the word `.1` all over page `.0`.
     WriteFile(u64, u64),
+    /// fsync.
+    Sync,
+    /// The file is one on a disk, all of it in the page cache; skipped anywhere but at the beginning.
+    Disk,
+    /// madvise(MADV_PAGEOUT) of an anonymous page that nobody else maps, until it is gone; else skipped.
+    PageOut(Who, u64),
+    /// Load the first word of a page through a pin for reading (process_vm_readv).
+    ReadPinned(Who, u64),
+    /// Store it through a pin for writing (process_vm_writev).
+    WritePinned(Who, u64, u64),
+    /// The parent pins for writing and for long, as an io_uring fixed buffer; one pin at a time.
+    Pin(Span),
+    /// It lets go.
+    Unpin,
+    /// MADV_MERGEABLE of two anonymous pages of the parent, the first one below the other, and ksmd runs; skipped while
+    /// there is a child or a pin. A script has at most one, lest ksmd find pairs of its own choice.
+    Merge(u64, u64),
+    /// madvise(MADV_UNMERGEABLE) by the parent.
+    Unmerge(Span),
+    /// pwrite instructions to page `.0` of the file and set a uprobe on the first; one at a time. Until it is removed, what
+    /// would change the page in the file is skipped.
+    Probe(u64),
+    /// Take it out.
+    Unprobe,
 }
 
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "[{},{})", self.first, self.first + self.pages)
+impl Op {
+    /// What the kernel must have for it, beyond a notifier source and page frame numbers.
+    #[must_use]
+    pub fn needs(&self) -> Option<Capability> {
+        match self {
+            Op::Disk => Some(Capability::DiskFile),
+            Op::PageOut(..) => Some(Capability::Zram),
+            Op::Pin(_) => Some(Capability::IoUring),
+            Op::Merge(..) => Some(Capability::Ksm),
+            Op::Probe(_) => Some(Capability::Uprobes),
+            _ => None,
+        }
     }
-}
 
-fn rights(rights: Rights) -> &'static str {
-    match rights {
-        Rights::None => "PROT_NONE",
-        Rights::Read => "PROT_READ",
-        Rights::ReadWrite => "PROT_READ|PROT_WRITE",
-    }
-}
-
-fn who(who: Who) -> &'static str {
-    match who {
-        Who::Parent => "",
-        Who::Child => "child: ",
-    }
-}
-
-impl fmt::Display for Op {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    /// Would it change page `index` of the file? A probe of softmm's is a word long, the kernel's a byte.
+    pub(super) fn changes_file(&self, index: u64) -> bool {
         match *self {
-            Op::Map(by, span, prot, backing) => {
-                write!(f, "{}mmap {span} {} MAP_FIXED|", who(by), rights(prot))?;
-                match backing {
-                    Backing::Anonymous => write!(f, "MAP_PRIVATE|MAP_ANONYMOUS"),
-                    Backing::PrivateFile(at) => write!(f, "MAP_PRIVATE file@{at}"),
-                    Backing::SharedFile(at) => write!(f, "MAP_SHARED file@{at}"),
-                }
-            }
-            Op::Unmap(by, span) => write!(f, "{}munmap {span}", who(by)),
-            Op::Protect(by, span, prot) => write!(f, "{}mprotect {span} {}", who(by), rights(prot)),
-            Op::DontNeed(by, span) => write!(f, "{}madvise {span} MADV_DONTNEED", who(by)),
-            Op::Load(by, page) => write!(f, "{}load {page}", who(by)),
-            Op::Store(by, page, value) => write!(f, "{}store {page} = {value}", who(by)),
-            Op::Fork => write!(f, "fork"),
-            Op::Exit => write!(f, "child: exit"),
-            Op::Truncate(pages) => write!(f, "ftruncate {pages} pages"),
-            Op::Punch(first, last) => write!(f, "punch file [{first},{})", last + 1),
-            Op::WriteFile(page, value) => write!(f, "pwrite file {page} = {value}"),
+            Op::Truncate(pages) => pages <= index,
+            Op::Punch(first, last) => (first..=last).contains(&index),
+            Op::WriteFile(at, _) => at == index,
+            _ => false,
         }
     }
 }
+
+/// What a probed page of a file begins with: instructions, of which any may be probed.
+pub(super) const NOPS: u64 = 0x9090_9090_9090_9090;
 
 /// Numbers that a seed determines (splitmix64).
 struct Rng(u64);
@@ -137,26 +145,35 @@ impl Rng {
     }
 }
 
-/// `ops` operations at random, the same for the same `seed`. Values stored are all different.
+/// `ops` operations at random, the same for the same `seed` and the same `may`: what needs a capability is done where `may`
+/// says that it is there. Values stored are all different, but for two pages that KSM shall merge.
 #[must_use]
-pub fn random(seed: u64, ops: usize) -> Vec<Op> {
+pub fn random(seed: u64, ops: usize, may: impl Fn(Capability) -> bool) -> Vec<Op> {
     let mut rng = Rng(seed);
-    let mut child = false;
+    let mut merges = 1;
+    let disk = rng.below(4) == 0 && may(Capability::DiskFile);
     // Something to work on.
     let whole = Span { first: 4, pages: PAGES - 8 };
-    let mut script = vec![Op::Map(Who::Parent, whole, Rights::ReadWrite, Backing::Anonymous)];
+    let mut script = if disk { vec![Op::Disk] } else { Vec::new() };
+    script.push(Op::Map(Who::Parent, whole, Rights::ReadWrite, Backing::Anonymous));
+    let (mut child, mut pinned) = (false, false);
     while script.len() < ops {
         let by = if child && rng.below(3) == 0 { Who::Child } else { Who::Parent };
         let value = script.len() as u64;
-        let op = match rng.below(100) {
+        let op = match rng.below(124) {
+            // What readahead brings in is no business of a path's, so nothing on a disk leaves the page cache.
+            88..=94 if disk => Op::Sync,
             0..=9 => {
-                let at = rng.below(FILE_PAGES);
+                let (at, span) = (rng.below(FILE_PAGES), rng.span());
+                // Around the end of a file on a disk fault-around goes by what the page tables look like.
+                let past_end = disk && at + span.pages > FILE_PAGES;
                 let backing = match rng.below(4) {
+                    0 | 1 if past_end => Backing::Anonymous,
                     0 => Backing::PrivateFile(at),
                     1 => Backing::SharedFile(at),
                     _ => Backing::Anonymous,
                 };
-                Op::Map(by, rng.span(), rng.rights(), backing)
+                Op::Map(by, span, rng.rights(), backing)
             }
             10..=13 => Op::Unmap(by, rng.span()),
             14..=21 => Op::Protect(by, rng.span(), rng.rights()),
@@ -170,12 +187,56 @@ pub fn random(seed: u64, ops: usize) -> Vec<Op> {
                 let first = rng.below(FILE_MAX);
                 Op::Punch(first, first + rng.below(4))
             }
-            _ => Op::WriteFile(rng.below(FILE_PAGES), value),
+            95..=99 => Op::WriteFile(rng.below(FILE_PAGES), value),
+            100..=103 => Op::ReadPinned(by, rng.below(PAGES)),
+            104..=107 => Op::WritePinned(by, rng.below(PAGES), value),
+            108..=110 => Op::PageOut(by, rng.below(PAGES)),
+            111..=114 if pinned => Op::Unpin,
+            111..=114 => Op::Pin(rng.span()),
+            115..=116 if !child && !pinned && merges > 0 && may(Capability::Ksm) => {
+                merges -= 1;
+                let first = rng.below(PAGES - 1);
+                let second = first + 1 + rng.below(PAGES - 1 - first);
+                script.extend([first, second].map(|page| Op::Store(Who::Parent, page, value)));
+                Op::Merge(first, second)
+            }
+            115..=116 => Op::Unmerge(rng.span()),
+            117..=120 => Op::Move(by, rng.below(PAGES), rng.below(PAGES)),
+            _ if may(Capability::Uprobes) => {
+                script.push(Op::Probe(rng.below(FILE_PAGES)));
+                script.extend((0..rng.below(8)).map(|n| under_probe(&mut rng, by, n)));
+                Op::Unprobe
+            }
+            _ => continue,
         };
-        child = matches!(op, Op::Fork) || child && !matches!(op, Op::Exit);
+        if !op.needs().is_none_or(&may) {
+            continue;
+        }
+        match op {
+            Op::Fork | Op::Exit => child = !child,
+            Op::Pin(_) | Op::Unpin => pinned = !pinned,
+            _ => {}
+        }
         script.push(op);
     }
     script
+}
+
+/// What is done while there is a probe: nothing that takes a breakpoint away from a mapping that should have one, since the
+/// kernel sets it again when it next splits or merges the vma.
+fn under_probe(rng: &mut Rng, by: Who, value: u64) -> Op {
+    match rng.below(8) {
+        0 | 1 => {
+            // Not past the end of the file.
+            let place = Span { first: rng.below(PAGES / 2), pages: 1 + rng.below(FILE_PAGES / 2) };
+            Op::Map(by, place, rng.rights(), Backing::PrivateFile(rng.below(FILE_PAGES / 2)))
+        }
+        2 => Op::Unmap(by, rng.span()),
+        3 => Op::Protect(by, rng.span(), Rights::ReadWrite),
+        4 => Op::Load(by, rng.below(PAGES)),
+        5 => Op::ReadPinned(by, rng.below(PAGES)),
+        _ => Op::Store(by, rng.below(PAGES), 1000 + value),
+    }
 }
 
 #[cfg(test)]
@@ -184,12 +245,26 @@ mod tests {
 
     #[test]
     fn a_seed_gives_one_script_and_spans_stay_inside() {
-        assert_eq!(random(7, 300), random(7, 300));
-        assert_ne!(random(7, 300), random(8, 300));
-        for op in random(3, 3000) {
-            if let Op::Map(_, s, ..) | Op::Unmap(_, s) | Op::Protect(_, s, _) | Op::DontNeed(_, s) = op {
+        let all = |seed, ops| random(seed, ops, |_| true);
+        assert_eq!(all(7, 300), all(7, 300));
+        assert_ne!(all(7, 300), all(8, 300));
+        for op in all(3, 3000) {
+            if let Op::Map(_, s, ..)
+            | Op::Unmap(_, s)
+            | Op::Protect(_, s, _)
+            | Op::DontNeed(_, s)
+            | Op::Pin(s)
+            | Op::Unmerge(s) = op
+            {
                 assert!(s.pages > 0 && s.first + s.pages <= PAGES, "{op}");
             }
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_not_asked_for() {
+        for seed in 0..20 {
+            assert!(random(seed, 300, |_| false).iter().all(|op| op.needs().is_none()));
         }
     }
 }

@@ -17,9 +17,11 @@ pub enum Answer {
     Fault,
     /// ENOMEM: a part of the range is not mapped.
     Hole,
+    /// EINVAL: the ranges of mremap overlap.
+    Invalid,
     /// Another error number.
     Errno(i32),
-    /// There was no child to do it.
+    /// There was nobody to do it, or nothing to do it to.
     Skipped,
 }
 
@@ -31,6 +33,8 @@ pub enum Frame {
     None,
     /// The zero page.
     Zero,
+    /// It is in swap space.
+    Swapped,
     /// This one.
     Number(u8),
 }

@@ -1,52 +1,22 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Scripts by hand: at least one for each path of the mm that a script can take.
+//! Scripts that any machine can run.
 
-use super::script::{Op, Span, Who::Child, Who::Parent};
-use hostmm::lab::Backing::{self, Anonymous, PrivateFile, SharedFile};
+use super::{Path, anon, file, path, span};
+use crate::diff::script::{Op, Who::Child, Who::Parent};
+use hostmm::lab::Backing::{PrivateFile, SharedFile};
 use hostmm::lab::Rights::{Read, ReadWrite};
 
-/// A script and what it is for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Path {
-    /// What it shows.
-    pub name: &'static str,
-    /// How many ranges it announces, so that a script that does nothing cannot pass.
-    pub ranges: usize,
-    /// The operations.
-    pub script: Vec<Op>,
-}
-
-/// All of them.
-#[must_use]
-pub fn all() -> Vec<Path> {
-    [anonymous(), files()].concat()
-}
-
-fn path(name: &'static str, ranges: usize, script: Vec<Op>) -> Path {
-    Path { name, ranges, script }
-}
-
-fn span(first: u64, pages: u64) -> Span {
-    Span { first, pages }
-}
-
-fn anon(first: u64, pages: u64) -> Op {
-    Op::Map(Parent, span(first, pages), ReadWrite, Anonymous)
-}
-
-fn file(first: u64, pages: u64, backing: Backing) -> Op {
-    Op::Map(Parent, span(first, pages), ReadWrite, backing)
-}
-
-fn anonymous() -> Vec<Path> {
+pub(super) fn anonymous() -> Vec<Path> {
     vec![
         path(
             "first touch is silent, a write over the zero page is not",
+            &["cow-zero"],
             1,
             vec![anon(4, 4), Op::Store(Parent, 4, 1), Op::Load(Parent, 5), Op::Store(Parent, 5, 2)],
         ),
         path(
             "munmap with a hole, and of nothing",
+            &["munmap"],
             2,
             vec![
                 anon(2, 4),
@@ -60,11 +30,13 @@ fn anonymous() -> Vec<Path> {
         ),
         path(
             "MAP_FIXED over other memory",
+            &["munmap"],
             1,
             vec![anon(4, 8), Op::Store(Parent, 6, 1), anon(5, 4), Op::Load(Parent, 6)],
         ),
         path(
             "mprotect",
+            &["mprotect"],
             4,
             vec![
                 anon(4, 8),
@@ -80,6 +52,7 @@ fn anonymous() -> Vec<Path> {
         ),
         path(
             "mprotect across a page table's end",
+            &["mprotect"],
             2,
             vec![
                 anon(12, 8),
@@ -91,6 +64,7 @@ fn anonymous() -> Vec<Path> {
         ),
         path(
             "MADV_DONTNEED, of nothing and over a hole as well",
+            &["dontneed"],
             3,
             vec![
                 anon(4, 4),
@@ -103,6 +77,7 @@ fn anonymous() -> Vec<Path> {
         ),
         path(
             "fork, copy and reuse",
+            &["fork", "cow"],
             3,
             vec![
                 anon(4, 4),
@@ -124,10 +99,54 @@ fn anonymous() -> Vec<Path> {
     ]
 }
 
-fn files() -> Vec<Path> {
+pub(super) fn moves() -> Vec<Path> {
+    vec![
+        path(
+            "mremap: the old place twice, the new one where something was",
+            &[],
+            8,
+            vec![
+                anon(4, 4),
+                anon(12, 2),
+                Op::Store(Parent, 4, 1),
+                Op::Store(Parent, 12, 2),
+                Op::Move(Parent, 4, 20),
+                Op::Load(Parent, 20),
+                Op::Load(Parent, 4),
+                Op::Move(Parent, 20, 12),
+                Op::Load(Parent, 12),
+                Op::Move(Parent, 5, 6),
+                Op::Move(Parent, 5, 5),
+                Op::Move(Parent, 4, 9),
+            ],
+        ),
+        path(
+            "mremap: a moved page is forked, copied and fetched again",
+            &["fork", "cow"],
+            8,
+            vec![
+                anon(4, 4),
+                Op::Store(Parent, 4, 1),
+                Op::Store(Parent, 5, 2),
+                Op::Move(Parent, 4, 8),
+                Op::Move(Parent, 5, 20),
+                Op::Store(Parent, 6, 3),
+                Op::Fork,
+                Op::Store(Child, 8, 4),
+                Op::Store(Parent, 20, 5),
+                Op::Move(Child, 20, 4),
+                Op::Exit,
+                Op::Store(Parent, 8, 6),
+            ],
+        ),
+    ]
+}
+
+pub(super) fn files() -> Vec<Path> {
     vec![
         path(
             "private file: first write, write to a page that was read, fault-around",
+            &["cow-file"],
             2,
             vec![
                 Op::WriteFile(3, 9),
@@ -141,6 +160,7 @@ fn files() -> Vec<Path> {
         ),
         path(
             "shared file: truncate twice, hole once, growth not at all",
+            &["truncate"],
             3,
             vec![
                 file(4, 8, SharedFile(0)),
@@ -156,6 +176,7 @@ fn files() -> Vec<Path> {
         ),
         path(
             "a private copy survives a hole, not a truncation",
+            &["truncate"],
             3,
             vec![
                 file(4, 8, PrivateFile(0)),
