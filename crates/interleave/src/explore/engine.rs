@@ -272,6 +272,12 @@ impl Engine {
 }
 
 impl Engine {
+    /// What names an object beyond this execution.
+    pub(crate) fn key_of(&self, object: Option<Id>) -> u64 {
+        let inner = self.inner.borrow();
+        object.and_then(|id| inner.exec.objects().get(id as usize)).map_or(0, |object| object.key)
+    }
+
     pub(super) fn violation(&self, message: String) {
         if !self.aborting.get() {
             self.inner.borrow_mut().exec.fail(FailureKind::Violation, message);
