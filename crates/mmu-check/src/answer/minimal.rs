@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The callbacks that a driver cannot do without: each is switched off in turn and stays off if nothing breaks that did
-//! not break before; again, until every one that is left is needed beside the others that are left.
+//! not break before, and nothing with fewer preemptions; again, until every one that is left is needed beside the others that are left.
 //!
 //! What is found is minimal, not the only minimal set, and holds up to the bound on preemptions: a callback that only a
 //! longer schedule needs would be left out.
@@ -35,26 +35,25 @@ struct Search<'a> {
     profile: KernelProfile,
     paths: &'a [&'static Path],
     bound: u32,
-    /// What breaks with all callbacks, by path; looked for where something breaks with fewer.
-    before: HashMap<&'static str, Vec<Rule>>,
+    /// What breaks with all callbacks, by path and bound; looked for where something breaks with fewer.
+    before: HashMap<(&'static str, u32), Vec<Rule>>,
 }
 
 impl Search<'_> {
-    /// What breaks on `path` with exactly `bound` preemptions or fewer.
+    /// What breaks on `path` in at most `bound` preemptions.
     fn broken(&self, path: &'static Path, callbacks: Callbacks, bound: u32) -> Vec<Rule> {
         let cell = self.row.cell(path, self.profile).with(callbacks);
         let outcome = explore(&cell, Strategy::Preemptions(bound), None);
         outcome.failures.into_iter().map(|(rule, _)| rule).collect()
     }
 
-    /// What breaks on `path` with all callbacks.
-    fn before(&mut self, path: &'static Path) -> Vec<Rule> {
-        if let Some(known) = self.before.get(path.name) {
+    /// What breaks on `path` with all callbacks, in at most `bound` preemptions.
+    fn before(&mut self, path: &'static Path, bound: u32) -> Vec<Rule> {
+        if let Some(known) = self.before.get(&(path.name, bound)) {
             return known.clone();
         }
-        let broken = (0..=self.bound).map(|bound| self.broken(path, self.row.kind.callbacks, bound));
-        let broken = broken.into_iter().find(|broken| !broken.is_empty()).unwrap_or_default();
-        self.before.insert(path.name, broken.clone());
+        let broken = self.broken(path, self.row.kind.callbacks, bound);
+        self.before.insert((path.name, bound), broken.clone());
         broken
     }
 
@@ -64,8 +63,9 @@ impl Search<'_> {
         if now.is_empty() {
             return None;
         }
-        // A path that is lost already cannot show that a callback is needed, unless by another rule.
-        let before = self.before(path);
+        // A path that is lost already cannot show that a callback is needed, unless by another rule or with fewer
+        // preemptions: who hears of an unmapping too late is still better off than who never does.
+        let before = self.before(path, bound);
         now.into_iter().find(|rule| !before.contains(rule)).map(|rule| (path, rule))
     }
 
@@ -105,7 +105,8 @@ pub fn minimal(row: Row, profile: KernelProfile, paths: &[&'static Path], bound:
         }
         kept = next;
     }
-    let lost = paths.iter().filter(|path| !search.before(path).is_empty()).map(|path| path.name).collect();
+    let lost =
+        paths.iter().filter(|path| !search.before(path, bound).is_empty()).map(|path| path.name).collect();
     let because = because.into_iter().map(|(callback, (path, rule))| (callback, path.name, rule)).collect();
     Minimal { all, kept, because, lost }
 }
@@ -127,6 +128,15 @@ mod tests {
         assert!(found.kept.contains(Callback::Start), "{found:?}");
         assert!(!found.kept.contains(Callback::ChangePte), "{found:?}");
         assert!(found.because.iter().any(|(callback, ..)| *callback == Callback::Start));
+    }
+
+    #[test]
+    fn a_callback_that_comes_too_early_is_needed_all_the_same() {
+        let paths: Vec<_> = named("dontneed").into_iter().collect();
+        let row = Row { kind: &drivers::i915_v3_16::MENDED, access: Access::Write };
+        let found = minimal(row, KernelProfile::V3_16, &paths, 1);
+        assert!(found.kept.contains(Callback::Start), "{found:?}");
+        assert_eq!(found.lost, ["dontneed"], "the gap between start and change");
     }
 
     #[test]

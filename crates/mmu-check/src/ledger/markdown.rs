@@ -16,6 +16,14 @@ pub const MEASURED: &str = "<!-- measured -->";
 /// Ends it.
 pub const MEASURED_END: &str = "<!-- end of measured -->";
 
+fn preemptions(n: u32) -> String {
+    match n {
+        0 => "no preemption".into(),
+        1 => "one preemption".into(),
+        n => format!("{n} preemptions"),
+    }
+}
+
 const fn word(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::True => "true",
@@ -44,7 +52,8 @@ pub fn statement(decided: &Decided) -> String {
         Some(bound) => {
             let _ = writeln!(
                 out,
-                "; where no rule breaks, every order of at most {bound} preemptions was tried."
+                "; where no rule breaks, every order of at most {} was tried.",
+                preemptions(*bound)
             );
         }
         None if holds + fails > 0 && witness.is_none() => {
@@ -80,15 +89,17 @@ fn counterexample(answer: &Answer) -> String {
     let without =
         if off == "nothing" { String::new() } else { format!(" --without {}", off.replace(" + ", ",")) };
     format!(
-        "\nCounterexample ({rule}, {} preemptions): {message}.\n\n```sh\nuserptr answer --explain {cell}{without} --replay '{}'\n```\n",
-        failure.preemptions, failure.replay
+        "\nCounterexample ({rule}, {}): {message}.\n\n```sh\nuserptr answer --explain {cell}{without} --replay '{}'\n```\n",
+        preemptions(failure.preemptions as u32),
+        failure.replay
     )
 }
 
 /// What a callback is good for: a table.
 pub fn worth(bound: u32, profiles: &[&str], rows: &[(String, Vec<Worth>)]) -> String {
     let mut out = format!(
-        "\nWhat change_pte is good for, on the paths that call it (at most {bound} preemptions; `userptr answer --change-pte`):\n\n"
+        "\nWhat change_pte is good for, on the paths that call it (at most {}; `userptr answer --change-pte`):\n\n",
+        preemptions(bound)
     );
     table(&mut out, std::iter::once("driver").chain(profiles.iter().copied()).map(str::to_owned));
     for (name, worths) in rows {
@@ -101,7 +112,9 @@ pub fn worth(bound: u32, profiles: &[&str], rows: &[(String, Vec<Worth>)]) -> St
 pub fn minimal(bound: u32, rows: &[(String, &str, Minimal)]) -> String {
     let mut out = format!(
         "\nThe callbacks that each driver cannot do without, found by switching them off one by one (`userptr answer --callbacks`), with \
-         every order of at most {bound} preemptions. The last column: paths that break with all of them too.\n\n"
+         every order of at most {}. The last column: paths that break with all of them too, if \
+         not as easily.\n\n",
+        preemptions(bound)
     );
     let heads = ["driver", "kernel", "has", "needs", "because", "breaks even so"];
     table(&mut out, heads.into_iter().map(str::to_owned));
