@@ -77,6 +77,15 @@ Examples:
   userptr diff --script FILE         a difference again, as `diff` prints it, or a script of your own"
     )]
     Diff(DiffArgs),
+    /// Switch off each lock, retry check, flush, wait, sequence bump and callback of the safe drivers: is it noticed?
+    #[command(
+        after_help = "Exit codes: 0 at least 95 % were noticed and each survivor is explained, 1 not so, 2 could not run.
+
+Examples:
+  userptr mutate
+  userptr mutate rdma --all          what noticed each, too"
+    )]
+    Mutate(MutateArgs),
     /// Some scripts of `diff`, in a process of its own
     #[command(hide = true)]
     DiffBatch(DiffBatchArgs),
@@ -155,6 +164,22 @@ pub(crate) struct CheckArgs {
     /// Every bug that softmm can express
     #[arg(long, conflicts_with = "bug")]
     pub(crate) all: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct MutateArgs {
+    /// Only drivers whose name contains TEXT
+    #[arg(value_name = "TEXT")]
+    pub(crate) driver: Option<String>,
+    /// Print those that were noticed as well, and by what
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) all: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Preemptions at most
+    #[arg(long, default_value_t = 1)]
+    pub(crate) bound: u32,
 }
 
 #[derive(Args)]

@@ -10,6 +10,7 @@ mod child;
 mod diff;
 mod doctor;
 mod live;
+mod mutate;
 
 use std::process::ExitCode;
 
@@ -35,6 +36,8 @@ enum Error {
     NoCallback { name: String, known: String },
     #[error("bug {id} cannot be shown: {why}; there are {known}")]
     NoBug { id: String, why: &'static str, known: String },
+    #[error("no driver to switch anything off in has {name:?} in its name; there are {known}")]
+    NoSubject { name: String, known: String },
     #[error("the schedule cannot be read: {0:?} is not a replay string")]
     NoSchedule(String),
     #[error(transparent)]
@@ -88,6 +91,7 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Live(args) if args.race => live::race::run(&args),
         Command::Live(args) => live::run(&args),
+        Command::Mutate(args) => mutate::run(&args),
         Command::LiveRow(args) => live::answer_row(&args),
         Command::Diff(args) => diff::run(&args),
         Command::DiffBatch(args) => diff::answer(&args),
