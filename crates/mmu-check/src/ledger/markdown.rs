@@ -153,7 +153,8 @@ pub fn row(out: &mut String, cells: impl Iterator<Item = String>) {
     let _ = writeln!(out, "| {} |", cells.join(" | "));
 }
 
-/// What is computed, of a whole document: without what stands between [`MEASURED`] and [`MEASURED_END`].
+/// What is computed, of a whole document: without what stands between [`MEASURED`] and [`MEASURED_END`], and without empty
+/// lines, which come and go with it.
 pub fn computed(document: &str) -> String {
     let mut measured = false;
     let mut out = String::new();
@@ -161,7 +162,7 @@ pub fn computed(document: &str) -> String {
         match line {
             MEASURED => measured = true,
             MEASURED_END => measured = false,
-            _ if !measured => {
+            _ if !measured && !line.trim().is_empty() => {
                 out.push_str(line.trim_end());
                 out.push('\n');
             }
@@ -177,7 +178,7 @@ mod tests {
 
     #[test]
     fn what_is_measured_is_left_out() {
-        let document = format!("a\n{MEASURED}\n12 ns\n{MEASURED_END}\nb  \n");
+        let document = format!("a\n\n{MEASURED}\n12 ns\n{MEASURED_END}\nb  \n");
         assert_eq!(computed(&document), "a\nb\n");
     }
 }

@@ -42,7 +42,7 @@ fn table(question: &Question, paths: &[&'static Path], answers: &[Answer]) -> Ta
     let mut table = Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
     table.set_header(std::iter::once("driver").chain(paths.iter().map(|path| path.name)));
-    for row in &question.rows {
+    for row in question.rows.iter().filter(|row| answers.iter().any(|a| row.has(&a.cell))) {
         let cells = paths.iter().map(|path| {
             let mark = |profile: &KernelProfile| {
                 let mut mine =
