@@ -24,6 +24,7 @@ pub struct Counters {
     accesses: AtomicU64,
     faults: AtomicU64,
     flushes: AtomicU64,
+    refused: AtomicU64,
 }
 
 /// What was counted up to one moment.
@@ -49,6 +50,8 @@ pub struct Counts {
     pub faults: u64,
     /// Flushes of the device's TLB.
     pub flushes: u64,
+    /// Starts of ranges that must not block, which were refused.
+    pub refused: u64,
 }
 
 impl Counts {
@@ -85,6 +88,7 @@ impl Counters {
         accessed, accesses;
         faulted, faults;
         flushed, flushes;
+        refused, refused;
     }
 
     pub(crate) fn called(&self, kind: Callback) {
@@ -118,6 +122,7 @@ impl Counters {
             accesses: self.accesses.load(Relaxed),
             faults: self.faults.load(Relaxed),
             flushes: self.flushes.load(Relaxed),
+            refused: self.refused.load(Relaxed),
         }
     }
 }

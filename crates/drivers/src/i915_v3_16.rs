@@ -38,6 +38,7 @@ use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitEr
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::observer::DriverBug;
+use crate::site::changed;
 use crate::work::WorkQueue;
 use interleave::{AtomicU32, LockClass, MaySleep, Mutex, Ordering, Sleep, SpinLock};
 use mmu_notifier::{Access, IntervalIndex, Invalidation, Key, MmuNotifier, Ops, Range, WouldBlock};
@@ -86,6 +87,14 @@ pub struct Config {
     pub puts_entries: bool,
     /// Bug 6, until 3.17: mmput, which may tear the address space down, under struct_mutex.
     pub mmput_under_struct_mutex: bool,
+    /// Bug 3: get_user_pages, which may fault, under struct_mutex and not in a worker.
+    pub gup_under_struct_mutex: bool,
+    /// Bug 7: waits for the lock of a page to mark it dirty, in the callback too.
+    pub locks_page: bool,
+    /// Marks what the GPU wrote dirty when it puts it.
+    pub sets_dirty: bool,
+    /// Each batch begins with a flush of the TLB. Without: bug 8, until 5.17.
+    pub flushes: bool,
 }
 
 /// What becomes of READ_ONLY.
@@ -115,6 +124,10 @@ impl Config {
         plain_reference: true,
         puts_entries: true,
         mmput_under_struct_mutex: true,
+        gup_under_struct_mutex: false,
+        locks_page: false,
+        sets_dirty: true,
+        flushes: true,
     };
 
     /// With the fixes of 3.17 to the last three.
@@ -206,7 +219,8 @@ impl I915 {
         options: Options,
         config: Config,
     ) -> Arc<I915> {
-        let context = DeviceContext::open(cx, device, mm, config.kind.name, Root::Own).flushing_at_start();
+        let context = DeviceContext::open(cx, device, mm, config.kind.name, Root::Own);
+        let context = if config.flushes { context.flushing_at_start() } else { context };
         Arc::new_cyclic(|me| I915 {
             me: me.clone(),
             config,
@@ -233,6 +247,11 @@ impl I915 {
         let Gem { next_work, objects, .. } = gem;
         let state = objects.get_mut(&binding).ok_or(SubmitError::NotBound(binding))?;
         let Object { range, access, .. } = *state.object;
+        if self.config.gup_under_struct_mutex {
+            let got = self.context.mm().get_user_pages(cx, range, I915::foll(access))?;
+            self.set_pages(state, got);
+            return Ok(());
+        }
         let cpus = self.context.mm().machine().cpus();
         let cpu = &cpus[self.options.cpu % cpus.len()];
         let got = self.context.mm().get_user_pages_fast_only(cx, cpu, range, I915::foll(access));
@@ -276,7 +295,7 @@ impl I915 {
         let mut gem = self.struct_mutex.lock(cx);
         let mut leftover = None;
         if let Some(state) = gem.objects.get_mut(&object.binding) {
-            let mine = state.work == Work::Pending(id);
+            let mine = !changed(state.work != Work::Pending(id));
             state.work = Work::None;
             match got {
                 Ok(pages) if mine => self.set_pages(state, pages),
@@ -301,13 +320,15 @@ impl I915 {
             self.context.wait_idle(cx, Some(object.binding));
             self.context.unmap(cx, Some(object.binding), object.range);
         }
-        let dirty = std::mem::replace(&mut state.dirty, false);
+        let dirty = std::mem::replace(&mut state.dirty, false) && self.config.sets_dirty;
         self.put_pages(cx, pages, dirty);
     }
 
     fn put_pages(&self, cx: &mut MaySleep<'_>, mut pages: UserPages, dirty: bool) {
         if !self.config.puts_entries {
-            if dirty {
+            if dirty && self.config.locks_page {
+                pages.set_dirty_lock(cx);
+            } else if dirty {
                 pages.set_dirty();
             }
             return;

@@ -80,7 +80,8 @@ impl<D: MmuNotifier + Driver> MmuNotifier for Listener<D> {
     fn invalidate_range_start(&self, cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
         let Some(driver) = self.driver.upgrade() else { return Ok(()) };
         let counters = driver.context().counters();
-        counted(counters, Callback::Start, self.measure, || driver.invalidate_range_start(cx, inv))
+        let start = || driver.invalidate_range_start(cx, inv);
+        counted(counters, Callback::Start, self.measure, start).inspect_err(|_| counters.refused(1))
     }
 
     fn invalidate_range_end(&self, cx: Sleep<'_, '_>, inv: &Invalidation) {

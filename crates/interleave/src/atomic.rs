@@ -47,7 +47,7 @@ words!(bool, u32, u64, i64, usize);
 /// Announces an access, does it, and says what came of it: `access` returns its result, and the value to tell.
 #[cold]
 #[inline(never)]
-fn explored<R>(
+pub(crate) fn explored<R>(
     world: &dyn World,
     birth: Birth,
     kind: OpKind,
@@ -149,6 +149,20 @@ macro_rules! atomic {
                 failure: Ordering,
             ) -> Result<$value, $value> {
                 self.access(OpKind::Rmw, |v| v.compare_exchange(current, new, success, failure))
+            }
+
+            /// The value for a [`Digest`](crate::Digest): no access, and no scheduling point. To be looked at where
+            /// nobody changes it.
+            #[inline]
+            pub fn peek(&self) -> $value {
+                self.value.load(Ordering::Relaxed)
+            }
+
+            /// Which atomic it is, for a [`Digest`](crate::Digest) of what refers to it: the same in every execution
+            /// in which the same thread makes it as its n-th object. 0 outside exploration.
+            pub fn identity(&self) -> u64 {
+                let engine = world::active().and_then(World::engine);
+                engine.map_or(0, |engine| engine.key_of(self.birth.op(OpKind::Load, None, Location::caller()).object))
             }
 
             /// The value, without an atomic access: nobody else has it.

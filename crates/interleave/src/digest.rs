@@ -4,6 +4,7 @@
 //! A digest depends on the value alone: not on addresses, not on time, not on the order of a hash map.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 /// A value that can be hashed the same way in every run.
 pub trait Digest {
@@ -58,6 +59,12 @@ impl<T: Digest + ?Sized> Digest for &T {
 }
 
 impl<T: Digest + ?Sized> Digest for Box<T> {
+    fn digest(&self) -> u64 {
+        (**self).digest()
+    }
+}
+
+impl<T: Digest + ?Sized> Digest for Arc<T> {
     fn digest(&self) -> u64 {
         (**self).digest()
     }

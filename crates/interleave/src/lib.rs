@@ -32,6 +32,7 @@
 //! | [`WaitQueue`] | wait: [`MaySleep`]; wake: any, without a token | `const_new`, plain only |
 //! | [`OnceCell`] | init: [`MaySleep`]; get: any, without a token | `const_new`, plain only |
 //! | atomics, [`fence`] | any, without a token | `const_new`, plain only |
+//! | [`AtomicWords`] | any, without a token | no: their number is chosen at run time |
 //! | [`RefCount`] | any, without a token | no: it counts the references to an object that goes |
 //! | [`LockMap`] | any | `new`; every world |
 //! | [`PerThread`] | any, without a token | `new`; every world |
@@ -62,6 +63,7 @@
 )]
 
 pub mod atomic;
+mod atomic_words;
 mod birth;
 mod class;
 mod context;
@@ -86,6 +88,7 @@ mod wait_queue;
 mod world;
 
 pub use atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+pub use atomic_words::{AtomicWord, AtomicWords};
 pub use class::{LockClass, MAX_SUBCLASSES};
 pub use context::{
     Atomic, AtomicContext, Context, MaySleep, NonBlock, PageContext, Sleep,

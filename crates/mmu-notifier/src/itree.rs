@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use interleave::{AtomicBool, AtomicU64, Ordering};
+use interleave::{AtomicBool, AtomicU64, Digest, Ordering};
 
 use crate::primary::{Invalidate, Seq};
 use crate::{Cursor, IntervalIndex, Key, Range};
@@ -52,6 +52,28 @@ pub(crate) struct Itree {
     active: u64,
     index: IntervalIndex<Arc<Interval>>,
     deferred: Vec<Deferred>,
+}
+
+/// By identity: what a notifier's own words hold is seen where they are read.
+impl Digest for Interval {
+    fn digest(&self) -> u64 {
+        (self.range.start(), self.range.end(), self.seq.identity()).digest()
+    }
+}
+
+impl Digest for Itree {
+    fn digest(&self) -> u64 {
+        let mut cursor = self.index.cursor(Range::ALL);
+        let entry =
+            || self.index.next(&mut cursor).map(|(key, _, interval)| (key.to_bits(), interval.digest()));
+        let index: Vec<_> = std::iter::from_fn(entry).collect();
+        let deferred = |deferred: &Deferred| match deferred {
+            Deferred::Insert(interval) => (true, interval.digest()),
+            Deferred::Remove(interval) => (false, interval.digest()),
+        };
+        let deferred: Vec<_> = self.deferred.iter().map(deferred).collect();
+        (self.seq, self.active, index, deferred).digest()
+    }
 }
 
 /// What a removal has to wait for.

@@ -32,6 +32,10 @@ pub struct WouldBlock;
 pub struct Ops(u16);
 
 impl Ops {
+    pub(crate) const fn bits(self) -> u16 {
+        self.0
+    }
+
     /// No callback.
     pub const NONE: Ops = Ops(0);
     /// `invalidate_range_start`.

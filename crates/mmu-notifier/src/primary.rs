@@ -46,8 +46,10 @@
 //! housekeeping. What a source never reports is in [`PrimaryMmu::cannot_hear`].
 
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 
+use interleave::explore::{SiteKind, mutated};
 use interleave::{AtomicU64, MaySleep, Ordering, Sleep};
 
 use crate::{Access, InsideInvalidation, Invalidation, PageAddr, Pfn, Range, WouldBlock};
@@ -95,8 +97,10 @@ impl<'a> SetSeq<'a> {
 
     /// Moves the sequence. Under the lock of the consumer that also guards installation, before translations are
     /// dropped.
+    #[track_caller]
     pub fn set(self) -> SeqMoved {
-        if let Some((cell, seq)) = self.moves {
+        let off = mutated(SiteKind::Bump, Location::caller());
+        if let Some((cell, seq)) = self.moves.filter(|_| !off) {
             cell.store(seq.0, Ordering::Release);
         }
         SeqMoved(())
@@ -226,6 +230,17 @@ pub trait PrimaryMmu: Send + Sync {
 
     /// Every kind of change that is never reported, with the reason. Empty: complete.
     fn cannot_hear(&self) -> &'static [Unheard];
+
+    /// Returns at a moment when every change that anybody can see the effect of has moved its sequence: what
+    /// [`read_retry_ordered`](Subscription::read_retry_ordered) says about memory that was mapped before this call is
+    /// then as good as [`read_retry`](Subscription::read_retry). One call serves many lookups; where the sequence moves
+    /// before the change there is nothing to wait for.
+    ///
+    /// # Errors
+    /// [`Gone`], if nobody can say.
+    fn settle(&self) -> Result<(), Gone> {
+        Ok(())
+    }
 }
 
 /// One range that is listened to. Dropping it unsubscribes without waiting for a callback that runs.
@@ -246,6 +261,13 @@ pub trait Subscription: Send + Sync {
     /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs
     /// a load or two.
     fn read_retry(&self, seq: Self::Seq) -> bool;
+
+    /// As [`read_retry`](Subscription::read_retry), about the changes alone whose system call has returned before this
+    /// call, in happens-before order: not enough where another thread can be in the middle of giving the memory
+    /// back while this one is already handed its address. Loads only, for every source.
+    fn read_retry_ordered(&self, seq: Self::Seq) -> bool {
+        self.read_retry(seq)
+    }
 
     /// Ends the subscription; no callback runs after it returns. May sleep.
     ///

@@ -16,7 +16,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use interleave::{
-    AtomicBool, AtomicU64, Context, LockClass, LockMap, MaySleep, Mutex, Ordering, SpinLock, WaitQueue,
+    AtomicBool, AtomicU64, Context, Digest, LockClass, LockMap, MaySleep, Mutex, Ordering, SpinLock,
+    WaitQueue,
 };
 
 use crate::inside::{self, InCallback};
@@ -151,11 +152,11 @@ impl NotifierSubscriptions {
         };
         Arc::new(NotifierSubscriptions {
             rules,
-            state: SpinLock::new(&STATE, state),
+            state: SpinLock::with_digest(&STATE, state, State::digest),
             seq,
             open: [AtomicU64::new(0), AtomicU64::new(0)],
             wait: WaitQueue::new(&WAIT),
-            register: Mutex::new(&REGISTER, ()),
+            register: Mutex::with_digest(&REGISTER, (), <()>::digest),
         })
     }
 
@@ -282,6 +283,15 @@ impl Drop for FenceInCallback<'_> {
     fn drop(&mut self) {
         // Made in a context that may sleep, so that this one may too.
         let _ = MaySleep::try_enter(|cx| self.0.state.lock(cx).fence_in_callback = false);
+    }
+}
+
+impl Digest for State {
+    fn digest(&self) -> u64 {
+        let listed = |listed: &Arc<Listed>| (listed.ops.bits(), listed.released.identity());
+        let list: Vec<_> = self.list.iter().flat_map(|list| list.iter()).map(listed).collect();
+        let flags = (self.parity, self.registering, self.exiting, self.fence_in_callback);
+        (list, &self.itree, flags, self.breaches.len()).digest()
     }
 }
 

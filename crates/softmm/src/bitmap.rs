@@ -4,14 +4,14 @@
 //! Atomic words and no lock, so that something can be given back in any context. The lowest free one is handed out
 //! first: deterministic, and soon a second life for what was freed too early. Taking costs a scan from the start.
 
+use crate::fail::FailNth;
 use interleave::{AtomicU64, Ordering};
 
 /// One bit a thing, set while it is taken; bits past the last thing are always set.
 pub(crate) struct Bitmap {
     words: Box<[AtomicU64]>,
     bits: usize,
-    /// How many takings from now one fails though there is enough; 0 is never.
-    fail_nth: AtomicU64,
+    pub(crate) fail: FailNth,
 }
 
 impl Bitmap {
@@ -20,24 +20,11 @@ impl Bitmap {
         if !bits.is_multiple_of(64) {
             words[bits / 64].store(u64::MAX << (bits % 64), Ordering::SeqCst);
         }
-        Bitmap { words, bits, fail_nth: AtomicU64::new(0) }
-    }
-
-    pub(crate) fn fail_nth(&self, n: u64) {
-        self.fail_nth.store(n, Ordering::SeqCst);
-    }
-
-    /// The failure that was asked for has not come yet.
-    pub(crate) fn failure_is_due(&self) -> bool {
-        self.fail_nth.load(Ordering::SeqCst) != 0
-    }
-
-    fn fails_now(&self) -> bool {
-        self.failure_is_due() && self.fail_nth.fetch_sub(1, Ordering::SeqCst) == 1
+        Bitmap { words, bits, fail: FailNth::never() }
     }
 
     pub(crate) fn take_lowest(&self) -> Option<usize> {
-        if self.fails_now() {
+        if self.fail.fails_now() {
             return None;
         }
         for (i, word) in self.words.iter().enumerate() {

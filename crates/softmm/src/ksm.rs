@@ -33,7 +33,7 @@ use crate::page_table::Ptes;
 use crate::pte::Pte;
 use crate::rmap::Visit;
 use crate::vma::Vma;
-use interleave::{Atomic, LockClass, MaySleep, SpinLock};
+use interleave::{Atomic, Digest, LockClass, MaySleep, SpinLock};
 use mmu_notifier::{PageAddr, Pfn};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -63,6 +63,12 @@ struct RmapItem {
     mm: MmId,
 }
 
+impl Digest for RmapItem {
+    fn digest(&self) -> u64 {
+        (self.anon_vma, self.index.get(), self.mm.number()).digest()
+    }
+}
+
 /// What was merged into which page, by the life of the page; that of a page which is gone is forgotten at the next
 /// merge.
 pub(crate) struct StableNodes {
@@ -71,7 +77,7 @@ pub(crate) struct StableNodes {
 
 impl StableNodes {
     pub(crate) fn new() -> StableNodes {
-        StableNodes { nodes: SpinLock::new(&STABLE_NODE, BTreeMap::new()) }
+        StableNodes { nodes: SpinLock::with_digest(&STABLE_NODE, BTreeMap::new(), BTreeMap::digest) }
     }
 }
 

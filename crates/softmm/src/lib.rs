@@ -37,7 +37,9 @@
 //!                   swap_lock         leaf; also taken with no ptl
 //!                   cpu_irq           interrupts off; one CPU at a time; leaf; also taken with no ptl (loads, gup_fast)
 //!                   locks of drivers  arch_invalidate_secondary_tlbs, change_pte, clear_flush_young: with the ptl held
-//!               i_pages, disk, uprobes_treelock, anon_vma_rcu, ksm_stable_node   leaves
+//!               i_pages
+//!                 disk              also taken with no i_pages
+//!               uprobes_treelock, anon_vma_rcu, ksm_stable_node   leaves
 //! ```
 //! Frames, page-table entries and reference counts are atomics and have no lock. No callback runs under `cpu_irq`,
 //! `page_table_lock` or `swap_lock`.
@@ -47,6 +49,7 @@ mod bitmap;
 pub mod cow;
 pub mod error;
 pub mod exit;
+pub mod fail;
 pub mod fault;
 pub mod fault_file;
 pub mod fork;
@@ -85,6 +88,7 @@ pub use error::{
     AccessError, ChangeError, FaultError, FileError, ForkError, MmapError, MremapError, OutOfMemory,
     UprobeError,
 };
+pub use fail::Allocation;
 pub use frame::{FrameFreed, FrameId, Frames, POISON, ZERO_PAGE};
 pub use gup::{Foll, FollRef, UserPages};
 pub use ksm::Merge;

@@ -2,8 +2,8 @@
 //! A machine: frames, page-table pages, CPUs and the kernel version that runs on it. Its mms share these and nothing
 //! else. There is no global state: two machines do not know of each other, so that tests and explorations do not.
 
-use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
+use crate::fail::{Allocation, FailNth};
 use crate::frame::Frames;
 use crate::ksm::StableNodes;
 use crate::mm::{Mm, MmUser};
@@ -12,7 +12,7 @@ use crate::profile::KernelProfile;
 use crate::rmap::AnonVmas;
 use crate::swap::Swap;
 use crate::tlb::Cpu;
-use interleave::{AtomicU64, LockClass, Mutex, Ordering, RwLock};
+use interleave::{AtomicU64, Digest, LockClass, Mutex, Ordering, RwLock};
 use mmu_notifier::PAGE_SIZE;
 use std::sync::Arc;
 
@@ -82,9 +82,9 @@ impl Machine {
             tables: Tables::new(config.tables),
             swap: Swap::new(config.swap_slots),
             anon_vmas: AnonVmas::new(),
-            ksm: Mutex::new(&KSM_THREAD_MUTEX, ()),
+            ksm: Mutex::with_digest(&KSM_THREAD_MUTEX, (), <()>::digest),
             stable_nodes: StableNodes::new(),
-            dup_mmap_sem: RwLock::new(&DUP_MMAP_SEM, ()),
+            dup_mmap_sem: RwLock::with_digest(&DUP_MMAP_SEM, (), <()>::digest),
             cpus: (0..config.cpus.max(1)).map(|_| Cpu::new()).collect(),
             next_id: AtomicU64::new(1),
             config,
@@ -119,21 +119,21 @@ impl Machine {
         self.tables.in_use()
     }
 
-    /// Makes the `n`th allocation from now (1 is the next) fail once, though there is enough (the kernel's
-    /// fail-nth). 0: none.
-    pub fn fail_nth(&self, what: OutOfMemory, n: u64) {
-        self.free_list(what).fail_nth(n);
+    /// Makes the `n`th allocation of `what` from now (1 is the next) fail once, though there is enough. 0: none.
+    pub fn fail_nth(&self, what: Allocation, n: u64) {
+        self.failures(what).set(n);
     }
 
     /// Is the failure that was asked for still to come?
-    pub fn failure_is_due(&self, what: OutOfMemory) -> bool {
-        self.free_list(what).failure_is_due()
+    pub fn failure_is_due(&self, what: Allocation) -> bool {
+        self.failures(what).is_due()
     }
 
-    fn free_list(&self, what: OutOfMemory) -> &Bitmap {
+    fn failures(&self, what: Allocation) -> &FailNth {
         match what {
-            OutOfMemory::Frames => self.frames.bitmap(),
-            OutOfMemory::Tables => self.tables.bitmap(),
+            Allocation::Frame => &self.frames.bitmap().fail,
+            Allocation::Table => &self.tables.bitmap().fail,
+            Allocation::SwapSlot => &self.swap.fail,
         }
     }
 

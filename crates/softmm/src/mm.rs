@@ -13,7 +13,7 @@ use crate::machine::Machine;
 use crate::page_table::PageTable;
 use crate::pte::Pte;
 use crate::vma::VmaTree;
-use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Ordering, RefCount, RwLock};
+use interleave::{AtomicBool, AtomicU64, Digest, LockClass, MaySleep, Ordering, RefCount, RwLock};
 use mmu_notifier::{NotifierSubscriptions, PageAddr, Range};
 use std::sync::{Arc, Weak};
 
@@ -22,6 +22,12 @@ static MMAP_LOCK: LockClass = LockClass::new("mmap_lock");
 /// Names an mm within its machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MmId(u64);
+
+impl MmId {
+    pub(crate) const fn number(self) -> u64 {
+        self.0
+    }
+}
 
 /// See the module.
 pub struct Mm {
@@ -58,7 +64,7 @@ impl Mm {
             page_table,
             this: this.clone(),
             machine: machine.clone(),
-            vmas: RwLock::new(&MMAP_LOCK, VmaTree::default()),
+            vmas: RwLock::with_digest(&MMAP_LOCK, VmaTree::default(), VmaTree::digest),
             notifiers: NotifierSubscriptions::new(machine.profile().rules),
             users: RefCount::new(),
             has_pinned: AtomicBool::new(false),

@@ -19,7 +19,7 @@
 //!       page_lock
 //!         i_mmap                  see rmap_file
 //!           ptl
-//!             i_pages, disk       leaves
+//!             i_pages             over disk, which is also taken alone
 //! ```
 //! invalidate_lock is of 5.15. Older filesystems that could punch holes had a lock of their own for it; that it is taken
 //! in every profile hides the races of those that had none, which are about file contents, not about mappings.
@@ -29,7 +29,7 @@ use crate::frame::Frames;
 use crate::machine::Machine;
 use crate::rmap_file::IMmap;
 use crate::uprobes::Place;
-use interleave::{AtomicU64, LockClass, MaySleep, Mutex, MutexGuard, Ordering, RwLock, SpinLock};
+use interleave::{AtomicU64, Digest, LockClass, MaySleep, Mutex, MutexGuard, Ordering, RwLock, SpinLock};
 use mmu_notifier::Pfn;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -89,6 +89,10 @@ pub struct File {
     pub(crate) uprobes: SpinLock<BTreeMap<Place, u64>>,
 }
 
+fn digest_pages(pages: &BTreeMap<u64, Pfn>) -> u64 {
+    pages.iter().map(|(&index, &pfn)| (index, pfn.0)).collect::<Vec<_>>().digest()
+}
+
 /// The page is not there and cannot be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NoPage {
@@ -105,15 +109,15 @@ impl Machine {
             id: self.fresh_id(),
             kind,
             machine: self.clone(),
-            inode_lock: Mutex::new(&INODE_LOCK, ()),
-            invalidate_lock: RwLock::new(&INVALIDATE_LOCK, ()),
+            inode_lock: Mutex::with_digest(&INODE_LOCK, (), <()>::digest),
+            invalidate_lock: RwLock::with_digest(&INVALIDATE_LOCK, (), <()>::digest),
             size: AtomicU64::new(pages),
-            pages: SpinLock::new(&I_PAGES, BTreeMap::new()),
-            i_mmap: RwLock::new(&I_MMAP, IMmap::default()),
-            disk: SpinLock::new(&DISK, BTreeMap::new()),
-            xip_sparse: Mutex::new(&XIP_SPARSE, None),
-            register_rwsem: Mutex::new(&REGISTER_RWSEM, ()),
-            uprobes: SpinLock::new(&UPROBES, BTreeMap::new()),
+            pages: SpinLock::with_digest(&I_PAGES, BTreeMap::new(), digest_pages),
+            i_mmap: RwLock::with_digest(&I_MMAP, IMmap::default(), IMmap::digest),
+            disk: SpinLock::with_digest(&DISK, BTreeMap::new(), BTreeMap::digest),
+            xip_sparse: Mutex::with_digest(&XIP_SPARSE, None, |sparse| sparse.map(|pfn: Pfn| pfn.0).digest()),
+            register_rwsem: Mutex::with_digest(&REGISTER_RWSEM, (), <()>::digest),
+            uprobes: SpinLock::with_digest(&UPROBES, BTreeMap::new(), BTreeMap::digest),
         })
     }
 }
@@ -293,13 +297,16 @@ impl File {
             }
             let held = (self.kind == FileKind::Regular).then(|| self.invalidate_lock.read(cx));
             let new = self.frames().alloc_zeroed().map_err(NoPage::OutOfMemory)?;
-            if let Some(contents) = self.disk.lock(cx).get(&index) {
-                self.frames().fill(new, contents);
-            }
             let mut pages = self.pages.lock(cx);
             // Truncate lowers the size before it looks at i_pages: what goes in below the size now, it will find.
             let wanted = index < self.pages() && !pages.contains_key(&index);
             if wanted {
+                // Under i_pages, or the page could come, be written, written out and go since the disk was looked at. (The
+                // kernel puts the page in first, locked and not up to date, and then reads.)
+                let (pages, cx) = pages.split();
+                if let Some(contents) = self.disk.lock(cx).get(&index) {
+                    self.frames().fill(new, contents);
+                }
                 self.frames().set_mapping(new, self.id, index);
                 pages.insert(index, new);
             }
@@ -326,18 +333,19 @@ impl File {
         &'f self,
         cx: &mut MaySleep<'_>,
         index: u64,
-        page: LockedPage<'f>,
+        mut page: LockedPage<'f>,
     ) -> Result<(), LockedPage<'f>> {
+        let pfn = page.pfn();
         let mut pages = self.pages.lock(cx);
-        if !self.frames().freeze(page.pfn(), 2) {
+        if !self.frames().freeze(pfn, 2) {
             drop(pages);
             return Err(page);
         }
-        self.frames().clear_mapping(page.pfn());
+        page.counted = false;
+        self.frames().clear_mapping(pfn);
         pages.remove(&index);
         drop(pages);
-        let pfn = page.pfn();
-        page.forget_reference();
+        drop(page);
         self.frames().free_frozen(pfn);
         Ok(())
     }
@@ -393,10 +401,6 @@ impl<'f> LockedPage<'f> {
 
     /// The reference is a mapping's from now on; the page stays locked.
     pub(crate) fn give_reference_to_mapping(&mut self) {
-        self.counted = false;
-    }
-
-    fn forget_reference(mut self) {
         self.counted = false;
     }
 

@@ -18,8 +18,11 @@
 use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
 use crate::pte::Pte;
-use interleave::{Atomic, AtomicU64, Context, LockClass, MaySleep, Ordering, SpinGuard, SpinLock};
+use interleave::{
+    Atomic, AtomicWord, AtomicWords, Context, Digest, LockClass, MaySleep, Ordering, SpinGuard, SpinLock,
+};
 use mmu_notifier::{PAGE_SHIFT, PageAddr, Range, TASK_SIZE};
+use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 
 static PTL: LockClass = LockClass::new("ptl");
@@ -35,7 +38,7 @@ pub(crate) struct TableId(u32);
 
 struct Table {
     ptl: SpinLock<()>,
-    entries: Box<[AtomicU64]>,
+    entries: AtomicWords,
 }
 
 /// All page-table pages of a machine. A free one is all zero.
@@ -47,8 +50,8 @@ pub(crate) struct Tables {
 impl Tables {
     pub(crate) fn new(count: u32) -> Tables {
         let table = || Table {
-            ptl: SpinLock::new(&PTL, ()),
-            entries: (0..ENTRIES).map(|_| AtomicU64::new(0)).collect(),
+            ptl: SpinLock::with_digest(&PTL, (), <()>::digest),
+            entries: AtomicWords::new(ENTRIES, 0),
         };
         Tables { tables: (0..count).map(|_| table()).collect(), allocated: Bitmap::new(count as usize) }
     }
@@ -76,8 +79,8 @@ impl Tables {
         &self.tables[id.0 as usize].ptl
     }
 
-    fn entry(&self, id: TableId, index: usize) -> &AtomicU64 {
-        &self.tables[id.0 as usize].entries[index]
+    fn entry(&self, id: TableId, index: usize) -> AtomicWord<'_> {
+        self.tables[id.0 as usize].entries.word(index)
     }
 }
 
@@ -95,15 +98,21 @@ const fn child(entry: u64) -> Option<TableId> {
     if entry & Pte::PRESENT == 0 { None } else { Some(TableId((entry >> PAGE_SHIFT) as u32)) }
 }
 
+/// An entry of an upper level: the table that holds it, and the one that it leads to.
+type Upper = (TableId, TableId);
+
 /// The page table of one mm.
 pub(crate) struct PageTable {
     pgd: TableId,
-    page_table_lock: SpinLock<()>,
+    /// page_table_lock, and the entries of upper levels that are there, by level and first address: teardown finds them
+    /// without looking at the 512 entries of each table.
+    upper: SpinLock<BTreeMap<(u32, u64), Upper>>,
 }
 
 impl PageTable {
     pub(crate) fn new(tables: &Tables) -> Result<PageTable, OutOfMemory> {
-        Ok(PageTable { pgd: tables.alloc()?, page_table_lock: SpinLock::new(&PAGE_TABLE_LOCK, ()) })
+        let upper = SpinLock::with_digest(&PAGE_TABLE_LOCK, BTreeMap::new(), digest_upper);
+        Ok(PageTable { pgd: tables.alloc()?, upper })
     }
 
     /// Gives the top level back. Everything below has gone in [`PageTable::free_tables`].
@@ -147,12 +156,13 @@ impl PageTable {
                 Some(next) => next,
                 None => {
                     let new = tables.alloc()?;
-                    let guard = self.page_table_lock.lock(cx);
+                    let mut upper = self.upper.lock(cx);
                     let raced = child(entry.load(Ordering::SeqCst));
                     if raced.is_none() {
+                        upper.insert((level, page.get() & !(entry_span(level) - 1)), (table, new));
                         entry.store(u64::from(new.0) << PAGE_SHIFT | Pte::PRESENT, Ordering::SeqCst);
                     }
-                    drop(guard);
+                    drop(upper);
                     if raced.is_some() {
                         tables.free(new);
                     }
@@ -189,40 +199,31 @@ impl PageTable {
         (floor, ceiling): (u64, u64),
         gone: &mut dyn FnMut(PageAddr, TableId),
     ) {
-        let guard = self.page_table_lock.lock(cx);
-        self.free_below(tables, LEVELS - 1, self.pgd, 0, range, (floor, ceiling), gone);
-        drop(guard);
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the state of one recursion")]
-    fn free_below(
-        &self,
-        tables: &Tables,
-        level: u32,
-        table: TableId,
-        base: u64,
-        range: Range,
-        (floor, ceiling): (u64, u64),
-        gone: &mut dyn FnMut(PageAddr, TableId),
-    ) {
-        let span = entry_span(level);
-        let table_end = base + span * ENTRIES as u64;
-        let (first, last) = (range.start().max(base), range.end().min(table_end) - 1);
-        for index in index_at(level, first)..=index_at(level, last) {
-            let entry = tables.entry(table, index);
-            let Some(next) = child(entry.load(Ordering::SeqCst)) else { continue };
-            let start = base + index as u64 * span;
-            if level > 1 {
-                self.free_below(tables, level - 1, next, start, range, (floor, ceiling), gone);
+        let mut upper = self.upper.lock(cx);
+        for level in 1..LEVELS {
+            let span = entry_span(level);
+            // From the entry that holds the first address to the one that holds the last, and wholly between the neighbours.
+            let first = (range.start() & !(span - 1)).max(floor);
+            let Some(below) = ceiling.checked_sub(span) else { break };
+            let last = below.min(range.end() - 1);
+            if first > last {
+                continue;
             }
-            if floor <= start && start + span <= ceiling {
-                entry.store(0, Ordering::SeqCst);
+            let unlinked: Vec<u64> =
+                upper.range((level, first)..=(level, last)).map(|(&(_, start), _)| start).collect();
+            for start in unlinked {
+                let Some((table, child)) = upper.remove(&(level, start)) else { continue };
+                tables.entry(table, index_at(level, start)).store(0, Ordering::SeqCst);
                 if let Ok(first) = PageAddr::new(start.max(range.start())) {
-                    gone(first, next);
+                    gone(first, child);
                 }
             }
         }
     }
+}
+
+fn digest_upper(upper: &BTreeMap<(u32, u64), Upper>) -> u64 {
+    upper.iter().map(|(&at, &(table, child))| (at, table.0, child.0)).collect::<Vec<_>>().digest()
 }
 
 fn peek_in(tables: &Tables, leaf: TableId, page: PageAddr) -> Pte {
@@ -236,7 +237,7 @@ pub(crate) struct Ptes<'l> {
 }
 
 impl Ptes<'_> {
-    fn entry(&self, page: PageAddr) -> &AtomicU64 {
+    fn entry(&self, page: PageAddr) -> AtomicWord<'_> {
         self.tables.entry(self.leaf, index_at(0, page.get()))
     }
 

@@ -114,9 +114,9 @@ impl Machine {
         if !frames.freeze(pfn, 2) {
             return Reclaim::Held;
         }
+        std::mem::forget(held);
         self.detach_cached(cx, pfn);
         drop(lock);
-        std::mem::forget(held);
         frames.free_frozen(pfn);
         Reclaim::Reclaimed
     }

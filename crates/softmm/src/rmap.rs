@@ -21,7 +21,7 @@ use crate::machine::Machine;
 use crate::mm::{Mm, MmId};
 use crate::page_table::PteGuard;
 use crate::vma::{Vma, VmaTree};
-use interleave::{Context, LockClass, MaySleep, RwLock, SpinLock};
+use interleave::{Context, Digest, LockClass, MaySleep, RwLock, SpinLock};
 use mmu_notifier::{PageAddr, Pfn, Range};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
@@ -42,9 +42,24 @@ struct Link {
     shift: u64,
 }
 
+impl Digest for Link {
+    fn digest(&self) -> u64 {
+        (self.id.number(), self.range.start(), self.range.end()).digest()
+    }
+}
+
 /// The anon_vmas that came out of one by forks; an empty one is not there.
 struct Family {
+    /// The first of them. Immutable.
+    root: u64,
     trees: RwLock<BTreeMap<u64, Vec<Link>>>,
+}
+
+/// Which family it is; what is in it is under a lock of its own.
+impl Digest for Family {
+    fn digest(&self) -> u64 {
+        self.root
+    }
 }
 
 /// The anon_vmas of a machine, by name.
@@ -54,7 +69,7 @@ pub(crate) struct AnonVmas {
 
 impl AnonVmas {
     pub(crate) fn new() -> AnonVmas {
-        AnonVmas { families: SpinLock::new(&ANON_VMA_RCU, BTreeMap::new()) }
+        AnonVmas { families: SpinLock::with_digest(&ANON_VMA_RCU, BTreeMap::new(), BTreeMap::digest) }
     }
 
     fn family<C: Context + ?Sized>(&self, cx: &mut C, anon_vma: u64) -> Option<Arc<Family>> {
@@ -77,8 +92,12 @@ impl Mm {
         let shared = vmas.mergeable_anon_vma(vma);
         let known = shared.and_then(|id| all.family(cx, id));
         let id = shared.unwrap_or_else(|| self.machine().fresh_id());
-        let family =
-            known.unwrap_or_else(|| Arc::new(Family { trees: RwLock::new(&ANON_VMA, BTreeMap::new()) }));
+        let family = known.unwrap_or_else(|| {
+            Arc::new(Family {
+                root: id,
+                trees: RwLock::with_digest(&ANON_VMA, BTreeMap::new(), BTreeMap::digest),
+            })
+        });
         let mut trees = family.trees.write(cx);
         // A racing fault may have been first; then there is nothing to do.
         if vma.set_anon_vma(id) {

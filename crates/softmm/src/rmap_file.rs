@@ -17,7 +17,7 @@
 use crate::mm::{Mm, MmId};
 use crate::page_cache::File;
 use crate::vma::{Vma, VmaTree};
-use interleave::{MaySleep, ReadGuard, WriteGuard};
+use interleave::{Digest, MaySleep, ReadGuard, WriteGuard};
 use mmu_notifier::{PAGE_SHIFT, PAGE_SIZE, PageAddr, Range, TASK_SIZE};
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -80,6 +80,18 @@ impl Rmap {
 pub(crate) struct IMmap {
     entries: BTreeMap<(u64, u64), Rmap>,
     next: u64,
+}
+
+impl Digest for Rmap {
+    fn digest(&self) -> u64 {
+        (self.mm_id.number(), self.range.start(), self.range.end(), self.pgoff, self.shared).digest()
+    }
+}
+
+impl Digest for IMmap {
+    fn digest(&self) -> u64 {
+        (&self.entries, self.next).digest()
+    }
 }
 
 impl IMmap {

@@ -13,9 +13,10 @@
 //! Lock order: `page_lock`, `ptl` -> `swap_lock`, a leaf.
 
 use crate::error::OutOfMemory;
+use crate::fail::FailNth;
 use crate::frame::FrameId;
 use crate::machine::Machine;
-use interleave::{Context, LockClass, MaySleep, SpinLock};
+use interleave::{Context, Digest, LockClass, MaySleep, SpinLock};
 use mmu_notifier::Pfn;
 
 static SWAP_LOCK: LockClass = LockClass::new("swap_lock");
@@ -32,6 +33,12 @@ struct State {
     contents: Box<[u64]>,
 }
 
+impl Digest for State {
+    fn digest(&self) -> u64 {
+        (self.ptes, self.cached.map(|pfn| pfn.0), &self.contents).digest()
+    }
+}
+
 impl State {
     fn is_free(&self) -> bool {
         self.ptes == 0 && self.cached.is_none()
@@ -41,11 +48,19 @@ impl State {
 /// See the module.
 pub struct Swap {
     slots: SpinLock<Box<[State]>>,
+    pub(crate) fail: FailNth,
 }
 
 impl Swap {
     pub(crate) fn new(slots: u32) -> Swap {
-        Swap { slots: SpinLock::new(&SWAP_LOCK, (0..slots).map(|_| State::default()).collect()) }
+        Swap {
+            slots: SpinLock::with_digest(
+                &SWAP_LOCK,
+                (0..slots).map(|_| State::default()).collect(),
+                <Box<[State]>>::digest,
+            ),
+            fail: FailNth::never(),
+        }
     }
 
     /// Slots that hold contents or wait for them.
@@ -87,6 +102,34 @@ impl Machine {
 
     /// add_to_swap: gives the page a slot. False: none is free. The page is locked, held and in no slot.
     pub(crate) fn add_to_swap<C: Context + ?Sized>(&self, cx: &mut C, pfn: Pfn) -> bool {
+        if self.swap().fail.fails_now() {
+            return false;
+        }
+        if self.take_slot(cx, pfn) {
+            return true;
+        }
+        // A page that was locked when its last entry went still has its slot, and no pte by which anybody would find it.
+        self.reclaim_cache_only(cx);
+        self.take_slot(cx, pfn)
+    }
+
+    /// Frees the slots that only the swap cache holds, of pages that nobody works on (__try_to_reclaim_swap).
+    fn reclaim_cache_only<C: Context + ?Sized>(&self, cx: &mut C) {
+        let frames = self.frames();
+        let slots = self.swap().slots.lock(cx);
+        let unneeded = slots.iter().filter(|slot| slot.ptes == 0).filter_map(|slot| slot.cached);
+        let held: Vec<Pfn> = unneeded.filter(|&pfn| frames.try_get(pfn, 1)).collect();
+        drop(slots);
+        for pfn in held {
+            if let Some(lock) = frames.trylock_page(cx, pfn) {
+                self.try_to_free_swap(cx, pfn);
+                drop(lock);
+            }
+            frames.put(pfn, 1);
+        }
+    }
+
+    fn take_slot<C: Context + ?Sized>(&self, cx: &mut C, pfn: Pfn) -> bool {
         let mut slots = self.swap().slots.lock(cx);
         let Some(index) = slots.iter().position(State::is_free) else { return false };
         slots[index].cached = Some(pfn);

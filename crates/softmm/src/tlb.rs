@@ -19,7 +19,7 @@ use crate::mm::{Mm, MmId};
 use crate::page_table::TableId;
 use crate::profile::SecondaryTlbs;
 use crate::pte::Pte;
-use interleave::{Context, LockClass, SpinGuard, SpinLock};
+use interleave::{Context, Digest, LockClass, SpinGuard, SpinLock};
 use mmu_notifier::{PageAddr, Pfn, Range};
 use std::collections::BTreeMap;
 
@@ -45,7 +45,7 @@ pub(crate) struct Tlb {
 
 impl Cpu {
     pub(crate) fn new() -> Cpu {
-        Cpu { irq: SpinLock::new(&CPU_IRQ, Tlb::default()) }
+        Cpu { irq: SpinLock::with_digest(&CPU_IRQ, Tlb::default(), Tlb::digest) }
     }
 
     /// Runs with interrupts off until the guard is dropped: no shootdown completes meanwhile (local_irq_save).
@@ -56,6 +56,15 @@ impl Cpu {
     /// Translations cached, of all mms.
     pub fn cached<C: Context + ?Sized>(&self, cx: &mut C) -> usize {
         self.irq.lock(cx).entries.len()
+    }
+}
+
+impl Digest for Tlb {
+    fn digest(&self) -> u64 {
+        let entry = |(&(mm, page), entry): (&(MmId, PageAddr), &TlbEntry)| {
+            (mm.number(), page.get(), entry.pte.bits(), entry.frame)
+        };
+        self.entries.iter().map(entry).collect::<Vec<_>>().digest()
     }
 }
 

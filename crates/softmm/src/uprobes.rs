@@ -35,7 +35,7 @@ use crate::profile::Uprobes;
 use crate::pte::Pte;
 use crate::vma::{Vma, VmaTree};
 use crate::{Foll, Frames};
-use interleave::MaySleep;
+use interleave::{Digest, MaySleep};
 use mmu_notifier::{Event, PageAddr, Pfn, Range};
 
 /// What a word holds that is probed.
@@ -46,6 +46,12 @@ pub const BREAKPOINT: u64 = 0xcccc_cccc_cccc_cccc;
 pub(crate) struct Place {
     pub(crate) index: u64,
     pub(crate) word: usize,
+}
+
+impl Digest for Place {
+    fn digest(&self) -> u64 {
+        (self.index, self.word).digest()
+    }
 }
 
 /// Which way the word is to change.

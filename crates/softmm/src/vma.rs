@@ -8,7 +8,7 @@
 //! two vmas with different ones stay apart, which makes two notified ranges out of one.
 
 use crate::page_cache::{File, FileKind};
-use interleave::{AtomicU64, Ordering};
+use interleave::{AtomicU64, Digest, Ordering};
 use mmu_notifier::{PAGE_SHIFT, PageAddr, Range};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -206,6 +206,20 @@ pub(crate) struct VmaTree {
     pub(crate) exited: bool,
     /// A breakpoint was set in this mm or in the one that it was forked from (MMF_HAS_UPROBES).
     pub(crate) has_uprobes: bool,
+}
+
+impl Digest for Vma {
+    fn digest(&self) -> u64 {
+        let file = self.file.as_ref().map(|file| (file.file.id(), file.pgoff, file.shared));
+        let place = (self.range.start(), self.range.end(), self.shift, self.prot as u8);
+        (place, self.anon_vma.peek(), &self.inherited, self.accounted, self.mergeable, file).digest()
+    }
+}
+
+impl Digest for VmaTree {
+    fn digest(&self) -> u64 {
+        (&self.vmas, self.exited, self.has_uprobes).digest()
+    }
 }
 
 impl VmaTree {

@@ -4,52 +4,16 @@
 
 mod common;
 
+use common::failure::Failure;
 use common::range;
 use interleave::MaySleep;
 use mmu_notifier::PageAddr;
-use softmm::{
-    AccessError, ChangeError, Config, FaultError, Foll, ForkError, KernelProfile, Machine, Merge, MmUser,
-    OutOfMemory, Placement, Prot, Reclaim,
-};
+use softmm::{Allocation, Config, Foll, KernelProfile, Machine, Merge, MmUser, Placement, Prot, Reclaim};
 use std::sync::Arc;
-
-trait Failure {
-    fn out_of_memory(&self) -> Option<OutOfMemory>;
-}
-
-impl Failure for OutOfMemory {
-    fn out_of_memory(&self) -> Option<OutOfMemory> {
-        Some(*self)
-    }
-}
-
-impl Failure for FaultError {
-    fn out_of_memory(&self) -> Option<OutOfMemory> {
-        if let FaultError::OutOfMemory(error) = self { Some(*error) } else { None }
-    }
-}
-
-impl Failure for AccessError {
-    fn out_of_memory(&self) -> Option<OutOfMemory> {
-        if let AccessError::Fault(error) = self { error.out_of_memory() } else { None }
-    }
-}
-
-impl Failure for ChangeError {
-    fn out_of_memory(&self) -> Option<OutOfMemory> {
-        if let ChangeError::Fault(error) = self { error.out_of_memory() } else { None }
-    }
-}
-
-impl Failure for ForkError {
-    fn out_of_memory(&self) -> Option<OutOfMemory> {
-        if let ForkError::OutOfMemory(error) = self { Some(*error) } else { None }
-    }
-}
 
 /// Counts the failures, and does what failed once more.
 struct Steps {
-    what: OutOfMemory,
+    what: Allocation,
     failures: u32,
 }
 
@@ -62,7 +26,7 @@ impl Steps {
         match f(cx) {
             Ok(done) => done,
             Err(error) => {
-                assert_eq!(error.out_of_memory(), Some(self.what), "{error:?}");
+                assert_eq!(error.allocation(), Some(self.what), "{error:?}");
                 self.failures += 1;
                 f(cx).expect("only one allocation fails")
             }
@@ -97,7 +61,10 @@ fn script(cx: &mut MaySleep<'_>, machine: &Arc<Machine>, steps: &mut Steps) {
     drop(steps.step(cx, |cx| child.get_user_pages(cx, range(513, 1), Foll::GET.write().force())));
     // Out to swap and back.
     let frame = machine.frames().id(mm.peek_pte(page(511)).pfn());
-    assert_eq!(machine.reclaim_page(cx, frame, true), Reclaim::Reclaimed);
+    steps.step(cx, |cx| match machine.reclaim_page(cx, frame, true) {
+        Reclaim::Reclaimed => Ok(()),
+        other => Err(other),
+    });
     assert_eq!(steps.step(cx, |cx| cpu.load(cx, mm, 511 << 12)), 511);
     // Merged, and un-merged by a store and by madvise.
     mm.madvise_mergeable(cx, range(510, 4), true).unwrap();
@@ -122,7 +89,9 @@ fn script(cx: &mut MaySleep<'_>, machine: &Arc<Machine>, steps: &mut Steps) {
 fn each_allocation_may_fail_once() {
     MaySleep::enter(|cx| {
         for profile in KernelProfile::ALL {
-            for what in [OutOfMemory::Frames, OutOfMemory::Tables] {
+            for (what, at_least) in
+                [(Allocation::Frame, 8), (Allocation::Table, 8), (Allocation::SwapSlot, 1)]
+            {
                 let mut n = 0;
                 loop {
                     n += 1;
@@ -142,7 +111,7 @@ fn each_allocation_may_fail_once() {
                     // break_cow without memory is KSM's own business.
                     assert!(steps.failures <= 1, "{} {what:?} {n}", profile.name);
                 }
-                assert!(n > 8, "{n}: the script allocates more than that");
+                assert!(n > at_least, "{n} {what:?}: the script allocates more than that");
             }
         }
         let reports = interleave::lockdep::take_reports();

@@ -3,9 +3,9 @@
 
 use std::process::ExitCode;
 
-use interleave::explore::Strategy;
-use mmu_check::corpus::{self, BUGS, Bug};
-use mmu_check::scenario::{Cell, Outcome, explore};
+use mmu_check::corpus::{self, BUGS, Bug, ELSEWHERE, Found};
+use mmu_check::explain::explain;
+use mmu_check::scenario::{Cell, Outcome};
 
 use crate::Error;
 use crate::args::CheckArgs;
@@ -14,45 +14,54 @@ use crate::args::CheckArgs;
 const BOUND: u32 = 2;
 
 pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, Error> {
-    let known = || BUGS.iter().map(|bug| bug.number.to_string()).collect::<Vec<_>>().join(", ");
-    let bugs: Vec<&Bug> = match args.bug {
-        Some(number) => {
-            vec![corpus::numbered(number).ok_or_else(|| Error::NoBug { number, known: known() })?]
-        }
+    let bugs: Vec<&Bug> = match &args.bug {
+        Some(id) => vec![corpus::named(id).ok_or_else(|| unknown(id))?],
         None => BUGS.iter().collect(),
     };
     let mut holds = true;
     for bug in bugs {
-        println!("bug {}: {}", bug.number, bug.title);
-        if let Some(cell) = bug.broken() {
-            let found = (0..=BOUND).map(|bound| search(&cell, bound)).find(|o| !o.failures.is_empty());
-            match found.as_ref().and_then(|outcome| outcome.failures.first()) {
-                Some((rule, failure)) => println!("{}\n", mmu_check::explain::explain(&cell, *rule, failure)),
-                None => {
-                    holds = false;
-                    println!("{cell}: not found in {BOUND} preemptions\n");
-                }
-            }
-        }
-        if let Some(cell) = bug.mended() {
-            let outcome = search(&cell, BOUND - 1);
-            let silent = outcome.failures.is_empty() && outcome.odd.is_empty() && outcome.report.exhausted;
-            holds &= silent && outcome.facts.accesses > 0;
-            println!("{}\n", quiet(&cell, &outcome));
-        }
+        println!("bug {}: {}", bug.id, bug.title);
+        holds &= is_found(bug) & is_mended(bug);
     }
     Ok(ExitCode::from(u8::from(!holds)))
 }
 
-fn search(cell: &Cell, bound: u32) -> Outcome {
-    explore(cell, Strategy::Preemptions(bound), None)
+fn unknown(id: &str) -> Error {
+    let known = BUGS.iter().map(|bug| bug.id).collect::<Vec<_>>().join(", ");
+    let elsewhere = ELSEWHERE.iter().find(|(number, _)| *number == id);
+    let why = elsewhere.map_or("no such bug", |(_, why)| why);
+    Error::NoBug { id: id.to_owned(), why, known }
+}
+
+fn is_found(bug: &Bug) -> bool {
+    match bug.find(BOUND, None) {
+        Some(Found::Broken(cell, rule, failure)) => println!("{}\n", explain(&cell, rule, &failure)),
+        Some(Found::Dead(callback, run)) => {
+            println!("{callback} ran {run} times on all paths and never had an effect\n");
+        }
+        Some(Found::Nothing(cell)) => {
+            println!("{cell}: not found in {BOUND} preemptions\n");
+            return false;
+        }
+        None => return false,
+    }
+    true
+}
+
+fn is_mended(bug: &Bug) -> bool {
+    let Some((cell, outcome)) = bug.check_mended(BOUND - 1, None) else { return false };
+    println!("{}\n", quiet(&cell, &outcome));
+    bug.is_mended(&outcome) && outcome.report.exhausted
 }
 
 /// What "nothing" was found in.
 fn quiet(cell: &Cell, outcome: &Outcome) -> String {
     let facts = &outcome.facts;
     if let Some((rule, failure)) = outcome.failures.first() {
-        return mmu_check::explain::explain(cell, *rule, failure);
+        return explain(cell, *rule, failure);
+    }
+    if let Some(refused) = facts.refused {
+        return format!("{cell}: refused: {refused}");
     }
     format!(
         "{cell}: silent; {} executions, every order of {} preemption: {} callbacks, {} retries, {} device accesses",

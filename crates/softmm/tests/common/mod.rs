@@ -3,6 +3,7 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod failure;
 pub(crate) mod log;
 
 use interleave::{Atomic, LockClass, MaySleep, PageContext, Sleep, SpinLock};

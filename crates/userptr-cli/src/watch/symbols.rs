@@ -3,6 +3,7 @@
 
 use super::tally::Site;
 use object::{Object, ObjectSegment, ObjectSymbol};
+use rustc_demangle::demangle;
 use std::collections::HashMap;
 use std::fs;
 
@@ -15,7 +16,8 @@ pub(super) struct Symbols {
 struct Table {
     /// File offset, length and address of each segment.
     segments: Vec<(u64, u64, u64)>,
-    /// Address, length (0: not said) and name of each function.
+    /// Address, length (0: not said) and name, as it stands there, of each function: large libraries have a million, and
+    /// few are asked for.
     functions: Vec<(u64, u64, String)>,
 }
 
@@ -25,8 +27,8 @@ impl Symbols {
         let table = self.files.entry(site.file.clone()).or_insert_with(|| Table::read(&site.file));
         let short = site.file.rsplit('/').next().unwrap_or(&site.file);
         match table.as_ref().and_then(|table| table.at(site.offset)) {
-            Some((name, 0)) => format!("{name} ({short})"),
-            Some((name, more)) => format!("{name}+{more:#x} ({short})"),
+            Some((name, 0)) => format!("{:#} ({short})", demangle(name)),
+            Some((name, more)) => format!("{:#}+{more:#x} ({short})", demangle(name)),
             None => format!("{short}+{:#x}", site.offset),
         }
     }
@@ -44,10 +46,10 @@ impl Table {
         let functions = |symbols: &mut dyn Iterator<Item = object::Symbol<'_, '_>>| {
             let code = symbols.filter(|s| s.is_definition() && s.kind() == object::SymbolKind::Text);
             let named = code.filter_map(|s| {
-                Some((s.address(), s.size(), format!("{:#}", rustc_demangle::demangle(s.name().ok()?))))
+                Some((s.address(), s.size(), s.name().ok()?.to_owned()))
             });
             let mut functions: Vec<_> = named.collect();
-            functions.sort();
+            functions.sort_unstable_by_key(|(address, len, _)| (*address, *len));
             functions
         };
         let mut names = functions(&mut file.symbols());
@@ -81,7 +83,7 @@ mod tests {
         let (from, _, base) =
             table.segments.iter().find(|(_, len, a)| (*a..a + len).contains(address)).unwrap();
         let site = Site { file: exe, offset: address - base + from };
-        assert!(Symbols::default().name(&site).starts_with(name.as_str()));
+        assert!(Symbols::default().name(&site).starts_with(&format!("{:#} (", demangle(name))));
     }
 
     #[test]

@@ -11,128 +11,17 @@
 //! What is judged where: 1 to 5 at the access and at the end, 6, 10 and 11 at the end, 7, 8 and 12 by the explorer (contexts, lock
 //! classes, bounded steps), 9 at the access.
 
-use drivers::{Binding, DeviceAccess, DriverBug, Holds, Observer};
+mod rule;
+
+pub use rule::Rule;
+
+use drivers::{Binding, Callback, Counts, DeviceAccess, DriverBug, Holds, Observer};
 use interleave::Atomic;
-use interleave::explore::{FailureKind, Ghost, note, violation};
+use interleave::explore::{Ghost, note, violation};
 use mmu_notifier::{Access, PageAddr, Range};
 use softmm::{FrameFreed, FrameId, Mm};
 use std::collections::BTreeMap;
 use std::fmt;
-
-/// What must hold.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Rule {
-    /// What the device reads or writes through an address is what the CPU has there.
-    Coherence,
-    /// A device writes only what the CPU may write, or a page that is its process's alone and held.
-    WritePermission,
-    /// No access to a page that was freed.
-    MemorySafety,
-    /// No access to a page that only another process has.
-    Isolation,
-    /// What a device has written is not dropped as clean.
-    Dirty,
-    /// Each start has its end.
-    Pairing,
-    /// Nothing blocks where it must not.
-    Context,
-    /// The graph of locks and waits has no cycle.
-    Locks,
-    /// Pages got outside the driver's lock are installed only if nothing has changed since.
-    Retry,
-    /// No callback for what was unregistered or freed.
-    Lifetime,
-    /// Notifications cover every address whose translation changes.
-    Range,
-    /// Devices that fault make progress after the end.
-    Liveness,
-    /// Every frame is free when all is over, and none twice.
-    Frames,
-}
-
-impl Rule {
-    /// All, in the order of the enum.
-    pub const ALL: [Rule; 13] = [
-        Rule::Coherence,
-        Rule::WritePermission,
-        Rule::MemorySafety,
-        Rule::Isolation,
-        Rule::Dirty,
-        Rule::Pairing,
-        Rule::Context,
-        Rule::Locks,
-        Rule::Retry,
-        Rule::Lifetime,
-        Rule::Range,
-        Rule::Liveness,
-        Rule::Frames,
-    ];
-
-    /// A stable name, for tables and the command line.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Rule::Coherence => "coherence",
-            Rule::WritePermission => "write-permission",
-            Rule::MemorySafety => "memory-safety",
-            Rule::Isolation => "isolation",
-            Rule::Dirty => "dirty",
-            Rule::Pairing => "pairing",
-            Rule::Context => "context",
-            Rule::Locks => "locks",
-            Rule::Retry => "retry",
-            Rule::Lifetime => "lifetime",
-            Rule::Range => "range",
-            Rule::Liveness => "liveness",
-            Rule::Frames => "frames",
-        }
-    }
-
-    /// Where the kernel says so, or relies on it.
-    pub const fn source(self) -> &'static str {
-        match self {
-            Rule::Coherence => "include/linux/mmu_notifier.h: the secondary MMU mirrors the primary one",
-            Rule::WritePermission => {
-                "mm/memory.c wp_page_copy, mm/ksm.c write_protect_page: nobody writes after the start"
-            }
-            Rule::MemorySafety => "mm/mmu_notifier.c: pages may be freed once the callback has returned",
-            Rule::Isolation => "mm/memory.c do_wp_page: a page is reused only by its sole owner",
-            Rule::Dirty => "Documentation/core-api/pin_user_pages.rst: unpin_user_pages_dirty_lock",
-            Rule::Pairing => "include/linux/mmu_notifier.h: invalidate_range_start and _end are paired",
-            Rule::Context => {
-                "include/linux/mmu_notifier.h: change_pte, clear_flush_young and non-blockable ranges may not sleep"
-            }
-            Rule::Locks => "mm/mmu_notifier.c __mmu_notifier_invalidate_range_start_map, under fs_reclaim",
-            Rule::Retry => "Documentation/mm/hmm.rst: mmu_interval_read_retry under the driver's lock",
-            Rule::Lifetime => "mm/mmu_notifier.c mmu_notifier_unregister: no callback after it returns",
-            Rule::Range => "mm/mmu_notifier.c: the range covers what changes",
-            Rule::Liveness => "mm/mmu_notifier.c mmu_interval_read_begin: waits for the end, not for ever",
-            Rule::Frames => "mm/page_alloc.c: references balance",
-        }
-    }
-
-    /// The rule of that name.
-    pub fn from_name(name: &str) -> Option<Rule> {
-        Rule::ALL.into_iter().find(|rule| rule.name() == name)
-    }
-
-    /// The rule that a failure of an exploration breaks; `None` for one that is no verdict (a scenario that is not
-    /// deterministic, a panic of the model).
-    pub fn of_failure(kind: FailureKind, message: &str) -> Option<Rule> {
-        match kind {
-            FailureKind::Violation => message.split(':').next().and_then(Rule::from_name),
-            FailureKind::Deadlock | FailureKind::LockOrder => Some(Rule::Locks),
-            FailureKind::SleepInAtomic => Some(Rule::Context),
-            FailureKind::Livelock => Some(Rule::Liveness),
-            _ => None,
-        }
-    }
-}
-
-impl fmt::Display for Rule {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
-    }
-}
 
 /// A rule that was broken, and how.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -149,6 +38,8 @@ impl fmt::Display for Broken {
     }
 }
 
+type Place = (Binding, PageAddr, usize);
+
 /// What the judge knows beside the machine.
 #[derive(Default)]
 struct State {
@@ -159,7 +50,9 @@ struct State {
     /// What was ever notified.
     told: Vec<Range>,
     /// The last value that a device wrote, and where.
-    written: BTreeMap<(Binding, PageAddr, usize), u64>,
+    written: BTreeMap<(PageAddr, usize), u64>,
+    /// The last value that a device wrote or read, and where.
+    known: BTreeMap<Place, u64>,
     broken: Vec<Broken>,
 }
 
@@ -199,7 +92,7 @@ impl Oracle {
 
     /// The start callbacks of `range` have returned.
     pub(crate) fn started(&self, range: Range) {
-        note(|| format!("invalidate_range_start({range}) has returned"));
+        note(|| format!("invalidate_range_start {range} returns"));
         self.state.update(|state| {
             state.open.push(range);
             state.told.push(range);
@@ -208,7 +101,7 @@ impl Oracle {
 
     /// The end callbacks of `range` begin.
     pub(crate) fn ending(&self, range: Range) {
-        note(|| format!("invalidate_range_end({range})"));
+        note(|| format!("invalidate_range_end {range}"));
         self.state.update(|state| {
             if let Some(at) = state.open.iter().position(|open| *open == range) {
                 state.open.swap_remove(at);
@@ -218,7 +111,7 @@ impl Oracle {
 
     /// `callback` tells of `range`.
     pub(crate) fn told(&self, callback: &str, range: Range) {
-        note(|| format!("{callback}({range})"));
+        note(|| format!("{callback} {range}"));
         self.state.update(|state| state.told.push(range));
     }
 
@@ -232,16 +125,26 @@ impl Oracle {
         }
     }
 
-    /// Every start has had its end.
-    pub(crate) fn judge_pairing(&self, starts: u64, ends: u64) {
+    /// Every start that did not refuse has had its end.
+    pub(crate) fn judge_pairing(&self, counts: &Counts) {
+        let starts = counts.callbacks(Callback::Start) - counts.refused;
+        let ends = counts.callbacks(Callback::End);
         if starts != ends {
             self.broken(Rule::Pairing, format!("{starts} starts and {ends} ends"));
         }
     }
 
+    /// `before`: when the driver had been closed.
+    pub(crate) fn judge_silence(&self, before: &Counts, after: &Counts) {
+        let late = after.all_callbacks() - before.all_callbacks();
+        if late > 0 {
+            self.broken(Rule::Lifetime, format!("{late} callbacks after the driver was closed"));
+        }
+    }
+
     /// What the device wrote last to a word of `page`; `None` if it wrote nothing there.
-    pub(crate) fn written(&self, binding: Binding, page: PageAddr, word: usize) -> Option<u64> {
-        self.state.read(|state| state.written.get(&(binding, page, word)).copied())
+    pub(crate) fn written(&self, page: PageAddr, word: usize) -> Option<u64> {
+        self.state.read(|state| state.written.get(&(page, word)).copied())
     }
 
     fn judge(&self, access: &DeviceAccess<'_>) -> Option<Broken> {
@@ -251,7 +154,7 @@ impl Oracle {
         });
         let verb = if access.access == Access::Write { "writes" } else { "reads" };
         let broken = |rule, why: &str| {
-            let how = format!("the device {verb} {:?} through {:?}: {why}", access.frame, access.page);
+            let how = format!("the device {verb} {:?} through {:?}: {why}", access.frame.pfn, access.page);
             Some(Broken { rule, how })
         };
         if !frames.is_live(access.frame) {
@@ -270,19 +173,24 @@ impl Oracle {
                 }
                 None
             }
-            other => {
-                if access.follows_page && self.explicit {
-                    return None;
-                }
+            now => {
                 let theirs = frames.is_anon(pfn) && !frames.is_ksm(pfn) && frames.mapcount(pfn) > 0;
+                if access.follows_page && self.explicit {
+                    // By design it stays on its pages; it must not learn there what another process does since.
+                    let known = self.state.read(|state| state.known.get(&place(access)).copied());
+                    let word = frames.read(access.frame, access.word).ok();
+                    let leak = theirs && access.access == Access::Read && known.is_some() && word != known;
+                    let why = "another process alone has the page, and has written it since";
+                    return leak.then(|| broken(Rule::Isolation, why)).flatten();
+                }
                 let rule = if theirs { Rule::Isolation } else { Rule::Coherence };
                 let whose = if theirs { ", and another process has the page" } else { "" };
-                match other {
+                match now {
                     Some((frame, _)) => {
                         let differs =
                             frames.read(frame, access.word) != frames.read(access.frame, access.word);
                         let harm = access.access == Access::Write || differs;
-                        harm.then(|| broken(rule, &format!("the CPU has {frame:?} there{whose}")))?
+                        harm.then(|| broken(rule, &format!("the CPU has {:?} there{whose}", frame.pfn)))?
                     }
                     None if settled && !access.mm.peek_pte(access.page).is_swap() => {
                         broken(rule, &format!("the CPU has nothing there{whose}"))
@@ -294,6 +202,10 @@ impl Oracle {
     }
 }
 
+fn place(access: &DeviceAccess<'_>) -> Place {
+    (access.binding, access.page, access.word)
+}
+
 /// What the CPU's page table has at `page`, and whether it may be written.
 pub(crate) fn mapped(mm: &Mm, page: PageAddr) -> Option<(FrameId, bool)> {
     let pte = mm.peek_pte(page);
@@ -302,7 +214,8 @@ pub(crate) fn mapped(mm: &Mm, page: PageAddr) -> Option<(FrameId, bool)> {
 
 impl Observer for Oracle {
     fn device_access(&self, _: &mut Atomic<'_>, access: &DeviceAccess<'_>) {
-        note(|| format!("device {:?}s {:?} of {:?}", access.access, access.frame.pfn, access.page));
+        let verb = if access.access == Access::Write { "writes" } else { "reads" };
+        note(|| format!("device {verb} {:?} through {:?}", access.frame.pfn, access.page));
         if let Some(Broken { rule, how }) = self.judge(access) {
             self.broken(rule, how);
         }
@@ -310,11 +223,12 @@ impl Observer for Oracle {
 
     fn access_done(&self, _: &mut Atomic<'_>, access: &DeviceAccess<'_>, result: Result<u64, FrameFreed>) {
         match result {
-            Ok(value) if access.access == Access::Write => {
-                let at = (access.binding, access.page, access.word);
-                self.state.update(|state| state.written.insert(at, value));
-            }
-            Ok(_) => {}
+            Ok(value) => self.state.update(|state| {
+                state.known.insert(place(access), value);
+                if access.access == Access::Write {
+                    state.written.insert((access.page, access.word), value);
+                }
+            }),
             Err(freed) => self.broken(Rule::MemorySafety, freed.to_string()),
         }
     }
@@ -333,6 +247,7 @@ impl Observer for Oracle {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use interleave::explore::FailureKind;
 
     #[test]
     fn names_lead_back_and_say_where_they_come_from() {

@@ -2,27 +2,34 @@
 //! One driver beside one path: a small machine, a process, a device that uses one page of it, and every order of their
 //! steps up to a bound.
 //!
-//! Threads: `mm` runs the path on CPU 1; `device` is the driver's user on CPU 0 and the hardware too: it writes (where it
-//! may) and then reads, twice, and binds again whenever the driver says so. When both are done the driver's work
-//! items run, and the device uses the page once more: what is stale then is stale for ever.
+//! Threads: `mm` runs the path on CPU 1; `device` is the driver's user on CPU 0 and the hardware too: it reads and then
+//! writes (where it may), and gets the page again whenever the driver says so; `cpu`, where the path has one, is another
+//! thread of the process on CPU 2, which stores through whatever is mapped. When all are done the driver's work items run, and
+//! the device uses the page once more: what is stale then is stale for ever.
 //!
 //! Two list notifiers look on: one behind the driver's in the list (its start comes after the driver's) and one before it
 //! (its end comes before the driver's).
 
+mod facts;
+mod watch;
+
+pub use facts::{Facts, Refusal};
+
 use crate::oracle::{Oracle, Rule, mapped};
-use crate::path::{Path, Stage, X, page, range};
+use crate::path::{Path, Stage, User, X, page};
 use drivers::{
-    BindError, Binding, Callback, Callbacks, Counts, Device, DeviceFault, DeviceOp, Driver, DriverError,
-    Kind, Options, SubmitError, WorkMode,
+    BindError, Binding, Callback, Callbacks, Device, DeviceFault, DeviceOp, Driver, DriverError, Kind,
+    Options, SubmitError, WorkMode,
 };
 use interleave::explore::{self, Config, Failure, Report, Strategy};
-use interleave::{Atomic, MaySleep, PageContext, Sleep, scope};
-use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
-use softmm::{KernelProfile, Machine, Mm};
+use interleave::{MaySleep, scope};
+use mmu_notifier::{Access, Range};
+use softmm::{FaultError, KernelProfile, Machine, Mm};
 use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
+use watch::{Before, Behind};
 
 /// What is checked against what.
 #[derive(Debug, Clone, Copy)]
@@ -40,6 +47,11 @@ pub struct Cell {
 }
 
 impl Cell {
+    /// The same with other callbacks switched on.
+    pub fn with(&self, callbacks: Callbacks) -> Cell {
+        Cell { callbacks, ..*self }
+    }
+
     /// `driver access path profile`, as the command line takes it.
     pub fn name(&self) -> String {
         let access = if self.access == Access::Write { "write" } else { "read" };
@@ -50,59 +62,6 @@ impl Cell {
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.name())
-    }
-}
-
-/// What executions saw, all together: a verdict of "safe" is worth nothing if nothing happened.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Facts {
-    /// Why the driver does not take this memory at all.
-    pub refused: Option<Refusal>,
-    /// Callbacks run, by kind.
-    pub callbacks: [u64; Callback::ALL.len()],
-    /// Of these, those that had an effect.
-    pub effects: [u64; Callback::ALL.len()],
-    /// Words that the device read or wrote.
-    pub accesses: u64,
-    /// Pages got and thrown away because something had changed meanwhile.
-    pub retries: u64,
-    /// Pages that the driver took from the device.
-    pub unbinds: u64,
-    /// Pages got again.
-    pub repins: u64,
-}
-
-/// Why there is no answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
-    /// The driver was not opened.
-    Open(drivers::OpenError),
-    /// The memory was not bound.
-    Bind(BindError),
-    /// The first access failed.
-    Access(DriverError),
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Refusal::Open(error) => error.fmt(f),
-            Refusal::Bind(error) => error.fmt(f),
-            Refusal::Access(error) => error.fmt(f),
-        }
-    }
-}
-
-impl Facts {
-    fn add(&mut self, counts: &Counts) {
-        for kind in Callback::ALL {
-            self.callbacks[kind as usize] += counts.callbacks(kind);
-            self.effects[kind as usize] += counts.effects(kind);
-        }
-        self.accesses += counts.accesses;
-        self.retries += counts.retries;
-        self.unbinds += counts.unbinds;
-        self.repins += counts.repins;
     }
 }
 
@@ -152,7 +111,7 @@ fn machine(cell: &Cell) -> Arc<Machine> {
         frames: 10,
         tables: 12,
         swap_slots: 3,
-        cpus: 2,
+        cpus: if cell.path.other.is_some() { 3 } else { 2 },
         words_per_page: 2,
         gather_batch: 8,
         fault_around: 1,
@@ -178,15 +137,24 @@ pub fn execute(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
             match use_once(cx, cell, &*driver) {
                 Err(refusal) => facts.borrow_mut().refused = Some(refusal),
                 Ok(binding) => {
-                    race(cx, cell, &stage, &*driver, binding, &oracle);
-                    judge_end(cx, cell, &stage, &*driver, binding, &oracle);
+                    let binding = race(cx, cell, &stage, &*driver, binding, &oracle);
+                    if cell.path.user != User::Closes {
+                        judge_end(cx, cell, &stage, &*driver, binding, &oracle);
+                    }
                 }
             }
-            facts.borrow_mut().add(&driver.counts());
             driver.close(cx);
+            let closed = driver.counts();
+            facts.borrow_mut().add(&closed);
             if let Ok(before) = before {
                 let _ = before.unregister(cx);
             }
+            if let Ok(behind) = behind {
+                let _ = behind.unregister(cx);
+            }
+            end(cx, stage, &oracle);
+            oracle.judge_silence(&closed, &driver.counts());
+            return;
         }
     }
     if let Ok(behind) = behind {
@@ -195,11 +163,25 @@ pub fn execute(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
     end(cx, stage, &oracle);
 }
 
-fn use_once(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver) -> Result<Binding, Refusal> {
-    let binding = driver.bind(cx, range(X), cell.access).map_err(Refusal::Bind)?;
+fn bind(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver) -> Result<Binding, BindError> {
+    let range = Range::new(X << 12, cell.path.pages << 12).unwrap_or(Range::page(page(X)));
+    driver.bind(cx, range, cell.access)
+}
+
+/// Binds the page and uses it, so that the path finds a device that has it.
+fn use_once(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver) -> Result<Option<Binding>, Refusal> {
+    let binding = bind(cx, cell, driver).map_err(Refusal::Bind)?;
     // A read: KSM's pages must stay equal.
     driver.access(cx, binding, DeviceOp::Read(X << 12)).map_err(Refusal::Access)?;
-    Ok(binding)
+    if cell.access == Access::Write && !cell.path.writable {
+        driver.access(cx, binding, DeviceOp::Write(DEVICE_WORD, 0)).map_err(Refusal::Access)?;
+    }
+    if cell.path.user != User::Binds {
+        return Ok(Some(binding));
+    }
+    // It was bound a moment ago.
+    let _ = driver.unbind(cx, binding);
+    Ok(None)
 }
 
 const DEVICE_WORD: u64 = (X << 12) + 8;
@@ -219,27 +201,47 @@ fn turn(
     Ok(())
 }
 
+/// The device's user. A device that is refused has done nothing: what it may not be refused is judged at the end.
+fn user(
+    cx: &mut MaySleep<'_>,
+    cell: &Cell,
+    driver: &dyn Driver,
+    binding: Option<Binding>,
+) -> Option<Binding> {
+    let binding = binding.or_else(|| bind(cx, cell, driver).ok())?;
+    let _ = turn(cx, cell, driver, binding, 101);
+    match cell.path.user {
+        User::Uses | User::Binds => return Some(binding),
+        User::Unbinds => drop(driver.unbind(cx, binding)),
+        User::Closes => driver.close(cx),
+    }
+    None
+}
+
+/// The binding that there is afterwards.
 fn race(
     cx: &mut MaySleep<'_>,
     cell: &Cell,
     stage: &Stage,
     driver: &dyn Driver,
-    binding: Binding,
+    binding: Option<Binding>,
     oracle: &Oracle,
-) {
+) -> Option<Binding> {
     (cell.path.bound)(cx, stage);
     let frame = |mm: &Mm| mapped(mm, page(X)).map(|(frame, _)| frame);
     let before = frame(&stage.mm);
-    scope(cx, |s, _| {
+    let after = scope(cx, |s, cx| {
         s.spawn("mm", |cx| (cell.path.run)(cx, stage));
-        s.spawn("device", |cx| {
-            // A device that is refused has done nothing: what it may not be refused is judged at the end.
-            let _ = turn(cx, cell, driver, binding, 101);
-        });
+        let device = s.spawn("device", |cx| user(cx, cell, driver, binding));
+        if let Some(other) = cell.path.other {
+            s.spawn("cpu", move |cx| other(cx, stage));
+        }
+        device.join(cx).ok().flatten()
     });
     oracle.settle();
     while driver.run_work(cx) {}
     oracle.judge_range(page(X), before, frame(&stage.mm));
+    after
 }
 
 fn judge_end(
@@ -247,34 +249,51 @@ fn judge_end(
     cell: &Cell,
     stage: &Stage,
     driver: &dyn Driver,
-    binding: Binding,
+    binding: Option<Binding>,
     oracle: &Oracle,
 ) {
+    let both = Callbacks::of(&[Callback::Start, Callback::End]);
+    if driver.kind().callbacks.intersection(cell.callbacks).intersection(both) == both {
+        oracle.judge_pairing(&driver.counts());
+    }
+    if binding.is_none() && !cell.path.explicit {
+        judge_written(cx, cell, stage, oracle);
+    }
+    let Some(binding) = binding.or_else(|| bind(cx, cell, driver).ok()) else { return };
     // A worker's error of before is told once.
     let last = (0..3).map(|_| turn(cx, cell, driver, binding, 102)).find(Result::is_ok);
     let last = last.unwrap_or_else(|| turn(cx, cell, driver, binding, 102));
-    if cell.path.leaves_memory
-        && let Err(
-            error @ (DriverError::Device(DeviceFault::GaveUp { .. } | DeviceFault::Refused { .. })
-            | DriverError::Submit(SubmitError::Again | SubmitError::Fault(_))),
-        ) = last
+    if let Err(error) = last
+        && cell.path.leaves_memory
+        && stands_still(&error)
     {
         oracle.broken(Rule::Liveness, format!("nothing goes on any more, and still: {error}"));
     }
     let follows = driver.kind().callbacks.is_empty();
+    if last.is_ok() && !(cell.path.explicit && follows) {
+        judge_written(cx, cell, stage, oracle);
+    }
+}
+
+/// Has the device not got what the process could have? Not so if what is mapped by then is memory that nobody can hold.
+fn stands_still(error: &DriverError) -> bool {
+    match error {
+        DriverError::Device(DeviceFault::Refused { source: FaultError::NotPinnable(_), .. })
+        | DriverError::Submit(SubmitError::Fault(FaultError::NotPinnable(_))) => false,
+        DriverError::Device(DeviceFault::GaveUp { .. } | DeviceFault::Refused { .. }) => true,
+        DriverError::Submit(error) => matches!(error, SubmitError::Again | SubmitError::Fault(_)),
+        DriverError::Device(_) => false,
+    }
+}
+
+/// Does the CPU read what the device wrote last?
+fn judge_written(cx: &mut MaySleep<'_>, cell: &Cell, stage: &Stage, oracle: &Oracle) {
     if cell.path.leaves_memory
-        && !(cell.path.explicit && follows)
-        && let Some(written) = oracle.written(binding, page(X), 1)
-        && last.is_ok()
+        && let Some(written) = oracle.written(page(X), 1)
         && let Ok(read) = stage.machine.cpus()[1].load(cx, &stage.mm, DEVICE_WORD)
         && read != written
     {
         oracle.broken(Rule::Dirty, format!("the device wrote {written} and the CPU reads {read}"));
-    }
-    let both = Callbacks::of(&[Callback::Start, Callback::End]);
-    if driver.kind().callbacks.intersection(cell.callbacks).intersection(both) == both {
-        let counts = driver.counts();
-        oracle.judge_pairing(counts.callbacks(Callback::Start), counts.callbacks(Callback::End));
     }
 }
 
@@ -288,48 +307,13 @@ fn end(cx: &mut MaySleep<'_>, stage: Stage, oracle: &Oracle) {
         user.mmput(cx);
     }
     drop((mm, file));
+    // What a locked page left behind in the swap cache is reclaim's to find, as in the kernel.
+    for frame in machine.swap_cache(cx) {
+        machine.reclaim_page(cx, frame, true);
+    }
     let (free, total) = (machine.frames().free_frames(), machine.frames().total_frames());
     if free != total {
         oracle.broken(Rule::Frames, format!("{} of {total} frames are never free again", total - free));
-    }
-}
-
-/// Called after the driver's callbacks.
-struct Behind(Arc<Oracle>);
-
-impl MmuNotifier for Behind {
-    fn ops(&self) -> Ops {
-        Ops::START | Ops::PAGE | Ops::CHANGE_PTE | Ops::RELEASE
-    }
-
-    fn invalidate_range_start(&self, _: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
-        self.0.started(inv.range);
-        Ok(())
-    }
-
-    fn invalidate_page(&self, _: PageContext<'_, '_>, page: PageAddr) {
-        self.0.told("invalidate_page", Range::page(page));
-    }
-
-    fn change_pte(&self, _: &mut Atomic<'_>, page: PageAddr, _: Pte) {
-        self.0.told("change_pte", Range::page(page));
-    }
-
-    fn release(&self, _: &mut MaySleep<'_>) {
-        self.0.told("release", Range::ALL);
-    }
-}
-
-/// Called before the driver's callbacks.
-struct Before(Arc<Oracle>);
-
-impl MmuNotifier for Before {
-    fn ops(&self) -> Ops {
-        Ops::END
-    }
-
-    fn invalidate_range_end(&self, _: Sleep<'_, '_>, inv: &Invalidation) {
-        self.0.ending(inv.range);
     }
 }
 

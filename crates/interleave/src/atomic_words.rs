@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Many atomic words that are one object under exploration: page-table pages, bitmaps.
+//!
+//! A scenario with a few page tables would have thousands of objects, and an execution pays for each when it begins. As
+//! one object, accesses to different words are taken to depend on each other: a few executions more, never fewer.
+
+use std::panic::Location;
+use std::sync::atomic as plain;
+
+use crate::atomic::{Ordering, explored};
+use crate::birth::{Birth, ObjectKind};
+use crate::digest::mix;
+use crate::world::OpKind;
+
+/// A fixed number of atomic `u64`. Any context; not in statics.
+pub struct AtomicWords {
+    words: Box<[plain::AtomicU64]>,
+    /// What a change of any word changes; kept under exploration only.
+    hash: plain::AtomicU64,
+    birth: Birth,
+}
+
+impl AtomicWords {
+    /// `count` words that begin as `value`, in the world of the calling thread.
+    #[track_caller]
+    pub fn new(count: usize, value: u64) -> AtomicWords {
+        AtomicWords {
+            words: (0..count).map(|_| plain::AtomicU64::new(value)).collect(),
+            hash: plain::AtomicU64::new(0),
+            birth: Birth::here(ObjectKind::Atomic, None, Location::caller(), || Some(0)),
+        }
+    }
+
+    /// How many.
+    pub fn len(&self) -> usize {
+        self.words.len()
+    }
+
+    /// None?
+    pub fn is_empty(&self) -> bool {
+        self.words.is_empty()
+    }
+
+    /// One of them.
+    ///
+    /// # Panics
+    /// If there is no word `index`.
+    #[inline]
+    pub fn word(&self, index: usize) -> AtomicWord<'_> {
+        AtomicWord { all: self, index, word: &self.words[index] }
+    }
+}
+
+/// One of [`AtomicWords`]. Its methods are those of [`AtomicU64`](crate::AtomicU64).
+#[derive(Clone, Copy)]
+pub struct AtomicWord<'a> {
+    all: &'a AtomicWords,
+    index: usize,
+    word: &'a plain::AtomicU64,
+}
+
+impl AtomicWord<'_> {
+    #[track_caller]
+    #[inline(always)]
+    fn access<R>(self, kind: OpKind, access: impl FnOnce(&plain::AtomicU64) -> R) -> R {
+        let site = Location::caller();
+        let Some(world) = self.all.birth.world(site) else { return access(self.word) };
+        let counted = || {
+            let before = self.word.load(Ordering::Relaxed);
+            let result = access(self.word);
+            let after = self.word.load(Ordering::Relaxed);
+            if before != after {
+                let change = self.part(before) ^ self.part(after);
+                self.all.hash.fetch_xor(change, Ordering::Relaxed);
+            }
+            result
+        };
+        let told = || match kind {
+            OpKind::Load => self.word.load(Ordering::Relaxed),
+            _ => self.all.hash.load(Ordering::Relaxed),
+        };
+        explored(world, self.all.birth, kind, site, counted, told)
+    }
+
+    fn part(self, value: u64) -> u64 {
+        mix(self.index as u64, value)
+    }
+
+    /// Its value.
+    #[track_caller]
+    #[inline]
+    pub fn load(self, order: Ordering) -> u64 {
+        self.access(OpKind::Load, |word| word.load(order))
+    }
+
+    /// Sets its value.
+    #[track_caller]
+    #[inline]
+    pub fn store(self, value: u64, order: Ordering) {
+        self.access(OpKind::Store, |word| word.store(value, order));
+    }
+
+    /// Sets its value. The value before.
+    #[track_caller]
+    #[inline]
+    pub fn swap(self, value: u64, order: Ordering) -> u64 {
+        self.access(OpKind::Rmw, |word| word.swap(value, order))
+    }
+
+    /// As std's `fetch_or`. The value before.
+    #[track_caller]
+    #[inline]
+    pub fn fetch_or(self, bits: u64, order: Ordering) -> u64 {
+        self.access(OpKind::Rmw, |word| word.fetch_or(bits, order))
+    }
+
+    /// As std's `fetch_and`. The value before.
+    #[track_caller]
+    #[inline]
+    pub fn fetch_and(self, bits: u64, order: Ordering) -> u64 {
+        self.access(OpKind::Rmw, |word| word.fetch_and(bits, order))
+    }
+
+    /// Sets its value to `new` if it is `current`. The value before, as `Ok` if it was set.
+    ///
+    /// # Errors
+    /// The value found, if it was not `current`.
+    #[track_caller]
+    #[inline]
+    pub fn compare_exchange(
+        self,
+        current: u64,
+        new: u64,
+        success: Ordering,
+        failure: Ordering,
+    ) -> Result<u64, u64> {
+        self.access(OpKind::Rmw, |word| word.compare_exchange(current, new, success, failure))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::explore::{Config, Strategy, explore};
+    use crate::scope;
+
+    #[test]
+    fn words_are_told_apart() {
+        let words = AtomicWords::new(3, 5);
+        words.word(1).store(7, Ordering::SeqCst);
+        assert_eq!(words.word(2).fetch_or(2, Ordering::SeqCst), 5);
+        let values: Vec<_> = (0..words.len()).map(|n| words.word(n).load(Ordering::SeqCst)).collect();
+        assert_eq!(values, [5, 7, 7]);
+    }
+
+    /// Two threads that add to a word without care; a value cache that confused words would miss it.
+    #[test]
+    fn a_lost_update_is_found_by_every_strategy() {
+        for strategy in [Strategy::ValueCache, Strategy::Dpor, Strategy::Plain] {
+            let report = explore(&Config::new(strategy), |cx| {
+                let words = AtomicWords::new(2, 0);
+                let add = |index| {
+                    let word = words.word(index);
+                    word.store(word.load(Ordering::SeqCst) + 1, Ordering::SeqCst);
+                };
+                scope(cx, |s, _| {
+                    s.spawn("a", |_| [0, 1].into_iter().for_each(add));
+                    s.spawn("b", |_| [1, 0].into_iter().for_each(add));
+                });
+                let sum: u64 = (0..2).map(|n| words.word(n).load(Ordering::SeqCst)).sum();
+                assert_eq!(sum, 4);
+            });
+            assert_eq!(report.failures.len(), 1, "{strategy:?}");
+        }
+    }
+}
