@@ -237,6 +237,21 @@ pub trait PrimaryMmu: Send + Sync {
     fn settle(&self) -> Result<(), Gone> {
         Ok(())
     }
+
+    /// A number that only grows, and that has grown when any subscribed range has changed, where one load can tell.
+    ///
+    /// The promise: if `e = era()` was loaded, and *then* `read_retry(seq)` was false, and later `era()` is `e` again,
+    /// then `read_retry(seq)` would still be false. So whoever keeps `e` beside a translation need not look at its
+    /// subscription until it moves. Never `u64::MAX`. `None`: there is no such number, or the source is gone, or this is a
+    /// forked child; ask the subscription.
+    fn era(&self) -> Option<u64> {
+        None
+    }
+
+    /// As [`era`](Self::era) for [`Subscription::read_retry_ordered`]: the same number, where both are given.
+    fn era_ordered(&self) -> Option<u64> {
+        self.era()
+    }
 }
 
 /// One range that is listened to. Dropping it unsubscribes without waiting for a callback that runs.

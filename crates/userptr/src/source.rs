@@ -72,6 +72,11 @@ impl Source for AnonymousUffd {
     fn settle(&self) -> Result<(), Gone> {
         self.source.settle()
     }
+
+    #[inline]
+    fn era_ordered(&self) -> Option<u64> {
+        self.source.era_ordered()
+    }
 }
 
 /// One of the sources, or none.
@@ -170,6 +175,23 @@ impl Source for AnySource {
         match self {
             AnySource::Uffd(source) => source.settle(),
             AnySource::Kvm(_) | AnySource::None { .. } => Ok(()),
+        }
+    }
+
+    #[inline]
+    fn era(&self) -> Option<u64> {
+        match self {
+            AnySource::Kvm(source) => Source::era(source),
+            AnySource::Uffd(_) | AnySource::None { .. } => None,
+        }
+    }
+
+    #[inline]
+    fn era_ordered(&self) -> Option<u64> {
+        match self {
+            AnySource::Kvm(source) => Source::era(source),
+            AnySource::Uffd(source) => source.era_ordered(),
+            AnySource::None { .. } => None,
         }
     }
 }

@@ -146,6 +146,16 @@ impl<S: Source> PrimaryMmu for HostMm<S> {
     fn settle(&self) -> Result<(), Gone> {
         self.source.settle()
     }
+
+    #[inline]
+    fn era(&self) -> Option<u64> {
+        self.source.era()
+    }
+
+    #[inline]
+    fn era_ordered(&self) -> Option<u64> {
+        self.source.era_ordered()
+    }
 }
 
 impl<S: Source> HostMm<S> {

@@ -41,6 +41,16 @@ pub trait Source: Send + Sync {
     fn settle(&self) -> Result<(), Gone> {
         Ok(())
     }
+
+    /// As [`PrimaryMmu::era`](mmu_notifier::primary::PrimaryMmu::era).
+    fn era(&self) -> Option<u64> {
+        None
+    }
+
+    /// As [`PrimaryMmu::era_ordered`](mmu_notifier::primary::PrimaryMmu::era_ordered).
+    fn era_ordered(&self) -> Option<u64> {
+        self.era()
+    }
 }
 
 /// One range of a live source. Dropping it ends it, as a fence.
@@ -125,6 +135,11 @@ impl Source for kvm::KvmSource {
         };
         Ok(KvmWatch { watch, subscription })
     }
+
+    #[inline]
+    fn era(&self) -> Option<u64> {
+        kvm::KvmSource::era(self)
+    }
 }
 
 impl LiveWatch for KvmWatch {
@@ -189,6 +204,11 @@ impl Source for UffdSource {
 
     fn settle(&self) -> Result<(), Gone> {
         self.probe().map(drop).map_err(gone)
+    }
+
+    #[inline]
+    fn era_ordered(&self) -> Option<u64> {
+        UffdSource::era(self)
     }
 }
 

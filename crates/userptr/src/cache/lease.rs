@@ -4,7 +4,7 @@
 use mmu_notifier::Access;
 use mmu_notifier::primary::{PrimaryMmu, Subscription};
 
-use super::core::{Core, Leased, Registration};
+use super::core::{Core, Leased, ONE_LEASE, Registration, WRITE};
 use crate::device::{Device, DeviceAddr};
 
 /// A registration that contains the bytes asked for, until it is dropped. May be sent to and dropped in any thread.
@@ -47,7 +47,10 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
 
     /// What the device may do with them: at least what was asked for.
     pub fn rights(&self) -> Access {
-        self.registration().rights
+        match &self.held {
+            Some(held) if !self.core.slab.state(held.index()).has(WRITE) => Access::Read,
+            _ => Access::Write,
+        }
     }
 
     /// What the device has mapped, which may be more than was asked for.
@@ -82,7 +85,8 @@ impl<M: PrimaryMmu, D: Device<M>> Drop for Lease<'_, M, D> {
     fn drop(&mut self) {
         let Some(held) = self.held.take() else { return };
         let index = held.index();
-        if held.body().watched.is_none() {
+        // The entry's words, not the registration: a hit need not have looked at that.
+        if self.core.slab.state(index).has(ONE_LEASE) {
             return self.core.end_one_shot(held);
         }
         drop(held);

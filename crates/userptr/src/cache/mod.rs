@@ -43,10 +43,10 @@ mod thread;
 use std::sync::Arc;
 
 use interleave::{JoinHandle, MaySleep, Ordering};
-use mmu_notifier::primary::{PrimaryMmu, Subscription};
+use mmu_notifier::primary::PrimaryMmu;
 use mmu_notifier::{Access, PAGE_SIZE, Range};
 
-use self::core::Core;
+use self::core::{Check, Core};
 use crate::device::Device;
 
 pub use admission::Admit;
@@ -132,7 +132,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     /// [`CacheError`]. An error says what was wrong at some moment of the call.
     #[inline]
     pub fn get(&self, addr: usize, len: usize, access: Access) -> Result<Lease<'_, M, D>, CacheError> {
-        self.get_if(addr, len, access, |w| w.subscription.read_retry(w.seq))
+        self.get_if(addr, len, access, Check::Strict)
     }
 
     /// As [`get`](Self::get), for memory that no other thread is in the middle of giving back: it misses no change whose
@@ -148,14 +148,14 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
         len: usize,
         access: Access,
     ) -> Result<Lease<'_, M, D>, CacheError> {
-        self.get_if(addr, len, access, |w| w.subscription.read_retry_ordered(w.seq))
+        self.get_if(addr, len, access, Check::Ordered)
     }
 
     /// As [`get`](Self::get) without registering anything: a hit or nothing. Any context.
     #[inline]
     pub fn lookup(&self, addr: usize, len: usize, access: Access) -> Option<Lease<'_, M, D>> {
         let want = Range::enclosing(addr as u64, len as u64).ok()?;
-        let held = self.core.hit(want, access, |w| w.subscription.read_retry(w.seq))?;
+        let held = self.core.hit(want, access, Check::Strict)?;
         Some(Lease::new(&self.core, held, addr as u64, len as u64))
     }
 
@@ -165,10 +165,10 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
         addr: usize,
         len: usize,
         access: Access,
-        moved: impl Fn(&core::Watched<M>) -> bool,
+        check: Check,
     ) -> Result<Lease<'_, M, D>, CacheError> {
         let want = Range::enclosing(addr as u64, len as u64)?;
-        match self.core.hit(want, access, moved) {
+        match self.core.hit(want, access, check) {
             Some(held) => Ok(Lease::new(&self.core, held, addr as u64, len as u64)),
             None => self.miss(want, addr as u64, len as u64, access),
         }

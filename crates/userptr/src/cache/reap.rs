@@ -114,7 +114,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             let state = self.slab.state(index);
             if !state.is_live()
                 || books.keys[index as usize].is_none()
-                || self.slab.head(index).take_used()
+                || self.head(index).take_used()
                 || self.slab.is_leased(index)
             {
                 continue;

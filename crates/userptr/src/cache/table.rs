@@ -13,7 +13,7 @@
 //! Invariants: at most three quarters of the words are used, so that a probe ends; a word is 0, or a tag of 40 bits
 //! and an index plus one; between a word and the place that its hash asks for, no word is 0.
 
-use interleave::{AtomicU64, Ordering};
+use interleave::{AtomicU64, AtomicWords, Ordering};
 use mmu_notifier::{PAGE_SHIFT, Range};
 
 /// 4^18 pages are all of user space.
@@ -23,7 +23,11 @@ const INDEX_BITS: u32 = 24;
 pub(crate) const MAX_ENTRIES: usize = (1 << INDEX_BITS) - 2;
 
 pub(crate) struct Table {
-    words: Box<[AtomicU64]>,
+    words: AtomicWords,
+    /// One less than there are words, a power of two.
+    mask: usize,
+    /// Leaves as many bits of a hash as the mask has; the tag's bits are others unless the table is huge.
+    shift: u32,
     /// A bit for each level in use.
     levels: AtomicU64,
 }
@@ -57,13 +61,17 @@ impl Table {
     /// For `capacity` entries, at most [`MAX_ENTRIES`].
     pub(crate) fn new(capacity: usize) -> Table {
         let words = (capacity * 8 / 3 + 1).next_power_of_two();
-        Table { words: (0..words).map(|_| AtomicU64::new(0)).collect(), levels: AtomicU64::new(0) }
+        Table {
+            words: AtomicWords::new(words, 0),
+            mask: words - 1,
+            shift: (u64::BITS - words.trailing_zeros()).min(63),
+            levels: AtomicU64::new(0),
+        }
     }
 
     #[inline(always)]
     fn home(&self, hash: u64) -> usize {
-        // The shift leaves as many bits as the table has; the tag's bits are others unless the table is huge.
-        (hash >> (u64::BITS - self.words.len().trailing_zeros()).min(63)) as usize & (self.words.len() - 1)
+        (hash >> self.shift) as usize & self.mask
     }
 
     /// The first answer that `candidate` gives about an entry that could contain `range`.
@@ -77,8 +85,8 @@ impl Table {
             levels &= levels - 1;
             let hash = hash(page >> (2 * level), level);
             let mut at = self.home(hash);
-            for _ in 0..self.words.len() {
-                let found = self.words[at].load(Ordering::Acquire);
+            for _ in 0..=self.mask {
+                let found = self.words.word(at).load(Ordering::Acquire);
                 if found == 0 {
                     break;
                 }
@@ -87,7 +95,7 @@ impl Table {
                 {
                     return Some(answer);
                 }
-                at = (at + 1) & (self.words.len() - 1);
+                at = (at + 1) & self.mask;
             }
         }
         None
@@ -102,13 +110,13 @@ impl Table {
 
     /// Lists `index` under `range`. The caller holds the books.
     pub(crate) fn insert(&self, levels: &mut Levels, range: Range, index: u32) {
-        let mask = self.words.len() - 1;
+        let mask = self.mask;
         for hash in Self::blocks(range) {
             let mut at = self.home(hash);
-            while self.words[at].load(Ordering::Relaxed) != 0 {
+            while self.words.word(at).load(Ordering::Relaxed) != 0 {
                 at = (at + 1) & mask;
             }
-            self.words[at].store(word(hash, index), Ordering::Release);
+            self.words.word(at).store(word(hash, index), Ordering::Release);
         }
         let level = level(range);
         levels.0[level as usize] += 1;
@@ -123,10 +131,10 @@ impl Table {
         index: u32,
         range_of: impl Fn(u32) -> Range,
     ) {
-        let mask = self.words.len() - 1;
+        let mask = self.mask;
         for hash in Self::blocks(range) {
             let mut at = self.home(hash);
-            while self.words[at].load(Ordering::Relaxed) != word(hash, index) {
+            while self.words.word(at).load(Ordering::Relaxed) != word(hash, index) {
                 at = (at + 1) & mask;
             }
             self.close_gap(at, &range_of);
@@ -140,11 +148,11 @@ impl Table {
 
     /// Frees the word at `gap`, moving up those behind it that a probe would no longer reach.
     fn close_gap(&self, mut gap: usize, range_of: &impl Fn(u32) -> Range) {
-        let mask = self.words.len() - 1;
+        let mask = self.mask;
         let mut at = gap;
         loop {
             at = (at + 1) & mask;
-            let found = self.words[at].load(Ordering::Relaxed);
+            let found = self.words.word(at).load(Ordering::Relaxed);
             if found == 0 {
                 break;
             }
@@ -155,11 +163,11 @@ impl Table {
             // It may move if its home is not behind the gap.
             if at.wrapping_sub(home) & mask >= at.wrapping_sub(gap) & mask {
                 // First here, then no longer there: a reader sees it at least once, or misses it.
-                self.words[gap].store(found, Ordering::Release);
+                self.words.word(gap).store(found, Ordering::Release);
                 gap = at;
             }
         }
-        self.words[gap].store(0, Ordering::Release);
+        self.words.word(gap).store(0, Ordering::Release);
     }
 }
 
@@ -212,7 +220,7 @@ mod tests {
                 table.remove(&mut levels, range, index, |i| model[&i]);
                 model.remove(&index);
             }
-            prop_assert!(table.words.iter().all(|w| w.load(Ordering::Relaxed) == 0));
+            prop_assert!((0..table.words.len()).all(|w| table.words.word(w).load(Ordering::Relaxed) == 0));
         }
     }
 }
