@@ -110,7 +110,7 @@ macro_rules! atomic {
 
             /// Its value.
             #[track_caller]
-            #[inline]
+            #[inline(always)]
             pub fn load(&self, order: Ordering) -> $value {
                 if self.birth.is_plain() {
                     return self.value.load(order);
@@ -120,7 +120,7 @@ macro_rules! atomic {
 
             /// Sets its value.
             #[track_caller]
-            #[inline]
+            #[inline(always)]
             pub fn store(&self, value: $value, order: Ordering) {
                 if self.birth.is_plain() {
                     return self.value.store(value, order);
@@ -130,7 +130,7 @@ macro_rules! atomic {
 
             /// Sets its value. The value before.
             #[track_caller]
-            #[inline]
+            #[inline(always)]
             pub fn swap(&self, value: $value, order: Ordering) -> $value {
                 if self.birth.is_plain() {
                     return self.value.swap(value, order);
@@ -141,7 +141,7 @@ macro_rules! atomic {
             $(
                 #[doc = concat!("As std's `", stringify!($op), "`. The value before.")]
                 #[track_caller]
-                #[inline]
+                #[inline(always)]
                 pub fn $op(&self, value: $value, order: Ordering) -> $value {
                     if self.birth.is_plain() {
                         return self.value.$op(value, order);
@@ -155,7 +155,7 @@ macro_rules! atomic {
             /// # Errors
             /// The value found, if it was not `current`.
             #[track_caller]
-            #[inline]
+            #[inline(always)]
             pub fn compare_exchange(
                 &self,
                 current: $value,

@@ -31,10 +31,9 @@ impl AtomicWords {
     /// `count` words that begin as `value`, in the world of the calling thread.
     #[track_caller]
     pub fn new(count: usize, value: u64) -> AtomicWords {
+        let line = || Line(std::array::from_fn(|_| plain::AtomicU64::new(value)));
         AtomicWords {
-            lines: (0..count.div_ceil(LINE))
-                .map(|_| Line(std::array::from_fn(|_| plain::AtomicU64::new(value))))
-                .collect(),
+            lines: (0..count.div_ceil(LINE)).map(|_| line()).collect(),
             len: count,
             hash: plain::AtomicU64::new(0),
             birth: Birth::here(ObjectKind::Atomic, None, Location::caller(), || Some(0)),
@@ -55,9 +54,9 @@ impl AtomicWords {
     ///
     /// # Panics
     /// If there is no word `index`.
-    #[inline]
+    #[inline(always)]
     pub fn word(&self, index: usize) -> AtomicWord<'_> {
-        assert!(index < self.len, "word {index} of {}", self.len);
+        assert!(index < self.len);
         AtomicWord { all: self, index, word: &self.lines[index / LINE].0[index % LINE] }
     }
 }
@@ -101,7 +100,7 @@ impl AtomicWord<'_> {
 
     /// Its value.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn load(self, order: Ordering) -> u64 {
         if self.all.birth.is_plain() {
             return self.word.load(order);
@@ -111,7 +110,7 @@ impl AtomicWord<'_> {
 
     /// Sets its value.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn store(self, value: u64, order: Ordering) {
         if self.all.birth.is_plain() {
             return self.word.store(value, order);
@@ -121,7 +120,7 @@ impl AtomicWord<'_> {
 
     /// Sets its value. The value before.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn swap(self, value: u64, order: Ordering) -> u64 {
         if self.all.birth.is_plain() {
             return self.word.swap(value, order);
@@ -131,7 +130,7 @@ impl AtomicWord<'_> {
 
     /// As std's `fetch_add`. The value before.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn fetch_add(self, value: u64, order: Ordering) -> u64 {
         if self.all.birth.is_plain() {
             return self.word.fetch_add(value, order);
@@ -141,7 +140,7 @@ impl AtomicWord<'_> {
 
     /// As std's `fetch_sub`. The value before.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn fetch_sub(self, value: u64, order: Ordering) -> u64 {
         if self.all.birth.is_plain() {
             return self.word.fetch_sub(value, order);
@@ -151,7 +150,7 @@ impl AtomicWord<'_> {
 
     /// As std's `fetch_or`. The value before.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn fetch_or(self, bits: u64, order: Ordering) -> u64 {
         if self.all.birth.is_plain() {
             return self.word.fetch_or(bits, order);
@@ -161,7 +160,7 @@ impl AtomicWord<'_> {
 
     /// As std's `fetch_and`. The value before.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn fetch_and(self, bits: u64, order: Ordering) -> u64 {
         if self.all.birth.is_plain() {
             return self.word.fetch_and(bits, order);
@@ -174,7 +173,7 @@ impl AtomicWord<'_> {
     /// # Errors
     /// The value found, if it was not `current`.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn compare_exchange(
         self,
         current: u64,

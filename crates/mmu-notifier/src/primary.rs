@@ -248,6 +248,12 @@ pub trait PrimaryMmu: Send + Sync {
         None
     }
 
+    /// A number that has grown when `range` has changed, where a few loads can tell: while it is what
+    /// [`Subscription::count_at`] says of a subscription to this very range, `read_retry` is false. `None` as for `era`.
+    fn count_in(&self, _range: Range) -> Option<u64> {
+        None
+    }
+
     /// As [`era`](Self::era) for [`Subscription::read_retry_ordered`]: the same number, where both are given.
     fn era_ordered(&self) -> Option<u64> {
         self.era()
@@ -272,6 +278,11 @@ pub trait Subscription: Send + Sync {
     /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs
     /// a load or two.
     fn read_retry(&self, seq: Self::Seq) -> bool;
+
+    /// What [`PrimaryMmu::count_in`] answers about the range while nothing has changed since `seq`, if it counts.
+    fn count_at(&self, _seq: Self::Seq) -> Option<u64> {
+        None
+    }
 
     /// As [`read_retry`](Subscription::read_retry), about the changes alone whose system call has returned before this
     /// call, in happens-before order: not enough where another thread can be in the middle of giving the memory

@@ -187,6 +187,14 @@ impl Source for AnySource {
     }
 
     #[inline]
+    fn count_in(&self, range: Range) -> Option<u64> {
+        match self {
+            AnySource::Kvm(source) => Source::count_in(source, range),
+            AnySource::Uffd(_) | AnySource::None { .. } => None,
+        }
+    }
+
+    #[inline]
     fn era_ordered(&self) -> Option<u64> {
         match self {
             AnySource::Kvm(source) => Source::era(source),
@@ -228,6 +236,13 @@ impl LiveWatch for AnyWatch {
             (AnyWatch::Kvm(watch), AnySeq::Kvm(seq)) => watch.changed_since(seq),
             (AnyWatch::Uffd(watch), AnySeq::Uffd(seq)) => watch.changed_since_ordered(seq),
             _ => true,
+        }
+    }
+
+    fn count_at(&self, seq: AnySeq) -> Option<u64> {
+        match (self, seq) {
+            (AnyWatch::Kvm(watch), AnySeq::Kvm(seq)) => LiveWatch::count_at(watch, seq),
+            _ => None,
         }
     }
 

@@ -238,6 +238,13 @@ impl KvmSource {
         if self.trusted.load() == 0 { None } else { Some(any.load()) }
     }
 
+    /// The count of changes near `range`: a [`Watch`] of this range whose sequence [says the same](Watch::count_at) has
+    /// not changed. `None` as for [`KvmSource::era`], and for ranges of so many parts that only that can tell.
+    #[inline]
+    pub fn count_in(&self, range: Range) -> Option<u64> {
+        if self.trusted.load() == 0 { None } else { self.shared.local_sum(Kind::Unmap, range) }
+    }
+
     /// A watch of `range`. It outlives the source, and then says that it is gone.
     ///
     /// # Errors

@@ -40,10 +40,8 @@ pub(super) struct Watched<M: PrimaryMmu> {
 
 pub(super) type SeqOf<M> = <<M as PrimaryMmu>::Subscription as Subscription>::Seq;
 
-/// Marks of an entry: the device may write it.
+/// The mark of an entry that the device may write.
 pub(super) const WRITE: u64 = 1;
-/// It is for one lease and no more.
-pub(super) const ONE_LEASE: u64 = 2;
 
 /// What anybody may read of an entry at any time, beside its state in one cache line. Of a leased entry the range and
 /// the stamp are its own: they are set before it comes alive, and again after it is taken apart.
@@ -62,7 +60,10 @@ const USED: usize = 3;
 /// The next entry in the list of the dead, plus one.
 const NEXT: usize = 4;
 
-/// No era.
+/// What the mm counts in the range while it has not changed.
+const COUNT: usize = 5;
+
+/// No era, and no count.
 const NEVER: u64 = u64::MAX;
 
 impl<'c, T> Head<'c, T> {
@@ -71,7 +72,9 @@ impl<'c, T> Head<'c, T> {
         self.slab.user_word(self.index, word)
     }
 
-    pub(super) fn set(&self, range: Range) {
+    /// By the owner of an entry that is being built; `count`: see [`Subscription::count_at`].
+    pub(super) fn set(&self, range: Range, count: Option<u64>) {
+        self.word(COUNT).store(count.unwrap_or(NEVER), Ordering::Relaxed);
         self.word(START).store(range.start(), Ordering::Relaxed);
         self.word(END).store(range.end(), Ordering::Relaxed);
         self.word(STAMP).store(NEVER, Ordering::Relaxed);
@@ -80,6 +83,10 @@ impl<'c, T> Head<'c, T> {
 
     pub(super) fn bytes(&self) -> u64 {
         self.word(END).load(Ordering::Relaxed) - self.word(START).load(Ordering::Relaxed)
+    }
+
+    fn range(&self) -> Option<Range> {
+        Range::new(self.word(START).load(Ordering::Relaxed), self.bytes()).ok()
     }
 
     #[inline(always)]
@@ -204,7 +211,12 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     #[inline(always)]
     pub(super) fn hit(&self, want: Range, access: Access, check: Check) -> Option<Leased<'_, M, D>> {
         let thread = thread::number();
-        self.table.find(want, |index| self.try_lease(index, want, access, thread, check))
+        for index in self.table.candidates(want) {
+            if let Some(held) = self.try_lease(index, want, access, thread, check) {
+                return Some(held);
+            }
+        }
+        None
     }
 
     #[inline(always)]
@@ -251,8 +263,21 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         };
         match era {
             Some(era) if self.head(held.index()).word(STAMP).load(Ordering::Relaxed) == era => false,
+            Some(era) if self.counts_as_before(held.index()) => {
+                // The era was read before the count. The lease keeps the entry from being another.
+                self.head(held.index()).word(STAMP).store(era, Ordering::Relaxed);
+                false
+            }
             _ => self.has_changed_since(held, check, era),
         }
+    }
+
+    /// Where the mm is busy elsewhere: still without a look at the registration.
+    #[inline(never)]
+    fn counts_as_before(&self, index: u32) -> bool {
+        let head = self.head(index);
+        let expected = head.word(COUNT).load(Ordering::Relaxed);
+        expected != NEVER && head.range().is_some_and(|range| self.mm.count_in(range) == Some(expected))
     }
 
     #[inline(never)]

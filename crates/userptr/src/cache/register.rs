@@ -21,7 +21,7 @@ use interleave::{MaySleep, Ordering, Sleep, fence};
 use mmu_notifier::primary::{Invalidate, PrimaryMmu, SeqMoved, SetSeq, Subscription};
 use mmu_notifier::{Access, Gone, Invalidation, Range, WouldBlock};
 
-use super::core::{Check, Core, Leased, ONE_LEASE, Registration, WRITE, Watched};
+use super::core::{Check, Core, Leased, Registration, WRITE, Watched};
 use super::error::CacheError;
 use super::{Reaper, thread};
 use crate::device::{Device, DeviceError};
@@ -214,7 +214,8 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
             };
         }
         let index = reserved.index;
-        self.head(index).set(range);
+        let count = registration.watched.as_ref().and_then(|w| w.subscription.count_at(w.seq));
+        self.head(index).set(range, count);
         let state = self.slab.publish(index, registration, marks(rights));
         for (_, old, other) in books.ranges.overlaps(range) {
             let seen = self.slab.state(*other);
@@ -262,8 +263,8 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
                         let rights = self.device.rights(access);
                         let registration = Registration { range: want, rights, mapping, watched: None };
                         self.slab.build(reserved.index);
-                        self.head(reserved.index).set(want);
-                        let marks = marks(rights) | ONE_LEASE;
+                        self.head(reserved.index).set(want, None);
+                        let marks = marks(rights);
                         let state = self.slab.publish(reserved.index, registration, marks);
                         self.counters.one_shot.add(1);
                         self.counters.fresh.add(1);
