@@ -6,14 +6,15 @@
 //! * a batch is attached to its objects together with that check, so whoever takes a backing out or moves the
 //!   sequence afterwards finds the batch and waits for it;
 //! * whoever takes a backing out waits for the batches, without the lock, before he unmaps it. Batches stay
-//!   attached until they are done: a second one who comes waits too.
+//!   attached until they are done, and `leaving` counts backings until their pages are given back: a callback that
+//!   comes meanwhile waits for both.
 //!
 //! Pages are got, mapped and given back without the lock.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use interleave::{AtomicU64, LockClass, MaySleep, Mutex, Ordering};
+use interleave::{AtomicU64, LockClass, MaySleep, Mutex, Ordering, WaitQueue};
 use mmu_notifier::primary::{Gone, PrimaryMmu, SubscribeError, Subscription};
 use mmu_notifier::{Access, Range};
 
@@ -25,6 +26,7 @@ use super::table::Table;
 use crate::device::{Device, DeviceError, Engine};
 
 static OBJECTS: LockClass = LockClass::new("userptr_objects");
+static LEFT: LockClass = LockClass::new("userptr_objects_left");
 
 /// Changes that are followed before the caller is told that there is no end to them.
 pub(super) const ATTEMPTS: u32 = 64;
@@ -60,8 +62,19 @@ pub(super) struct Entry<M: PrimaryMmu, D: Device<M> + Engine> {
     /// `None` until the pages are wanted.
     subscription: Option<Arc<M::Subscription>>,
     pub(super) backing: Option<Backing<M, D>>,
+    /// Backings that have been taken out and still have pages.
+    leaving: u32,
     /// Batches that name it; those that are done go when the next one comes.
     pub(super) jobs: Vec<JobOf<D>>,
+}
+
+impl<M: PrimaryMmu, D: Device<M> + Engine> Entry<M, D> {
+    /// Takes the backing out if `which` says so.
+    pub(super) fn detach(&mut self, which: impl FnOnce(&Backing<M, D>) -> bool) -> Detached<M, D> {
+        let backing = self.backing.take_if(|backing| which(backing));
+        self.leaving += u32::from(backing.is_some());
+        (backing, self.jobs.clone())
+    }
 }
 
 pub(super) struct Books<M: PrimaryMmu, D: Device<M> + Engine> {
@@ -92,6 +105,25 @@ pub(super) struct Core<M: PrimaryMmu, D: Device<M> + Engine> {
     pub(super) counters: Counters,
     process: u32,
     books: Mutex<Books<M, D>>,
+    /// Woken when `leaving` falls.
+    left: WaitQueue,
+}
+
+/// A backing that has been taken out. Dropped when its pages are given back, or that has failed.
+struct Leaving<'c, M: PrimaryMmu, D: Device<M> + Engine> {
+    core: &'c Core<M, D>,
+    object: u64,
+}
+
+impl<M: PrimaryMmu, D: Device<M> + Engine> Drop for Leaving<'_, M, D> {
+    fn drop(&mut self) {
+        let _ = MaySleep::try_enter(|cx| {
+            if let Some(entry) = self.core.lock(cx).objects.get_mut(&self.object) {
+                entry.leaving -= 1;
+            }
+        });
+        self.core.left.wake_all();
+    }
 }
 
 /// What has been taken out of an object: its backing, and the batches to wait for first.
@@ -108,6 +140,7 @@ impl<M: PrimaryMmu, D: Device<M> + Engine> Core<M, D> {
             counters: Counters { got: zero(), retried: zero(), invalidated: zero() },
             process: std::process::id(),
             books: Mutex::new(&OBJECTS, books),
+            left: WaitQueue::new(&LEFT),
         }
     }
 
@@ -130,7 +163,7 @@ impl<M: PrimaryMmu, D: Device<M> + Engine> Core<M, D> {
         let mut books = self.lock(cx);
         let object = books.number();
         let entry =
-            Entry { range, bytes, access, subscription: None, backing: None, jobs: Vec::new() };
+            Entry { range, bytes, access, subscription: None, backing: None, leaving: 0, jobs: Vec::new() };
         books.objects.insert(object, entry);
         object
     }
@@ -143,26 +176,37 @@ impl<M: PrimaryMmu, D: Device<M> + Engine> Core<M, D> {
         which: impl FnOnce(&Backing<M, D>) -> bool,
     ) -> Detached<M, D> {
         let mut books = self.lock(cx);
-        let Some(entry) = books.objects.get_mut(&object) else { return (None, Vec::new()) };
-        let backing = if entry.backing.as_ref().is_some_and(which) { entry.backing.take() } else { None };
-        (backing, entry.jobs.clone())
+        books.objects.get_mut(&object).map_or((None, Vec::new()), |entry| entry.detach(which))
     }
 
     /// Waits for the device and gives the pages back.
-    pub(super) fn let_go(&self, cx: &mut MaySleep<'_>, (backing, jobs): Detached<M, D>) {
+    pub(super) fn let_go(&self, cx: &mut MaySleep<'_>, object: u64, (backing, jobs): Detached<M, D>) {
+        let _leaving = backing.as_ref().map(|_| Leaving { core: self, object });
         for job in &jobs {
             job.wait(cx);
         }
         if let Some(backing) = backing {
-            let pages = self.iommu.unmap(cx, &self.device, backing.remapped);
-            self.device.put_pages(cx, pages, backing.written);
+            self.put_pages(cx, backing);
+        }
+    }
+
+    fn put_pages(&self, cx: &mut MaySleep<'_>, backing: Backing<M, D>) {
+        let pages = self.iommu.unmap(cx, &self.device, backing.remapped);
+        self.device.put_pages(cx, pages, backing.written);
+    }
+
+    /// Waits for whoever else is about to let the object's pages go.
+    pub(super) fn wait_left(&self, cx: &mut MaySleep<'_>, object: u64) {
+        let mut books = self.lock(cx);
+        while books.objects.get(&object).is_some_and(|entry| entry.leaving > 0) {
+            books = self.left.wait(cx, books);
         }
     }
 
     /// No access of the device through the object is in flight when it returns.
     pub(super) fn wait_idle(&self, cx: &mut MaySleep<'_>, object: u64) {
         let detached = self.detach(cx, object, |_| false);
-        self.let_go(cx, detached);
+        self.let_go(cx, object, detached);
     }
 }
 
@@ -179,7 +223,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Core<M, D> {
             let (range, access, known) = (entry.range, entry.access, entry.subscription.clone());
             drop(books);
             let past = self.detach(cx, object, |backing| !backing.is_current());
-            self.let_go(cx, past);
+            self.let_go(cx, object, past);
             let subscription = match known {
                 Some(subscription) => subscription,
                 None => self.subscribe(cx, object, range, access)?,
@@ -267,7 +311,9 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Core<M, D> {
         };
         drop(books);
         let installed = unwanted.is_none();
-        self.let_go(cx, (unwanted, Vec::new()));
+        if let Some(backing) = unwanted {
+            self.put_pages(cx, backing);
+        }
         Ok(installed)
     }
 
@@ -291,7 +337,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Core<M, D> {
         drop(books);
         // The entry stays until then, for callbacks, which have to wait as well.
         let last = self.detach(cx, object, |_| true);
-        self.let_go(cx, last);
+        self.let_go(cx, object, last);
         if let Some(subscription) = subscription {
             // Refused in a callback only, and none of ours drops an object.
             let _ = subscription.unsubscribe(cx);

@@ -100,7 +100,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Object<M, D> {
         if self.core.at_home() {
             MaySleep::enter(|cx| {
                 let detached = self.core.detach(cx, self.number, |_| true);
-                self.core.let_go(cx, detached);
+                self.core.let_go(cx, self.number, detached);
             });
         }
     }

@@ -12,7 +12,7 @@ use interleave::{Ordering, Sleep};
 use mmu_notifier::primary::{Invalidate, PrimaryMmu, SeqMoved, SetSeq};
 use mmu_notifier::{Invalidation, WouldBlock};
 
-use super::core::Core;
+use super::core::{Backing, Core};
 use crate::device::{Device, Engine};
 
 pub(super) struct Changed<M: PrimaryMmu, D: Device<M> + Engine> {
@@ -33,13 +33,13 @@ impl<M: PrimaryMmu, D: Device<M> + Engine> Invalidate for Changed<M, D> {
         let mut books = core.lock(cx);
         let moved = seq.set();
         let Some(entry) = books.objects.get_mut(&self.object) else { return Ok(moved) };
-        let backing = entry.backing.take_if(|backing| backing.has_moved());
-        let jobs = entry.jobs.clone();
+        let detached = entry.detach(Backing::has_moved);
         drop(books);
-        if backing.is_some() {
+        if detached.0.is_some() {
             core.counters.invalidated.fetch_add(1, Ordering::Relaxed);
         }
-        core.let_go(cx, (backing, jobs));
+        core.let_go(cx, self.object, detached);
+        core.wait_left(cx, self.object);
         Ok(moved)
     }
 }

@@ -24,7 +24,7 @@ use super::core::{ATTEMPTS, Backing, Books, Core, JobOf};
 use super::error::ObjectError;
 use super::job::Job;
 use super::{memory, table};
-use crate::device::{Command, Device, DeviceAddr, Engine, Fault, FenceError};
+use crate::device::{Command, Device, DeviceAddr, Engine, Fault, Fence, FenceError};
 
 /// A batch that was submitted. Dropping it does not wait; the objects of its list wait for it where they must.
 #[must_use = "a batch that failed says so only here"]
@@ -114,8 +114,11 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Core<M, D> {
         there: Vec<Command>,
         job: JobOf<D>,
     ) -> Result<Execution<D>, ObjectError> {
+        let unanswered = Unanswered(&job);
         // SAFETY: `check` has led each address into an object of the list, and the job is attached to them.
-        match unsafe { memory::submit(cx, &self.device, &there) } {
+        let answer = unsafe { memory::submit(cx, &self.device, &there) };
+        std::mem::forget(unanswered);
+        match answer {
             Ok(fence) => {
                 job.submitted(cx, Some(fence));
                 let commands = commands.iter().copied().zip(there).collect();
@@ -126,6 +129,15 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Core<M, D> {
                 Err(error.into())
             }
         }
+    }
+}
+
+/// A job whose engine has not answered. Dropped only if the engine panics, which means that it has not taken the batch.
+struct Unanswered<'j, F: Fence>(&'j Job<F>);
+
+impl<F: Fence> Drop for Unanswered<'_, F> {
+    fn drop(&mut self) {
+        let _ = MaySleep::try_enter(|cx| self.0.submitted(cx, None));
     }
 }
 
