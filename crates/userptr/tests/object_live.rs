@@ -2,17 +2,16 @@
 //! Objects on memory of this process, with the kvm device and the cpu device, heard through the best source there is.
 
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 
 use hostmm::capability::Capability;
 use hostmm::primary::HostMm;
 use hostmm::testing;
-use interleave::{AtomicBool, MaySleep, Ordering, scope};
-use mmu_notifier::GupError;
+use interleave::{AtomicBool, MaySleep, Ordering, scope, time};
+use mmu_notifier::{Access, GupError, Range};
 use userptr::device::cpu::Cpu;
 use userptr::device::kvm::{KvmDevice, Polling};
-use userptr::device::{Command, Device, DeviceAddr, DeviceError, Engine, checksum};
+use userptr::device::{Command, Device, DeviceAddr, DeviceError, Engine, Fence, FenceError, checksum};
 use userptr::object::{Driver, Flags, Iommu, Object, ObjectError};
 use userptr::source::{self, AnySource};
 
@@ -172,7 +171,9 @@ impl Body for ByteExact {
         let commands = [fill(at.0, 11), Command::Checksum { src: all, len: 2 * PAGE as u64, result }];
         space.execute(&[&small, &overlapping, &sum], &commands).unwrap().wait().unwrap();
         let bytes: Vec<u8> = (0..2 * PAGE).map(|n| memory.get(n)).collect();
-        assert!(bytes.iter().enumerate().all(|(n, b)| *b == 7 * u8::from((offset..offset + 11).contains(&n))));
+        assert!(
+            bytes.iter().enumerate().all(|(n, b)| *b == 7 * u8::from((offset..offset + 11).contains(&n)))
+        );
         assert_eq!(sum.bytes().unwrap(), checksum(&bytes).to_le_bytes());
         drop((small, overlapping));
         memory.unmap(0, 2);
@@ -194,19 +195,24 @@ struct Churn;
 
 impl Body for Churn {
     fn run<D: Device<Host> + Engine + 'static>(self, driver: Driver<Host, D>) {
-        let memory = Arc::new(Pages::new(4));
+        let memory = Pages::new(4);
         let stop = AtomicBool::new(false);
         let addr = memory.0.addr();
         MaySleep::enter(|cx| {
             scope(cx, |threads, _| {
                 let stop = &stop;
-                threads.spawn("churn", move |_| {
+                threads.spawn("churn", move |cx| {
                     while !stop.load(Ordering::Relaxed) {
                         // SAFETY: nothing refers to the memory, and devices may see it go.
                         let gone = unsafe {
-                            libc::madvise(std::ptr::without_provenance_mut(addr), 4 * PAGE, libc::MADV_DONTNEED)
+                            libc::madvise(
+                                std::ptr::without_provenance_mut(addr),
+                                4 * PAGE,
+                                libc::MADV_DONTNEED,
+                            )
                         };
                         assert_eq!(gone, 0);
+                        time::sleep(cx, Duration::from_micros(300));
                     }
                 });
                 for round in 0..60_u8 {
@@ -217,15 +223,12 @@ impl Body for Churn {
                     let bind = |object| space.bind(object, None).unwrap();
                     let (src, there, dst) = (bind(&from), bind(&over), bind(&to));
                     let len = 3 * PAGE as u64;
-                    let commands =
-                        [Command::Copy { dst, src, len }, Command::Copy { dst: there, src, len }];
+                    let commands = [Command::Copy { dst, src, len }, Command::Copy { dst: there, src, len }];
                     let first = loop {
                         match space.execute(&[&from, &over, &to], &commands) {
                             Ok(execution) => break execution,
-                            // There is no end to the churn, and it says so.
-                            Err(ObjectError::Unsettled { .. }) => {
-                                break space.execute(&[&from, &to], &commands[..1]).unwrap();
-                            }
+                            // Again, as user space does with EAGAIN.
+                            Err(ObjectError::Unsettled { .. }) => {}
                             Err(error) => panic!("{error}"),
                         }
                     };
@@ -267,7 +270,8 @@ impl Body for Forked {
         if child == 0 {
             let refused = space.execute(&[&object], &fill);
             let bytes = object.into_bytes();
-            let right = matches!(refused, Err(ObjectError::Forked)) && bytes.is_some_and(|b| b[..] == [2; 10]);
+            let right =
+                matches!(refused, Err(ObjectError::Forked)) && bytes.is_some_and(|b| b[..] == [2; 10]);
             // SAFETY: ends the child without running the parent's destructors.
             unsafe { libc::_exit(i32::from(!right)) };
         }
@@ -289,6 +293,43 @@ fn a_foreign_process_is_refused_on_cpu() {
 #[test]
 fn a_foreign_process_is_refused_on_kvm() {
     on_kvm("a_foreign_process_is_refused_on_kvm", Forked);
+}
+
+/// A batch is held back in the queue while its memory goes. The device faults, and says where in the addresses of the
+/// space; who wants to free its pages meanwhile waits.
+#[test]
+fn a_batch_in_flight_faults_where_its_memory_has_gone() {
+    if !testing::require(Capability::IoUring) || !testing::require(Capability::DevKvm) {
+        return;
+    }
+    testing::in_child("a_batch_in_flight_faults_where_its_memory_has_gone", DEADLINE, || {
+        let device = KvmDevice::open(Polling::default()).unwrap();
+        let iommu = Iommu::remapping(DeviceAddr(0x2000_0000_0000), 1 << 30);
+        let driver = Driver::new(source::open_mm(1).unwrap(), device.context().unwrap(), iommu);
+        let (memory, semaphore) = (Pages::new(2), Pages::new(1));
+        let gate = Range::new(semaphore.0.addr() as u64, PAGE as u64).unwrap();
+        let object = memory.object(&driver, 0, 2 * PAGE, Flags::default());
+        let space = driver.space();
+        let at = space.bind(&object, Some(DeviceAddr(0x9000))).unwrap();
+        object.get_pages().unwrap();
+        MaySleep::enter(|cx| {
+            let mapping = driver.device().map_range(cx, gate, Access::Read, None).unwrap();
+            let held = driver.device().submit_wait(cx, mapping.address(), 1).unwrap();
+            let fill =
+                |offset: usize| Command::Fill { dst: DeviceAddr(at.0 + offset as u64), len: 8, byte: 1 };
+            let batch = space.execute(&[&object], &[fill(0), fill(PAGE + 16)]).unwrap();
+            memory.unmap(1, 1);
+            assert!(!object.has_pages() && !batch.is_done());
+            semaphore.set(0, 1);
+            held.wait(cx).unwrap();
+            let Err(FenceError::Fault(fault)) = batch.wait() else { panic!("nothing is mapped there") };
+            let there = DeviceAddr(0x9000 + PAGE as u64 + 16);
+            assert_eq!((fault.command, fault.addr, fault.access), (1, there, Access::Write));
+            assert_eq!(memory.get(0), 1, "what came before it was executed");
+            driver.device().unmap_range(cx, mapping);
+        });
+        assert!(not_mapped(object.get_pages().unwrap_err()));
+    });
 }
 
 struct Example;

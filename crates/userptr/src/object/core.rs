@@ -153,13 +153,7 @@ impl<M: PrimaryMmu, D: Device<M> + Engine> Core<M, D> {
         self.books.lock(cx)
     }
 
-    pub(super) fn open(
-        &self,
-        cx: &mut MaySleep<'_>,
-        range: Range,
-        bytes: (u64, u64),
-        access: Access,
-    ) -> u64 {
+    pub(super) fn open(&self, cx: &mut MaySleep<'_>, range: Range, bytes: (u64, u64), access: Access) -> u64 {
         let mut books = self.lock(cx);
         let object = books.number();
         let entry =

@@ -143,7 +143,10 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Object<M, D> {
 
 impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> fmt::Debug for Object<M, D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Object").field("number", &self.number).field("range", &self.range).finish_non_exhaustive()
+        f.debug_struct("Object")
+            .field("number", &self.number)
+            .field("range", &self.range)
+            .finish_non_exhaustive()
     }
 }
 

@@ -75,7 +75,8 @@ impl Iommu {
             Some(window) => match self.allocate(cx, window, range.len()) {
                 Some(at) => Some(at),
                 None => {
-                    let why = "the IOMMU's window is used up: close objects, or give it a larger one".to_owned();
+                    let why =
+                        "the IOMMU's window is used up: close objects, or give it a larger one".to_owned();
                     return Err((DeviceError::Full { range, why }, pages));
                 }
             },
@@ -120,10 +121,17 @@ mod tests {
             let window = iommu.window.unwrap();
             assert_eq!(window, (0x2000, 0xb000));
             let mut take = |pages: u64| iommu.allocate(cx, window, pages * PAGE_SIZE);
-            assert_eq!((take(2), take(1), take(2), take(2)), (Some(0x2000), Some(0x5000), Some(0x7000), None));
+            assert_eq!(
+                (take(2), take(1), take(2), take(2)),
+                (Some(0x2000), Some(0x5000), Some(0x7000), None)
+            );
             iommu.used.lock(cx).remove(&0x5000);
             let mut take = |pages: u64| iommu.allocate(cx, window, pages * PAGE_SIZE);
-            assert_eq!((take(2), take(1)), (None, Some(0x5000)), "with the guard pages there is room for one");
+            assert_eq!(
+                (take(2), take(1)),
+                (None, Some(0x5000)),
+                "with the guard pages there is room for one"
+            );
             assert_eq!(iommu.allocate(cx, window, u64::MAX - 4095), None);
         });
     }

@@ -126,7 +126,12 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Driver<M, D> {
     /// # Safety
     /// While a batch that names the object is in flight, no reference may exist to those of the bytes that it writes, and
     /// nobody may write those that it reads. (Whether they are mapped does not matter.)
-    pub unsafe fn object_at(&self, addr: usize, len: usize, flags: Flags) -> Result<Object<M, D>, ObjectError> {
+    pub unsafe fn object_at(
+        &self,
+        addr: usize,
+        len: usize,
+        flags: Flags,
+    ) -> Result<Object<M, D>, ObjectError> {
         Object::new(&self.core, (addr as u64, len as u64), None, flags)
     }
 

@@ -44,7 +44,11 @@ impl<M: PrimaryMmu, D: Device<M> + Engine> AddressSpace<M, D> {
             let Some(entry) = books.objects.get(&object) else { return Err(ObjectError::OtherDevice) };
             let (range, bytes, access) = (entry.range, entry.bytes, entry.access);
             let table = books.spaces.entry(self.number).or_default();
-            table.bind(object, range, bytes, access, at).map_err(|why| ObjectError::Address { range, at, why })
+            table.bind(object, range, bytes, access, at).map_err(|why| ObjectError::Address {
+                range,
+                at,
+                why,
+            })
         })
     }
 
@@ -87,13 +91,8 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> AddressSpace<M, D
     ///
     /// # Errors
     /// [`ObjectError`]; nothing is executed then.
-    pub fn execute(
-        &self,
-        list: &[&Object<M, D>],
-        commands: &[Command],
-    ) -> Result<Execution<D>, ObjectError> {
-        let mut numbers =
-            list.iter().map(|object| object.of(&self.core)).collect::<Result<Vec<_>, _>>()?;
+    pub fn execute(&self, list: &[&Object<M, D>], commands: &[Command]) -> Result<Execution<D>, ObjectError> {
+        let mut numbers = list.iter().map(|object| object.of(&self.core)).collect::<Result<Vec<_>, _>>()?;
         numbers.sort_unstable();
         numbers.dedup();
         MaySleep::enter(|cx| self.core.execute(cx, self.number, &numbers, commands))

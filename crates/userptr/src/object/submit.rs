@@ -183,7 +183,8 @@ fn attach<M: PrimaryMmu, D: Device<M> + Engine>(
         entry.jobs.retain(|job| !job.is_done(cx));
         entry.jobs.push(Arc::clone(job));
     }
-    let writes = commands.iter().flat_map(Command::spans).filter(|span| span.2 == Access::Write && span.1 != 0);
+    let writes =
+        commands.iter().flat_map(Command::spans).filter(|span| span.2 == Access::Write && span.1 != 0);
     for (addr, len, access) in writes {
         let reached = spaces.get(&space).and_then(|table| table.reach(addr, len, access));
         let backing = reached.and_then(|r| objects.get_mut(&r.object)).and_then(|e| e.backing.as_mut());

@@ -56,7 +56,8 @@ impl Table {
         if !at.is_multiple_of(PAGE_SIZE) {
             return Err("it is not the first address of a page");
         }
-        let end = at.checked_add(range.len()).filter(|end| *end <= END).ok_or("it is past the last address")?;
+        let end =
+            at.checked_add(range.len()).filter(|end| *end <= END).ok_or("it is past the last address")?;
         if !self.is_free(at, end) {
             return Err("something is bound there");
         }

@@ -191,7 +191,8 @@ impl<M: PrimaryMmu> Device<M> for SoftDevice {
         let frames = self.shared.machine.frames();
         if self.holds == Holds::Pins {
             let pin = mm.pin(cx, range, access)?;
-            let ids = range.iter_pages().map(|page| frames.id(pin.pfn(page).expect("softmm knows its frames")));
+            let ids =
+                range.iter_pages().map(|page| frames.id(pin.pfn(page).expect("softmm knows its frames")));
             return Ok(SoftPages { range, access, frames: ids.collect(), pin: Some(pin) });
         }
         let mut ids = Vec::new();

@@ -76,7 +76,8 @@ fn memory_is_replaced_under_an_object_and_the_next_batch_sees_the_new() {
     each_hold(|cx, mm, driver, device| {
         map(cx, mm, pages(0, 1), 1);
         map(cx, mm, pages(8, 1), 0);
-        let (from, to) = (object(driver, pages(0, 1), READ_ONLY), object(driver, pages(8, 1), Flags::default()));
+        let (from, to) =
+            (object(driver, pages(0, 1), READ_ONLY), object(driver, pages(8, 1), Flags::default()));
         let space = driver.space();
         let src = space.bind(&from, Some(DeviceAddr(0x7000))).unwrap();
         let dst = space.bind(&to, None).unwrap();
@@ -129,8 +130,10 @@ fn commands_reach_the_bytes_of_the_listed_objects_and_nothing_else() {
     each_hold(|cx, mm, driver, _| {
         map(cx, mm, pages(0, 4), 1);
         // SAFETY: addresses of softmm are no memory of this process.
-        let small = unsafe { driver.object_at(pages(0, 1).start() as usize + 8, 16, Flags::default()) }.unwrap();
-        let (ro, other) = (object(driver, pages(1, 1), READ_ONLY), object(driver, pages(2, 1), Flags::default()));
+        let small =
+            unsafe { driver.object_at(pages(0, 1).start() as usize + 8, 16, Flags::default()) }.unwrap();
+        let (ro, other) =
+            (object(driver, pages(1, 1), READ_ONLY), object(driver, pages(2, 1), Flags::default()));
         let space = driver.space();
         let at = space.bind(&small, Some(DeviceAddr(0x1000))).unwrap();
         assert_eq!(at, DeviceAddr(0x1008));
@@ -236,7 +239,8 @@ fn a_mapping_that_is_read_only_serves_a_read_only_object_alone() {
     each_hold(|cx, mm, driver, _| {
         map(cx, mm, pages(0, 1), 5);
         mm.mprotect(cx, pages(0, 1), Prot::Read).unwrap();
-        let (ro, rw) = (object(driver, pages(0, 1), READ_ONLY), object(driver, pages(0, 1), Flags::default()));
+        let (ro, rw) =
+            (object(driver, pages(0, 1), READ_ONLY), object(driver, pages(0, 1), Flags::default()));
         ro.get_pages().unwrap();
         let denied = rw.get_pages().unwrap_err();
         let ObjectError::Device(DeviceError::Pages(GupError::AccessDenied { access, .. })) = denied else {
