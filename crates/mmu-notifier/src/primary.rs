@@ -226,6 +226,17 @@ pub trait PrimaryMmu: Send + Sync {
 
     /// Every kind of change that is never reported, with the reason. Empty: complete.
     fn cannot_hear(&self) -> &'static [Unheard];
+
+    /// Returns at a moment when every change that anybody can see the effect of has moved its sequence: what
+    /// [`read_retry_ordered`](Subscription::read_retry_ordered) says about memory that was mapped before this call is
+    /// then as good as [`read_retry`](Subscription::read_retry). One call serves many lookups; where the sequence moves
+    /// before the change there is nothing to wait for.
+    ///
+    /// # Errors
+    /// [`Gone`], if nobody can say.
+    fn settle(&self) -> Result<(), Gone> {
+        Ok(())
+    }
 }
 
 /// One range that is listened to. Dropping it unsubscribes without waiting for a callback that runs.
@@ -246,6 +257,13 @@ pub trait Subscription: Send + Sync {
     /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs
     /// a load or two.
     fn read_retry(&self, seq: Self::Seq) -> bool;
+
+    /// As [`read_retry`](Subscription::read_retry), about the changes alone whose system call has returned before this
+    /// call, in happens-before order: not enough where another thread can be in the middle of giving the memory
+    /// back while this one is already handed its address. Loads only, for every source.
+    fn read_retry_ordered(&self, seq: Self::Seq) -> bool {
+        self.read_retry(seq)
+    }
 
     /// Ends the subscription; no callback runs after it returns. May sleep.
     ///

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::io;
 
 use interleave::AtomicContext;
-use mmu_notifier::Range;
+use mmu_notifier::{Access, GupError, Range};
 
 use super::{MAX_PIN, MAX_SLOTS};
 use crate::page::{Maps, PidOrSelf, Vma};
@@ -122,6 +122,30 @@ pub enum PinError {
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+impl PinError {
+    /// A ring could not be made, or a table for it: `source` in words.
+    pub fn no_ring(source: io::Error) -> PinError {
+        no_ring(source)
+    }
+
+    /// What it means to whoever asked a primary MMU for the pages of `range`.
+    pub(super) fn about(self, range: Range, access: Access) -> GupError {
+        match self {
+            PinError::Unmapped { hole, .. } => GupError::NotMapped { range, access, at: hole.first_page() },
+            PinError::NotWritable { part, .. } => {
+                GupError::AccessDenied { range, access, at: part.first_page() }
+            }
+            PinError::MemlockLimit { .. } | PinError::NoSlot { .. } => {
+                GupError::NoMemory { range, limit: self.to_string() }
+            }
+            PinError::TooLong(_) | PinError::SharedFile { .. } => {
+                GupError::Unsupported { range, why: self.to_string() }
+            }
+            other => GupError::Source { range, source: other.into() },
+        }
+    }
 }
 
 pub(super) fn no_ring(source: io::Error) -> PinError {

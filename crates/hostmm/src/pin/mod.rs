@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use interleave::{AtomicU64, LockClass, MaySleep, Mutex, Ordering, might_sleep};
 use io_uring::IoUring;
-use mmu_notifier::Range;
+use mmu_notifier::{Access, GupError, Range};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::sys::uring::{self, Transfer};
@@ -37,6 +37,9 @@ pub use error::PinError;
 pub const MAX_PIN: u64 = 1 << 30;
 /// The most slots that a table can have (Linux 5.13: 16384).
 pub const MAX_SLOTS: u32 = 1 << 14;
+
+/// How often a pin is tried that fails for no reason that can be found afterwards.
+const ATTEMPTS: u32 = 8;
 
 /// Bytes per request: bounds what the scratch file holds.
 const CHUNK: usize = 1 << 20;
@@ -139,6 +142,31 @@ impl Pinner {
         Ok(Pin { inner: Arc::clone(inner), slot, range, held: true })
     }
 
+    /// As [`Pinner::pin`], in the words of a primary MMU, and once more where the kernel met a hole that was mapped
+    /// again when we looked for it: no sequence moves by that, so the caller would not know to try again.
+    ///
+    /// # Errors
+    /// [`GupError`].
+    pub fn pin_for(&self, range: Range, access: Access) -> Result<Pin, GupError> {
+        let mut more = 1..ATTEMPTS;
+        loop {
+            match self.pin(range) {
+                Err(PinError::Refused { source, .. })
+                    if source.raw_os_error() == Some(libc::EFAULT) && more.next().is_some() => {}
+                other => return other.map_err(|e| e.about(range, access)),
+            }
+        }
+    }
+
+    /// Is this the process whose pages the table holds? A load.
+    ///
+    /// # Errors
+    /// [`PinError::Forked`].
+    #[inline]
+    pub fn check_owner(&self) -> Result<(), PinError> {
+        self.0.check_owner()
+    }
+
     /// How many bytes are pinned through this table, freed memory included.
     #[must_use]
     pub fn pinned_bytes(&self) -> u64 {
@@ -197,6 +225,12 @@ impl Pin {
     #[must_use]
     pub fn slot(&self) -> u32 {
         self.inner.first + self.slot
+    }
+
+    /// Is it in the table of `pinner`?
+    #[must_use]
+    pub fn is_of(&self, pinner: &Pinner) -> bool {
+        Arc::ptr_eq(&self.inner, &pinner.0)
     }
 
     /// The ring in whose table it is.

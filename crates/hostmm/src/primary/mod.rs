@@ -31,9 +31,6 @@ use crate::sys::mm;
 
 pub use source::{KvmWatch, LiveWatch, Source};
 
-/// How often a pin is tried that fails for no reason that can be found afterwards.
-const ATTEMPTS: u32 = 8;
-
 static SETTLED: LockClass = LockClass::new("host_settled");
 
 /// Why the parts around a source are not there.
@@ -121,17 +118,7 @@ impl<S: Source> PrimaryMmu for HostMm<S> {
     /// An io_uring fixed buffer: `FOLL_PIN | FOLL_LONGTERM | FOLL_WRITE` whatever `access` says, so memory that may
     /// not be written cannot be pinned for reading either.
     fn pin(&self, _cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<HostPin, GupError> {
-        let mut more = 1..ATTEMPTS;
-        loop {
-            match self.pinner.pin(range) {
-                Ok(held) => return Ok(HostPin { held, access }),
-                // The kernel met a hole that was mapped again when we looked for it. No sequence moves by that, so the
-                // caller would not know to try again.
-                Err(PinError::Refused { source, .. })
-                    if source.raw_os_error() == Some(libc::EFAULT) && more.next().is_some() => {}
-                Err(e) => return Err(refused(range, access, e)),
-            }
-        }
+        Ok(HostPin { held: self.pinner.pin_for(range, access)?, access })
     }
 
     fn page_identity(&self, _cx: &mut MaySleep<'_>, page: PageAddr) -> Result<PageIdentity, IdentityError> {
@@ -155,6 +142,10 @@ impl<S: Source> PrimaryMmu for HostMm<S> {
     fn cannot_hear(&self) -> &'static [Unheard] {
         S::CANNOT_HEAR
     }
+
+    fn settle(&self) -> Result<(), Gone> {
+        self.source.settle()
+    }
 }
 
 impl<S: Source> HostMm<S> {
@@ -172,18 +163,6 @@ impl<S: Source> HostMm<S> {
             Some(part) => GupError::AccessDenied { range, access, at: part.first_page() },
             None => GupError::Source { range, source: source.into() },
         }
-    }
-}
-
-fn refused(range: Range, access: Access, error: PinError) -> GupError {
-    match error {
-        PinError::Unmapped { hole, .. } => GupError::NotMapped { range, access, at: hole.first_page() },
-        PinError::NotWritable { part, .. } => GupError::AccessDenied { range, access, at: part.first_page() },
-        PinError::MemlockLimit { .. } => GupError::NoMemory { range, limit: error.to_string() },
-        PinError::NoSlot { .. } | PinError::TooLong(_) | PinError::SharedFile { .. } => {
-            GupError::Unsupported { range, why: error.to_string() }
-        }
-        other => GupError::Source { range, source: other.into() },
     }
 }
 
@@ -249,6 +228,11 @@ impl<W: LiveWatch> Subscription for HostSubscription<W> {
     #[inline]
     fn read_retry(&self, seq: W::Seq) -> bool {
         self.watch.changed_since(seq)
+    }
+
+    #[inline]
+    fn read_retry_ordered(&self, seq: W::Seq) -> bool {
+        self.watch.changed_since_ordered(seq)
     }
 
     fn unsubscribe(&self, _cx: &mut MaySleep<'_>) -> Result<(), InsideInvalidation> {

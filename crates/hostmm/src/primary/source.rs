@@ -33,6 +33,14 @@ pub trait Source: Send + Sync {
         range: Range,
         callback: Option<Arc<dyn Invalidate>>,
     ) -> Result<Self::Watch, SubscribeError>;
+
+    /// As [`PrimaryMmu::settle`](mmu_notifier::primary::PrimaryMmu::settle).
+    ///
+    /// # Errors
+    /// [`Gone`].
+    fn settle(&self) -> Result<(), Gone> {
+        Ok(())
+    }
 }
 
 /// One range of a live source. Dropping it ends it, as a fence.
@@ -51,6 +59,11 @@ pub trait LiveWatch: Send + Sync {
 
     /// Has anything been announced since? `false` is a promise.
     fn changed_since(&self, seq: Self::Seq) -> bool;
+
+    /// As [`Subscription::read_retry_ordered`](mmu_notifier::primary::Subscription::read_retry_ordered).
+    fn changed_since_ordered(&self, seq: Self::Seq) -> bool {
+        self.changed_since(seq)
+    }
 
     /// No callback runs after it returns.
     ///
@@ -173,6 +186,18 @@ impl Source for UffdSource {
             other => SubscribeError::Unsupported { range, why: other.to_string() },
         })
     }
+
+    fn settle(&self) -> Result<(), Gone> {
+        self.probe().map(drop).map_err(gone)
+    }
+}
+
+/// A source's own words for it.
+fn gone(gone: uffd::Gone) -> Gone {
+    match gone {
+        uffd::Gone::Forked => Gone::Forked,
+        other => Gone::Closed { why: other.to_string() },
+    }
 }
 
 impl LiveWatch for uffd::Watch {
@@ -183,15 +208,17 @@ impl LiveWatch for uffd::Watch {
     }
 
     fn snapshot(&self) -> Result<uffd::Seq, Gone> {
-        uffd::Watch::snapshot(self).map_err(|e| match e {
-            uffd::Gone::Forked => Gone::Forked,
-            other => Gone::Closed { why: other.to_string() },
-        })
+        uffd::Watch::snapshot(self).map_err(gone)
     }
 
     /// Strict: one system call of some 200 ns, which waits while a change of watched memory is in flight.
     fn changed_since(&self, seq: uffd::Seq) -> bool {
         self.changed_since_strict(seq)
+    }
+
+    #[inline]
+    fn changed_since_ordered(&self, seq: uffd::Seq) -> bool {
+        uffd::Watch::changed_since_ordered(self, seq)
     }
 
     fn unsubscribe(&self) -> Result<(), InsideInvalidation> {

@@ -1,0 +1,218 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Which entries could contain a range? Answered without a lock.
+//!
+//! An entry of up to 4^n pages is on *level* n and listed under the one or two aligned blocks of 4^n pages that it
+//! touches. Whatever contains a page is listed under that page's block on its own level, and whatever contains a range
+//! is on the range's level or above: a lookup asks once a level in use, beginning with its own, and most programs use
+//! few.
+//!
+//! The lists are one open-addressed hash table. Writers hold the cache's books; readers hold nothing and may miss an
+//! entry that is being moved. They never see one that is not there: what they find is a candidate, which its
+//! [state](super::slab) confirms. Whoever misses looks again in the books.
+//!
+//! Invariants: at most three quarters of the words are used, so that a probe ends; a word is 0, or a tag of 40 bits
+//! and an index plus one; between a word and the place that its hash asks for, no word is 0.
+
+use interleave::{AtomicU64, Ordering};
+use mmu_notifier::{PAGE_SHIFT, Range};
+
+/// 4^18 pages are all of user space.
+const LEVELS: usize = 19;
+const INDEX_BITS: u32 = 24;
+/// Entries that a table can name.
+pub(crate) const MAX_ENTRIES: usize = (1 << INDEX_BITS) - 2;
+
+pub(crate) struct Table {
+    words: Box<[AtomicU64]>,
+    /// A bit for each level in use.
+    levels: AtomicU64,
+}
+
+/// What writers must know; part of the books.
+#[derive(Debug, Default)]
+pub(crate) struct Levels([u32; LEVELS]);
+
+fn level(range: Range) -> u32 {
+    let pages = range.pages();
+    (u64::BITS - (pages - 1).leading_zeros()).div_ceil(2)
+}
+
+/// A well-mixed hash of a block: its high bits say where, its low 40 are the tag.
+#[inline(always)]
+fn hash(block: u64, level: u32) -> u64 {
+    let x = (block << 5 | u64::from(level)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (x ^ x >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+}
+
+#[inline(always)]
+fn word(hash: u64, index: u32) -> u64 {
+    hash << INDEX_BITS | (u64::from(index) + 1)
+}
+
+fn tag(word: u64) -> u64 {
+    word >> INDEX_BITS
+}
+
+impl Table {
+    /// For `capacity` entries, at most [`MAX_ENTRIES`].
+    pub(crate) fn new(capacity: usize) -> Table {
+        let words = (capacity * 8 / 3 + 1).next_power_of_two();
+        Table { words: (0..words).map(|_| AtomicU64::new(0)).collect(), levels: AtomicU64::new(0) }
+    }
+
+    #[inline(always)]
+    fn home(&self, hash: u64) -> usize {
+        // The shift leaves as many bits as the table has; the tag's bits are others unless the table is huge.
+        (hash >> (u64::BITS - self.words.len().trailing_zeros()).min(63)) as usize & (self.words.len() - 1)
+    }
+
+    /// The first answer that `candidate` gives about an entry that could contain `range`.
+    #[inline(always)]
+    pub(crate) fn find<R>(&self, range: Range, mut candidate: impl FnMut(u32) -> Option<R>) -> Option<R> {
+        let first = level(range);
+        let page = range.start() >> PAGE_SHIFT;
+        let mut levels = self.levels.load(Ordering::Acquire) >> first << first;
+        while levels != 0 {
+            let level = levels.trailing_zeros();
+            levels &= levels - 1;
+            let hash = hash(page >> (2 * level), level);
+            let mut at = self.home(hash);
+            for _ in 0..self.words.len() {
+                let found = self.words[at].load(Ordering::Acquire);
+                if found == 0 {
+                    break;
+                }
+                if tag(found) == tag(word(hash, 0))
+                    && let Some(answer) = candidate((found as u32 & ((1 << INDEX_BITS) - 1)) - 1)
+                {
+                    return Some(answer);
+                }
+                at = (at + 1) & (self.words.len() - 1);
+            }
+        }
+        None
+    }
+
+    fn blocks(range: Range) -> impl Iterator<Item = u64> {
+        let level = level(range);
+        let block = |addr: u64| addr >> PAGE_SHIFT >> (2 * level);
+        let (first, last) = (block(range.start()), block(range.end() - 1));
+        (first..=last).map(move |block| hash(block, level))
+    }
+
+    /// Lists `index` under `range`. The caller holds the books.
+    pub(crate) fn insert(&self, levels: &mut Levels, range: Range, index: u32) {
+        let mask = self.words.len() - 1;
+        for hash in Self::blocks(range) {
+            let mut at = self.home(hash);
+            while self.words[at].load(Ordering::Relaxed) != 0 {
+                at = (at + 1) & mask;
+            }
+            self.words[at].store(word(hash, index), Ordering::Release);
+        }
+        let level = level(range);
+        levels.0[level as usize] += 1;
+        self.levels.fetch_or(1 << level, Ordering::Release);
+    }
+
+    /// Strikes `index` off. The caller holds the books; `range_of` tells where the entries are that are listed.
+    pub(crate) fn remove(
+        &self,
+        levels: &mut Levels,
+        range: Range,
+        index: u32,
+        range_of: impl Fn(u32) -> Range,
+    ) {
+        let mask = self.words.len() - 1;
+        for hash in Self::blocks(range) {
+            let mut at = self.home(hash);
+            while self.words[at].load(Ordering::Relaxed) != word(hash, index) {
+                at = (at + 1) & mask;
+            }
+            self.close_gap(at, &range_of);
+        }
+        let level = level(range);
+        levels.0[level as usize] -= 1;
+        if levels.0[level as usize] == 0 {
+            self.levels.fetch_and(!(1 << level), Ordering::Release);
+        }
+    }
+
+    /// Frees the word at `gap`, moving up those behind it that a probe would no longer reach.
+    fn close_gap(&self, mut gap: usize, range_of: &impl Fn(u32) -> Range) {
+        let mask = self.words.len() - 1;
+        let mut at = gap;
+        loop {
+            at = (at + 1) & mask;
+            let found = self.words[at].load(Ordering::Relaxed);
+            if found == 0 {
+                break;
+            }
+            let range = range_of((found as u32 & ((1 << INDEX_BITS) - 1)) - 1);
+            let home = Self::blocks(range)
+                .find(|hash| tag(word(*hash, 0)) == tag(found))
+                .map_or(at, |hash| self.home(hash));
+            // It may move if its home is not behind the gap.
+            if at.wrapping_sub(home) & mask >= at.wrapping_sub(gap) & mask {
+                // First here, then no longer there: a reader sees it at least once, or misses it.
+                self.words[gap].store(found, Ordering::Release);
+                gap = at;
+            }
+        }
+        self.words[gap].store(0, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pages(first: u64, pages: u64) -> Range {
+        Range::new(first << PAGE_SHIFT, pages << PAGE_SHIFT).unwrap()
+    }
+
+    #[test]
+    fn levels_are_powers_of_four() {
+        let of = |n| level(pages(1, n));
+        assert_eq!([1, 2, 4, 5, 16, 17, 64, 65].map(of), [0, 1, 1, 2, 2, 3, 3, 4]);
+        assert_eq!(level(Range::ALL) as usize, LEVELS - 1);
+    }
+
+    proptest! {
+        #[test]
+        fn every_entry_that_contains_a_range_is_a_candidate(
+            ops in prop::collection::vec((0..12_u32, 0..64_u64, 1..40_u64), 1..80),
+            want in (0..100_u64, 1..20_u64),
+        ) {
+            let (table, mut levels) = (Table::new(12), Levels::default());
+            let mut model = BTreeMap::new();
+            for (index, first, len) in ops {
+                if let Some(range) = model.get(&index).copied() {
+                    table.remove(&mut levels, range, index, |i| model[&i]);
+                    model.remove(&index);
+                } else {
+                    let range = pages(first, len);
+                    model.insert(index, range);
+                    table.insert(&mut levels, range, index);
+                }
+                let want = pages(want.0, want.1);
+                for (index, range) in model.iter().filter(|(_, range)| range.contains(want)) {
+                    let found = table.find(want, |i| (i == *index).then_some(()));
+                    prop_assert!(found.is_some(), "{want} in {range}");
+                }
+                let mut strangers = 0;
+                let _: Option<()> = table.find(want, |i| { strangers += u32::from(!model.contains_key(&i)); None });
+                prop_assert_eq!(strangers, 0, "a candidate that is not listed");
+            }
+            for (index, range) in model.clone() {
+                table.remove(&mut levels, range, index, |i| model[&i]);
+                model.remove(&index);
+            }
+            prop_assert!(table.words.iter().all(|w| w.load(Ordering::Relaxed) == 0));
+        }
+    }
+}
