@@ -65,7 +65,7 @@ struct RmapItem {
 
 impl Digest for RmapItem {
     fn digest(&self) -> u64 {
-        (self.anon_vma, self.page.get(), self.mm.number()).digest()
+        (self.anon_vma, self.index.get(), self.mm.number()).digest()
     }
 }
 

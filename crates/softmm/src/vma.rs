@@ -211,14 +211,14 @@ pub(crate) struct VmaTree {
 impl Digest for Vma {
     fn digest(&self) -> u64 {
         let file = self.file.as_ref().map(|file| (file.file.id(), file.pgoff, file.shared));
-        let place = (self.range.start(), self.range.end(), self.prot as u8);
+        let place = (self.range.start(), self.range.end(), self.shift, self.prot as u8);
         (place, self.anon_vma.peek(), &self.inherited, self.accounted, self.mergeable, file).digest()
     }
 }
 
 impl Digest for VmaTree {
     fn digest(&self) -> u64 {
-        (&self.vmas, self.exited).digest()
+        (&self.vmas, self.exited, self.has_uprobes).digest()
     }
 }
 

@@ -125,11 +125,6 @@ pub enum PinError {
 }
 
 impl PinError {
-    /// A ring could not be made, or a table for it: `source` in words.
-    pub fn no_ring(source: io::Error) -> PinError {
-        no_ring(source)
-    }
-
     /// What it means to whoever asked a primary MMU for the pages of `range`.
     pub(super) fn about(self, range: Range, access: Access) -> GupError {
         match self {

@@ -89,13 +89,24 @@ impl Pinner {
     /// [`PinError::NoRing`] with what to do about it. Needs Linux 5.19.
     pub fn new(slots: u32) -> Result<Pinner, PinError> {
         might_sleep();
-        let ring = IoUring::new(2).map_err(error::no_ring)?;
-        ring.submitter().register_buffers_sparse(slots).map_err(error::no_ring)?;
+        let ring = uring::with_table(2, slots).map_err(error::no_ring)?;
         let fd = uring::descriptor(&ring).map_err(error::no_ring)?;
         let scratch =
             memfd_create("pin device", MemfdFlags::CLOEXEC).map_err(|e| error::no_ring(e.into()))?;
         let device = Device { ring, scratch: scratch.into() };
         Pinner::make(fd, 0, slots, Some(Mutex::new(&PIN_DEVICE, device)))
+    }
+
+    /// A ring with room for `entries` requests, with a table of `slots` (1 to [`MAX_SLOTS`]) that is all ours, for
+    /// whoever submits requests himself. May sleep.
+    ///
+    /// # Errors
+    /// [`PinError::NoRing`]. Needs Linux 5.19.
+    pub fn with_ring(entries: u32, slots: u32) -> Result<(Pinner, IoUring), PinError> {
+        might_sleep();
+        let ring = uring::with_table(entries, slots).map_err(error::no_ring)?;
+        let fd = uring::descriptor(&ring).map_err(error::no_ring)?;
+        Ok((Pinner::make(fd, 0, slots, None)?, ring))
     }
 
     /// The table of somebody else's ring, which has registered a (sparse) table that holds the empty slots

@@ -25,6 +25,23 @@ struct RsrcUpdate2 {
     resv2: u32,
 }
 
+/// `call` again for as long as signals interrupt it.
+pub(crate) fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
+    }
+}
+
+/// A ring of `entries` with an empty buffer table of `slots` (Linux 5.19).
+pub(crate) fn with_table(entries: u32, slots: u32) -> io::Result<IoUring> {
+    let ring = uninterrupted(|| IoUring::new(entries))?;
+    uninterrupted(|| ring.submitter().register_buffers_sparse(slots))?;
+    Ok(ring)
+}
+
 /// Put `range`, or nothing, into `slot` of the buffer table of the ring `ring` (Linux 5.13).
 ///
 /// The kernel pins the pages or fails; it does not look at what they hold, and does not touch them until a request
@@ -43,14 +60,19 @@ pub(crate) fn update_slot(ring: BorrowedFd<'_>, slot: u32, range: Option<Range>)
         nr: 1,
         resv2: 0,
     };
+    uninterrupted(|| update_once(ring, &update))
+}
+
+/// `update` points to an iovec and a tag of its caller.
+fn update_once(ring: BorrowedFd<'_>, update: &RsrcUpdate2) -> io::Result<()> {
     // SAFETY: update is the struct that the operation takes, with its size as the count; iovec and tag have nr = 1
-    // elements and outlive the call. The range is only an address for the kernel to check.
+    // elements and are the caller's, who waits. The range is only an address for the kernel to check.
     let done = unsafe {
         libc::syscall(
             libc::SYS_io_uring_register,
             ring.as_raw_fd(),
             IORING_REGISTER_BUFFERS_UPDATE,
-            &raw const update,
+            std::ptr::from_ref(update),
             size_of::<RsrcUpdate2>(),
         )
     };

@@ -2,7 +2,9 @@
 //! The command set that devices with an engine share: what each command does to the byte, so that two engines can be
 //! held against each other.
 //!
-//! Commands are executed in order; each sees what those before it wrote. All numbers in memory are little endian.
+//! Commands are executed in order; each sees what those before it wrote. A command accesses its bytes upwards, at each
+//! offset what it reads before what it writes and `a` before `b`, its result last, and comparing ends at the first
+//! difference: that says which access faults, if several could. All numbers in memory are little endian.
 //! A range whose last byte overflows, and source and destination that overlap, are refused at submission
 //! ([`Command::check`]), so no engine has to say what such a copy means. Zero bytes are allowed and touch nothing.
 
@@ -148,6 +150,28 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 type Span = (u64, u64);
 
 impl Command {
+    /// What it accesses: first byte, length, access; in a blit with what lies between the rows. In the order in which
+    /// each begins.
+    pub fn spans(&self) -> impl Iterator<Item = (DeviceAddr, u64, Access)> {
+        let rows = |pitch: u64, width: u64, height: u64| match height.checked_sub(1) {
+            Some(above) if width != 0 => above.saturating_mul(pitch).saturating_add(width),
+            _ => 0,
+        };
+        let read = |at: DeviceAddr, len: u64| Some((at, len, Access::Read));
+        let write = |at: DeviceAddr, len: u64| Some((at, len, Access::Write));
+        let spans = match *self {
+            Command::Copy { dst, src, len } => [read(src, len), write(dst, len), None],
+            Command::Fill { dst, len, .. } => [write(dst, len), None, None],
+            Command::Checksum { src, len, result } => [read(src, len), write(result, 8), None],
+            Command::Compare { a, b, len, result } => [read(a, len), read(b, len), write(result, 8)],
+            Command::Blit2d { dst, dst_pitch, src, src_pitch, width, height } => {
+                [read(src, rows(src_pitch, width, height)), write(dst, rows(dst_pitch, width, height)), None]
+            }
+            Command::StoreDword { dst, .. } => [write(dst, 4), None, None],
+        };
+        spans.into_iter().flatten()
+    }
+
     /// Can it be executed at all?
     ///
     /// # Errors

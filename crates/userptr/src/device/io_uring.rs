@@ -49,11 +49,7 @@ impl IoUring {
     /// # Errors
     /// [`PinError::NoRing`], with what to do about it.
     pub fn new(slots: u32) -> Result<IoUring, PinError> {
-        let ring = io_uring::IoUring::new(DEPTH).map_err(PinError::no_ring)?;
-        ring.submitter().register_buffers_sparse(slots).map_err(PinError::no_ring)?;
-        // SAFETY: the ring owns the descriptor and is borrowed for the call.
-        let fd = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) }.try_clone_to_owned();
-        let pinner = Pinner::on_ring(fd.map_err(PinError::no_ring)?, 0, slots)?;
+        let (pinner, ring) = Pinner::with_ring(DEPTH, slots)?;
         Ok(IoUring { pinner, slots, ring: Some(Mutex::new(&RING, ring)) })
     }
 

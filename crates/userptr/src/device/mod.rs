@@ -12,6 +12,7 @@ mod command;
 pub mod cpu;
 mod error;
 pub mod io_uring;
+pub mod kvm;
 pub mod pinned;
 
 use interleave::MaySleep;

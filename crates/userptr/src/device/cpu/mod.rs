@@ -163,12 +163,15 @@ impl Cpu {
                 let mut first = len;
                 for (n, (at, part)) in chunks(a.0, len).enumerate() {
                     let done = n as u64 * CHUNK as u64;
-                    self.read(cx, at, &mut left[..part])?;
-                    self.read(cx, b.0 + done, &mut right[..part])?;
-                    if let Some(at) = (0..part).find(|i| left[*i] != right[*i]) {
+                    let lefts = self.read(cx, at, &mut left[..part]);
+                    let rights = self.read(cx, b.0 + done, &mut right[..part]);
+                    let (l, r) = (got(lefts, at, part), got(rights, b.0 + done, part));
+                    if let Some(at) = (0..l.min(r)).find(|i| left[*i] != right[*i]) {
                         first = done + at as u64;
                         break;
                     }
+                    // Whichever comes first, and of two at the same offset the left one.
+                    if r < l { rights? } else { lefts? }
                 }
                 // SAFETY: see above.
                 unsafe { self.write(cx, result.0, &first.to_le_bytes()) }
@@ -198,12 +201,20 @@ impl Cpu {
     ) -> Result<(), (u64, Access)> {
         let (bytes, _) = bounce.halves(len);
         for (n, (at, part)) in chunks(src, len).enumerate() {
-            self.read(cx, at, &mut bytes[..part])?;
+            let read = self.read(cx, at, &mut bytes[..part]);
+            // What comes before the byte that could not be read may fault, too.
+            let bytes = &bytes[..got(read, at, part)];
             // SAFETY: the caller's promise.
-            unsafe { self.write(cx, dst + n as u64 * CHUNK as u64, &bytes[..part])? };
+            unsafe { self.write(cx, dst + n as u64 * CHUNK as u64, bytes)? };
+            read?;
         }
         Ok(())
     }
+}
+
+/// How many bytes a read of `part` bytes from `at` on got.
+fn got(read: Result<(), (u64, Access)>, at: u64, part: usize) -> usize {
+    read.map_or_else(|(fault, _)| (fault - at) as usize, |()| part)
 }
 
 /// Bytes `[at, at + len)` in parts of at most [`CHUNK`].
