@@ -106,6 +106,9 @@ fn number(cell: Option<&Cell>, peer: Option<&Cell>) -> Field {
         What::HitUnderGlibc | What::HitUnderJemalloc | What::HitUnderOtherVm => {
             text.push_str(&format!(", {:.2} % hits", 100.0 * cell.hit_rate()));
         }
+        What::Hit if cell.missed > 0 => {
+            text.push_str(&format!(", {:.2} % hits", 100.0 * cell.hit_rate()));
+        }
         What::Hit | What::Miss | What::Unmap | What::UnmapUnregistered => {}
     }
     let field = Field::new(text);

@@ -4,11 +4,12 @@
 //! A lookup is measured in CPU time of its thread: on a shared machine the clock on the wall measures the others. What
 //! waits for another thread (an unmapping system call, userfaultfd's reader) is measured on the wall, as a median.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use hostmm::peer::Anonymous;
 use hostmm::race;
-use interleave::{AtomicBool, MaySleep, Ordering, scope};
+use interleave::{AtomicBool, AtomicUsize, MaySleep, Ordering, scope, yield_now};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use serde::{Deserialize, Serialize};
 
@@ -67,16 +68,16 @@ impl<C: Contestant> Bench<C> {
             self.memory = None;
             self.contestant.make_room(pages)?;
         }
-        let before = self.contestant.registered();
+        let before = Cell::new(self.contestant.registered());
         let mut measured = match *turn {
             Turn::Fill(pages) => self.fill(pages)?,
-            Turn::Hit { how, threads, millis } => self.hit(how, threads, millis, false)?,
-            Turn::HitUnderAllocator { how, millis } => self.hit(how, 1, millis, true)?,
+            Turn::Hit { how, threads, millis } => self.hit(how, threads, millis, false, &before)?,
+            Turn::HitUnderAllocator { how, millis } => self.hit(how, 1, millis, true, &before)?,
             Turn::Unmap { registered, rounds } => self.unmap(registered, rounds)?,
             Turn::Churn { threads, rounds } => self.churn(threads, rounds)?,
             Turn::Storm { millis } => storm(millis)?,
         };
-        measured.missed = self.contestant.registered() - before;
+        measured.missed = self.contestant.registered() - before.get();
         Ok(measured)
     }
 
@@ -93,10 +94,19 @@ impl<C: Contestant> Bench<C> {
         Ok(Measured { nanos, lookups: pages as u64, ..Measured::default() })
     }
 
-    fn hit(&self, how: How, threads: usize, millis: u64, allocate: bool) -> Result<Measured, String> {
+    /// `before`: registrations made until the clock runs.
+    fn hit(
+        &self,
+        how: How,
+        threads: usize,
+        millis: u64,
+        allocate: bool,
+        before: &Cell<u64>,
+    ) -> Result<Measured, String> {
         let Some((memory, pages)) = &self.memory else { return Err("nothing is registered".into()) };
         let (contestant, cpus, slice) = (&self.contestant, &self.cpus, Duration::from_millis(millis));
         let (go, stop) = (AtomicBool::new(false), AtomicBool::new(false));
+        let ready = AtomicUsize::new(0);
         let done: Result<Vec<(Duration, u64)>, String> = MaySleep::enter(|cx| {
             scope(cx, |scope, cx| {
                 if allocate {
@@ -109,14 +119,22 @@ impl<C: Contestant> Bench<C> {
                 }
                 let workers: Vec<_> = (0..threads)
                     .map(|t| {
-                        let go = &go;
+                        let (go, ready) = (&go, &ready);
                         scope.spawn("bench-hit", move |_| {
                             pin_to(cpus, t);
                             // An order of its own for each thread, as good as random to the caches.
                             let len = (*pages).max(1024).next_multiple_of(BATCH);
                             let order: Vec<usize> =
                                 (0..len).map(|n| memory.page(n * (7919 + 2 * t) % pages)).collect();
-                            while !go.load(Ordering::Acquire) {}
+                            // What was taken for changed since (the thread's own stack was mapped just now) is registered
+                            // again before the clock runs.
+                            let warm =
+                                order.chunks(BATCH).try_for_each(|batch| contestant.look_up(how, batch));
+                            ready.fetch_add(1, Ordering::Release);
+                            warm?;
+                            while !go.load(Ordering::Acquire) {
+                                yield_now();
+                            }
                             let (start, cpu, mut hits) = (Instant::now(), cpu_time(), 0);
                             loop {
                                 for batch in order.chunks(BATCH) {
@@ -130,6 +148,10 @@ impl<C: Contestant> Bench<C> {
                         })
                     })
                     .collect();
+                while ready.load(Ordering::Acquire) < threads {
+                    yield_now();
+                }
+                before.set(contestant.registered());
                 go.store(true, Ordering::Release);
                 let ends: Vec<_> = workers.into_iter().map(|worker| worker.join(cx)).collect();
                 stop.store(true, Ordering::Relaxed);
