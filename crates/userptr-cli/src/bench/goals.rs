@@ -91,3 +91,85 @@ fn never_stale(report: &Report) -> Goal {
         timing: false,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::change::Verdict;
+    use super::super::report::{Cell, Row};
+    use super::super::work::Measured;
+    use super::*;
+
+    fn report(cells: Vec<Cell>, changes: Vec<Row>) -> Report {
+        let mut report = Report {
+            kernel: String::new(),
+            cpus: 2,
+            load: [String::new(), String::new()],
+            batches: 1,
+            goals: Vec::new(),
+            cells,
+            changes,
+            missing: Vec::new(),
+        };
+        report.goals = judge(&report);
+        report
+    }
+
+    fn cell(what: What, registrations: usize, side: Side, nanos: f64, stale: u64) -> Cell {
+        let measured = Measured { nanos, lookups: 100, missed: 0, stale };
+        Cell::new(
+            Point { what, registrations, threads: 1 },
+            Column { side, how: How::Strict },
+            vec![Ok(measured)],
+        )
+    }
+
+    fn holds(report: &Report, words: &str) -> Option<bool> {
+        report.goals.iter().find(|goal| goal.goal.starts_with(words)).expect(words).holds
+    }
+
+    #[test]
+    fn a_goal_of_speed_decides_the_exit_code_only_if_that_is_asked_for() {
+        let hit = |registrations, side, nanos| cell(What::Hit, registrations, side, nanos, 0);
+        let cells = |slow| {
+            vec![
+                hit(1, Side::Ucx, 40.0),
+                hit(1, Side::Kvm, 20.0),
+                hit(1000, Side::Ucx, 80.0),
+                hit(1000, Side::Kvm, slow),
+            ]
+        };
+        let good = report(cells(30.0), Vec::new());
+        assert_eq!((holds(&good, "kvm: a hit"), holds(&good, "kvm: within")), (Some(true), Some(true)));
+        assert_eq!((good.exit_code(false), good.exit_code(true)), (0, 0));
+        let slow = report(cells(41.0), Vec::new());
+        assert_eq!((holds(&slow, "kvm: a hit"), holds(&slow, "kvm: within")), (Some(false), Some(false)));
+        assert_eq!((slow.exit_code(false), slow.exit_code(true)), (0, 1));
+        assert_eq!(holds(&slow, "uffd batch: a hit"), None, "nobody measured it");
+    }
+
+    #[test]
+    fn a_stale_hit_of_ours_fails_and_one_of_the_peer_does_not() {
+        let churn = |kvm, ucx| {
+            let cells =
+                vec![cell(What::Churn, 0, Side::Kvm, 1.0, kvm), cell(What::Churn, 0, Side::Ucx, 1.0, ucx)];
+            report(cells, Vec::new()).exit_code(false)
+        };
+        assert_eq!((churn(0, 5), churn(1, 0)), (0, 1));
+    }
+
+    #[test]
+    fn a_change_must_be_heard_by_a_source_that_promises_to() {
+        let row = |side, uffd_hears| Row {
+            change: "truncate/raw".into(),
+            via: String::new(),
+            kvm_hears: true,
+            uffd_hears,
+            verdicts: vec![(side, Ok(Verdict::Stale))],
+            skipped: None,
+        };
+        let code = |side, uffd_hears| report(Vec::new(), vec![row(side, uffd_hears)]).exit_code(false);
+        assert_eq!(code(Side::Kvm, true), 1);
+        assert_eq!((code(Side::Uffd, true), code(Side::Uffd, false)), (1, 0));
+        assert_eq!(code(Side::Ucx, true), 0);
+    }
+}

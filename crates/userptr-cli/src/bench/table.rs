@@ -68,6 +68,7 @@ fn label(point: Point) -> String {
     let Point { what, registrations, threads } = point;
     let s = if threads == 1 { "" } else { "s" };
     match what {
+        What::Hit if registrations == 1 => format!("hit, 1 registration, {threads} thread{s}"),
         What::Hit => format!("hit, {registrations} registrations, {threads} thread{s}"),
         What::Miss => "miss".into(),
         What::Unmap => "munmap, one registered page".into(),
@@ -106,7 +107,7 @@ fn number(cell: Option<&Cell>, peer: Option<&Cell>) -> Field {
         What::HitUnderGlibc | What::HitUnderJemalloc | What::HitUnderOtherVm => {
             text.push_str(&format!(", {:.2} % hits", 100.0 * cell.hit_rate()));
         }
-        What::Hit if cell.missed > 0 => {
+        What::Hit if cell.hit_rate() < 0.9999 => {
             text.push_str(&format!(", {:.2} % hits", 100.0 * cell.hit_rate()));
         }
         What::Hit | What::Miss | What::Unmap | What::UnmapUnregistered => {}
