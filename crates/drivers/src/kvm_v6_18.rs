@@ -31,6 +31,7 @@ use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root}
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, Mutex, Sleep, SpinLock, WaitQueue};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Range, WouldBlock};
 use softmm::{Foll, Mm};
@@ -94,7 +95,7 @@ impl Mmu {
 
     /// kvm_mmu_invalidate_begin and _range_add.
     fn begin(&mut self, range: Range) {
-        self.in_progress += 1;
+        bump(&mut self.in_progress);
         self.range = Some(match self.range.filter(|_| self.in_progress > 1) {
             None => range,
             Some(old) => {
@@ -106,8 +107,8 @@ impl Mmu {
 
     /// kvm_mmu_invalidate_end.
     fn end(&mut self) {
-        self.seq += 1;
-        self.in_progress = self.in_progress.saturating_sub(1);
+        bump(&mut self.seq);
+        unbump(&mut self.in_progress);
     }
 
     /// mmu_invalidate_retry_gfn.
@@ -196,7 +197,7 @@ impl MmuNotifier for Kvm {
     }
 
     fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
-        *self.active.lock(&mut cx) += 1;
+        bump(&mut self.active.lock(&mut cx));
         let mut mmu = self.mmu_lock.lock(&mut cx);
         let (mmu, cx) = mmu.split();
         if mmu.overlaps(inv.range) {
@@ -216,7 +217,7 @@ impl MmuNotifier for Kvm {
         }
         drop(mmu);
         let mut active = self.active.lock(&mut cx);
-        *active = active.saturating_sub(1);
+        unbump(&mut active);
         let last = *active == 0;
         drop(active);
         if last {
@@ -297,7 +298,7 @@ impl Driver for Kvm {
         if !mmu.slots.contains_key(&binding) {
             return Err(missing);
         }
-        if mmu.retry(seq, page) {
+        if changed(mmu.retry(seq, page)) {
             self.context.counters().retried(1);
             return Ok(());
         }

@@ -11,6 +11,7 @@ mod child;
 mod diff;
 mod doctor;
 mod live;
+mod mutate;
 
 use std::process::ExitCode;
 
@@ -32,10 +33,16 @@ enum Error {
         "there is no cell {name:?}: give driver/access/path/profile as `userptr answer --json` names them; {what}"
     )]
     NoCell { name: String, what: String },
+    #[error("there is no callback {name}; there are {known}")]
+    NoCallback { name: String, known: String },
     #[error("bug {id} cannot be shown: {why}; there are {known}")]
     NoBug { id: String, why: &'static str, known: String },
+    #[error("no driver to switch anything off in has {name:?} in its name; there are {known}")]
+    NoSubject { name: String, known: String },
     #[error("the schedule cannot be read: {0:?} is not a replay string")]
     NoSchedule(String),
+    #[error(transparent)]
+    Trace(#[from] answer::trace::TraceError),
     #[error(transparent)]
     Row(#[from] live::row::RowError),
     #[error(transparent)]
@@ -88,9 +95,11 @@ fn main() -> ExitCode {
         Command::Doctor(args) => doctor::run(&args),
         Command::Live(args) if args.race => live::race::run(&args),
         Command::Live(args) => live::run(&args),
+        Command::Mutate(args) => mutate::run(&args),
         Command::LiveRow(args) => live::answer_row(&args),
         Command::Diff(args) => diff::run(&args),
         Command::DiffBatch(args) => diff::answer(&args),
+        Command::AnswerTrace(args) => answer::trace::run(&args),
         Command::LiveRace(args) => live::race::answer(&args),
     };
     done.unwrap_or_else(|e| {
