@@ -102,6 +102,7 @@ pub mod disturb;
 pub mod kvm;
 pub mod lab;
 pub mod page;
+pub mod peer;
 pub mod pin;
 pub mod primary;
 pub mod race;

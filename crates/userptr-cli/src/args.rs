@@ -20,7 +20,8 @@ Exit codes: 0 what the command checks holds, 1 it does not hold, 2 the command c
 Examples:
   userptr                         change this process's memory in every way Linux has, print who noticed
   userptr doctor                  what this machine offers, what is missing and how to get it
-  userptr live --race --rounds 1000000";
+  userptr live --race --rounds 1000000
+  userptr bench                   our registration cache beside UCX's";
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -37,6 +38,23 @@ Examples:
   userptr answer --ledger > docs/thread.md"
     )]
     Answer(AnswerArgs),
+    /// Measure our registration cache beside UCX's on this machine, and which changes of memory each misses
+    #[command(
+        after_help = "UCX 1.13 is loaded at run time if it is there (apt-get install libucx0); without it the command goes on alone.
+Exit codes: 0 no stale hit of ours, 1 one where the source must hear (with --check also a goal of speed missed), 2 could not run.
+
+Examples:
+  userptr bench
+  userptr bench --part hit,churn --plots plots
+  userptr bench --quick --json | jq '.goals'"
+    )]
+    Bench(BenchArgs),
+    /// One cache of `bench`, in a process of its own
+    #[command(hide = true)]
+    BenchSide(BenchSideArgs),
+    /// One change of memory of `bench`, in a process of its own
+    #[command(hide = true)]
+    BenchChange(BenchChangeArgs),
     /// Look for a known bug in the kernel that had it, and in the one in which it was mended
     #[command(
         after_help = "Exit codes: 0 found where it is and silent where it was mended, 1 not so, 2 could not run.
@@ -336,4 +354,64 @@ pub(crate) struct RaceRowArgs {
     pub(crate) rounds: u64,
     /// Threads
     pub(crate) threads: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write SVG plots into DIR, which is made if it is not there
+    #[arg(long, value_name = "DIR")]
+    pub(crate) plots: Option<PathBuf>,
+    /// A little of everything, to see that it works: the numbers mean nothing
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Let the goals of speed decide the exit code too
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// What to measure
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "hit,miss,unmap,churn,pressure,changes")]
+    pub(crate) part: Vec<BenchPart>,
+    /// Batches of each measurement; the median counts
+    #[arg(long, default_value_t = 9, value_parser = batches)]
+    pub(crate) batches: usize,
+}
+
+/// What `bench` measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchPart {
+    /// Lookups of what is registered
+    Hit,
+    /// Lookups that register
+    Miss,
+    /// munmap of memory, registered and not
+    Unmap,
+    /// Threads that malloc, look up, and free: every hit is stale
+    Churn,
+    /// Hits while an allocator churns, and while another VM unmaps
+    Pressure,
+    /// The ways to change memory, and who is stale afterwards
+    Changes,
+}
+
+fn batches(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=1000) => Ok(n),
+        _ => Err("give 1 to 1000 batches".into()),
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct BenchSideArgs {
+    /// `ucx`, `kvm` or `uffd`
+    pub(crate) side: String,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchChangeArgs {
+    /// `ucx`, `kvm` or `uffd`
+    pub(crate) side: String,
+    /// Name of the event
+    pub(crate) event: String,
 }

@@ -5,6 +5,7 @@
 
 mod answer;
 mod args;
+mod bench;
 mod check;
 mod child;
 mod diff;
@@ -97,6 +98,9 @@ fn print_json(value: &impl Serialize) -> Result<(), Error> {
 fn main() -> ExitCode {
     let done = match Cli::parse().command.unwrap_or(Command::Live(LiveArgs::default())) {
         Command::Answer(args) => answer::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::BenchChange(args) => bench::answer_change(&args.side, &args.event),
+        Command::BenchSide(args) => bench::serve(&args.side),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Live(args) if args.race => live::race::run(&args),
