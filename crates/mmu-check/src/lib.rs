@@ -11,6 +11,7 @@ pub mod corpus;
 pub mod diff;
 pub mod era;
 pub mod explain;
+pub mod ledger;
 pub mod mutate;
 pub mod oracle;
 pub mod own;

@@ -24,12 +24,17 @@ Examples:
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Explore every driver beside every path of the mm and print what breaks
-    #[command(after_help = "A cell is driver/access/path/profile. Exit codes: 0 answered, 2 could not run.
+    #[command(
+        after_help = "A cell is driver/access/path/profile. Exit codes: 0 answered, 1 --check found a difference, \
+2 could not run.
 
 Examples:
   userptr answer
   userptr answer --driver i915 --profile v3_16,unwrapped_a
-  userptr answer --explain i915-3.16-mended/write/fork/unwrapped_a")]
+  userptr answer --explain i915-3.16-mended/write/fork/unwrapped_a
+  userptr answer --change-pte --driver kvm --profile v3_16,unwrapped_a
+  userptr answer --ledger > docs/thread.md"
+    )]
     Answer(AnswerArgs),
     /// Look for a known bug in the kernel that had it, and in the one in which it was mended
     #[command(
@@ -87,40 +92,68 @@ Examples:
     /// One row of `live`, in a process of its own
     #[command(hide = true)]
     LiveRow(RowArgs),
+    /// What this kernel's notifier says of one event, in a process of its own
+    #[command(hide = true)]
+    AnswerTrace(TraceArgs),
     /// One race of `live --race`, in a process of its own
     #[command(hide = true)]
     LiveRace(RaceRowArgs),
 }
 
 #[derive(Args)]
+#[command(group(clap::ArgGroup::new("what").args(["explain", "callbacks", "change_pte", "cost", "ledger"])))]
 pub(crate) struct AnswerArgs {
     /// Print one JSON document
-    #[arg(long, conflicts_with = "explain")]
+    #[arg(long, conflicts_with_all = ["explain", "ledger"])]
     pub(crate) json: bool,
     /// Only drivers whose name contains TEXT
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "ledger")]
     pub(crate) driver: Option<String>,
     /// Only paths whose name contains TEXT
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "ledger")]
     pub(crate) path: Option<String>,
     /// Kernel profiles
-    #[arg(long, value_delimiter = ',', default_value = "v3_16,unwrapped_a,v6_18")]
+    #[arg(long, value_delimiter = ',', default_value = "v3_16,unwrapped_a,v6_18", conflicts_with = "ledger")]
     pub(crate) profile: Vec<String>,
-    /// Preemptions at most
-    #[arg(long, default_value_t = 2)]
-    pub(crate) bound: u32,
-    /// Time for the table
+    /// Preemptions at most: 2, but 1 for --callbacks, --change-pte and --ledger
+    #[arg(long)]
+    pub(crate) bound: Option<u32>,
+    /// Time for the table, or for one cell
     #[arg(long, default_value_t = 50)]
     pub(crate) seconds: u64,
+    /// Drivers in kernels in which they never were, too
+    #[arg(long)]
+    pub(crate) anachronisms: bool,
+    /// OS threads that explore
+    #[arg(long, default_value_t = 2)]
+    pub(crate) threads: usize,
     /// One cell: the lanes of what breaks it
     #[arg(long, value_name = "CELL")]
     pub(crate) explain: Option<String>,
     /// With --explain: run this schedule again instead of searching
     #[arg(long, value_name = "SCHEDULE", requires = "explain")]
     pub(crate) replay: Option<String>,
+    /// With --explain: callbacks that are switched off
+    #[arg(long, value_name = "CALLBACK", value_delimiter = ',', requires = "explain")]
+    pub(crate) without: Vec<String>,
     /// The callbacks that each driver cannot do without, in each profile, found by switching them off one by one
-    #[arg(long, conflicts_with = "explain")]
+    #[arg(long)]
     pub(crate) callbacks: bool,
+    /// What change_pte is good for to each driver, in each profile: explored with it and without it
+    #[arg(long)]
+    pub(crate) change_pte: bool,
+    /// What each driver costs: callbacks, unbinds, re-pins and faults for each operation, and the time that it takes
+    #[arg(long)]
+    pub(crate) cost: bool,
+    /// With --cost: how often each operation is timed
+    #[arg(long, default_value_t = 101, requires = "cost")]
+    pub(crate) rounds: usize,
+    /// The claims of the exchange of 2014, each decided, as Markdown
+    #[arg(long)]
+    pub(crate) ledger: bool,
+    /// With --ledger: print nothing; is what FILE holds, measurements apart, what comes out now?
+    #[arg(long, value_name = "FILE", requires = "ledger")]
+    pub(crate) check: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -234,6 +267,12 @@ pub(crate) struct DiffBatchArgs {
     /// The operations in FILE instead
     #[arg(long)]
     pub(crate) script: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct TraceArgs {
+    /// Name of the event
+    pub(crate) event: String,
 }
 
 #[derive(Args)]

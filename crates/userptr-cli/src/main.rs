@@ -32,12 +32,16 @@ enum Error {
         "there is no cell {name:?}: give driver/access/path/profile as `userptr answer --json` names them; {what}"
     )]
     NoCell { name: String, what: String },
+    #[error("there is no callback {name}; there are {known}")]
+    NoCallback { name: String, known: String },
     #[error("bug {id} cannot be shown: {why}; there are {known}")]
     NoBug { id: String, why: &'static str, known: String },
     #[error("no driver to switch anything off in has {name:?} in its name; there are {known}")]
     NoSubject { name: String, known: String },
     #[error("the schedule cannot be read: {0:?} is not a replay string")]
     NoSchedule(String),
+    #[error(transparent)]
+    Trace(#[from] answer::trace::TraceError),
     #[error(transparent)]
     Row(#[from] live::row::RowError),
     #[error(transparent)]
@@ -91,6 +95,7 @@ fn main() -> ExitCode {
         Command::LiveRow(args) => live::answer_row(&args),
         Command::Diff(args) => diff::run(&args),
         Command::DiffBatch(args) => diff::answer(&args),
+        Command::AnswerTrace(args) => answer::trace::run(&args),
         Command::LiveRace(args) => live::race::answer(&args),
     };
     done.unwrap_or_else(|e| {
