@@ -227,8 +227,8 @@ impl Driver for AtomicChangePte {
             return Ok(()); // Another fault was faster, and got at least as much.
         }
         if let Some(frame) = got.frames().next() {
+            // No flush: a TLB entry of this page that allows less walks again, and one of another page went with its pin.
             self.context.map(cx, binding, page, frame, writable);
-            self.context.flush(cx, Some(binding), Range::page(page));
         }
         state.pins.insert((binding, page), Pinned { page: got, writable });
         Ok(())

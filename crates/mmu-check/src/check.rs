@@ -38,7 +38,7 @@
 
 use crate::explain::explain;
 use crate::oracle::Rule;
-use crate::path::{PATHS, Path};
+use crate::path::{PATHS, Path, VARIANTS};
 use crate::scenario::{Cell, Outcome, explore};
 use drivers::{Callbacks, Kind, Mirror, mirror};
 use interleave::explore::{Failure, Strategy};
@@ -70,7 +70,7 @@ impl Check {
         Check {
             kind,
             accesses: vec![Access::Write, Access::Read],
-            paths: PATHS.iter().collect(),
+            paths: PATHS.iter().chain(VARIANTS).collect(),
             profile: KernelProfile::V6_18,
             bound: 1,
             time: None,
@@ -82,10 +82,11 @@ impl Check {
         Check { profile, ..self }
     }
 
-    /// Only these paths, by name ([`PATHS`] has them all). A name that there is not is nothing; a check of no path at all is
-    /// not safe.
+    /// Only these paths, by name ([`PATHS`] and [`VARIANTS`] have them all). A name that there is not is nothing; a check of no
+    /// path at all is not safe.
     pub fn paths(self, names: &[&str]) -> Check {
-        Check { paths: PATHS.iter().filter(|path| names.contains(&path.name)).collect(), ..self }
+        let all = PATHS.iter().chain(VARIANTS);
+        Check { paths: all.filter(|path| names.contains(&path.name)).collect(), ..self }
     }
 
     /// Bound for this access only.

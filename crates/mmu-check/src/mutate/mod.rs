@@ -18,7 +18,7 @@ pub mod survivors;
 mod users;
 mod young;
 
-pub use users::{UNBOUND, USERS};
+pub use users::{GATHER, UNBOUND, USERS};
 pub use young::YOUNG;
 
 use crate::answer::Row;
@@ -60,7 +60,6 @@ const V6_18: KernelProfile = KernelProfile::V6_18;
 /// The drivers that are meant to be safe; where one is not is found out, and left out.
 pub static SUBJECTS: &[Subject] = &[
     subject(&drivers::i915_v5_13::KIND, &[V5_10]),
-    subject(&drivers::i915_v5_13::KIND_6_10, &[V6_18]),
     subject(&drivers::kvm_v3_16::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
     subject(&drivers::kvm_v6_18::KIND, &[V6_18]),
     subject(&drivers::amd_iommu_v2_3_16::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
@@ -260,7 +259,7 @@ fn cells(subject: &Subject) -> Vec<Cell> {
     let Subject { kind, profiles } = *subject;
     let ages = kind.callbacks.contains(Callback::ClearFlushYoung);
     let young = ages.then_some(&YOUNG);
-    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young).chain([&USERS, &UNBOUND]);
+    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young).chain([&USERS, &UNBOUND, &GATHER]);
     let rows: Vec<Row> = rows(kind).collect();
     let cell = |row: &Row, path: &'static Path, profile: KernelProfile| {
         let callbacks = kind.callbacks;
@@ -279,6 +278,7 @@ fn search(cell: &Cell, config: Config) -> (Report, Facts) {
     let report = explore::explore(&config, |cx| match cell.path.name {
         name if name == YOUNG.name => young::execute(cx, cell),
         name if name == USERS.name => users::beside(cx, cell),
+        name if name == GATHER.name => users::gather(cx, cell),
         name if name == UNBOUND.name => users::unbound(cx, cell),
         _ => execute(cx, cell, &facts),
     });

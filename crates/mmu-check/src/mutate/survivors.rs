@@ -41,6 +41,22 @@ pub static SURVIVORS: &[Entry] = &[
         what: What::Site("sequence.rs", "end", SiteKind::Bump),
         why: "said twice in this design: an invalidation that overlaps has cancelled whoever was getting pages",
     },
+    Entry {
+        what: What::Site("amd_iommu_v2_3_16.rs", "invalidate_range_end", SiteKind::Flush),
+        why: "there is nothing to flush: since the start the device has walked an empty page table",
+    },
+    Entry {
+        what: What::Site("i915_v5_13.rs", "unbind_and_unpin", SiteKind::Wait),
+        why: "the callback has waited already, and a request that nobody has run finds no translation",
+    },
+    Entry {
+        what: What::Site("i915_v5_13.rs", "submit_init", SiteKind::Retry),
+        why: "asked once more, under notifier_lock, before the request is queued; here it saves work",
+    },
+    Entry {
+        what: What::Site("i915_v5_13.rs", "submit", SiteKind::Retry),
+        why: "pages of another sequence were put there after ours had moved, which the check under notifier_lock sees",
+    },
 ];
 
 /// Why `off` may survive in `kind`, if anybody knows.

@@ -4,7 +4,7 @@
 
 use crate::path::{Path, Stage, User, X, page, range};
 use crate::scenario::Cell;
-use drivers::{Callback, Device, DeviceOp, Driver, Options, WorkMode};
+use drivers::{Callback, Device, DeviceOp, Driver, Observer, Options, WorkMode};
 use interleave::MaySleep;
 use interleave::explore::violation;
 use softmm::{FileKind, Machine};
@@ -26,20 +26,26 @@ pub static YOUNG: Path = Path {
     other: None,
 };
 
-/// A process with two pages, and the driver of a cell open on it. Nobody judges its device.
+/// A process with two pages, and the driver of a cell open on it.
 pub(super) struct Scene {
     pub(super) stage: Stage,
     pub(super) driver: Arc<dyn Driver>,
 }
 
-pub(super) fn scene(cx: &mut MaySleep<'_>, cell: &Cell) -> Option<Scene> {
+/// `gather`: pages that an unmap keeps before it flushes and frees.
+pub(super) fn scene(
+    cx: &mut MaySleep<'_>,
+    cell: &Cell,
+    observer: Arc<dyn Observer>,
+    gather: usize,
+) -> Option<Scene> {
     let machine = Machine::new(softmm::Config {
         frames: 10,
         tables: 12,
         swap_slots: 3,
         cpus: 2,
         words_per_page: 2,
-        gather_batch: 8,
+        gather_batch: gather,
         fault_around: 1,
         profile: cell.profile,
     });
@@ -47,13 +53,13 @@ pub(super) fn scene(cx: &mut MaySleep<'_>, cell: &Cell) -> Option<Scene> {
     let stage = Stage::new(machine, user, cell.path.file);
     (cell.path.prepare)(cx, &stage);
     let options = Options { callbacks: cell.callbacks, work: WorkMode::Manual, ..Options::default() };
-    let driver = (cell.kind.open)(cx, &stage.mm, &Device::new(Arc::new(())), options).ok()?;
+    let driver = (cell.kind.open)(cx, &stage.mm, &Device::new(observer), options).ok()?;
     Some(Scene { stage, driver })
 }
 
 /// One execution of a cell of [`YOUNG`].
 pub(super) fn execute(cx: &mut MaySleep<'_>, cell: &Cell) {
-    let Some(Scene { stage, driver }) = scene(cx, cell) else { return };
+    let Some(Scene { stage, driver }) = scene(cx, cell, Arc::new(()), 8) else { return };
     if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
         let mut asked = |what: &str, of: Callback, ask: &dyn Fn(&mut MaySleep<'_>) -> bool| {
             let used = driver.access(cx, binding, DeviceOp::Read(X << 12)).is_ok();
