@@ -2,11 +2,13 @@
 //! Objects on memory of this process, with the kvm device and the cpu device, heard through the best source there is.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hostmm::capability::Capability;
 use hostmm::primary::HostMm;
 use hostmm::testing;
+use hostmm::uffd::{self, UffdSource};
 use interleave::{AtomicBool, MaySleep, Ordering, scope, time};
 use mmu_notifier::{Access, GupError, Range};
 use userptr::device::cpu::Cpu;
@@ -145,6 +147,19 @@ fn memory_is_replaced_and_vanishes_on_cpu() {
 #[test]
 fn memory_is_replaced_and_vanishes_on_kvm() {
     on_kvm("memory_is_replaced_and_vanishes_on_kvm", Replaced);
+}
+
+/// A source that forgets a range when it is unmapped, and has to be told again.
+#[test]
+fn memory_is_replaced_and_vanishes_over_uffd() {
+    if !testing::require(Capability::IoUring) || !testing::require(Capability::Userfaultfd) {
+        return;
+    }
+    testing::in_child("memory_is_replaced_and_vanishes_over_uffd", DEADLINE, || {
+        let source = AnySource::Uffd(UffdSource::open(&uffd::Options::default()).unwrap());
+        let mm = Arc::new(HostMm::new(source, 1).unwrap());
+        Replaced.run(Driver::new(mm, Cpu::new(), Iommu::passthrough()));
+    });
 }
 
 /// Small objects in one page, each with its neighbours.
