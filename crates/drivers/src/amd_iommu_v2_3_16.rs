@@ -24,6 +24,7 @@ use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitEr
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::pasid::Pasid;
+use crate::site::{bump, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, PageContext, Sleep, SpinLock};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
 use softmm::Mm;
@@ -93,7 +94,7 @@ impl MmuNotifier for AmdIommuV2 {
     fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, _: &Invalidation) -> Result<(), WouldBlock> {
         let mut open = self.open_ranges.lock(&mut cx);
         let (open, cx) = open.split();
-        *open += 1;
+        bump(open);
         if *open == 1 {
             self.context.set_root(cx, Root::Empty);
             self.context.flush(cx, None, Range::ALL);
@@ -105,7 +106,7 @@ impl MmuNotifier for AmdIommuV2 {
     fn invalidate_range_end(&self, mut cx: Sleep<'_, '_>, _: &Invalidation) {
         let mut open = self.open_ranges.lock(&mut cx);
         let (open, cx) = open.split();
-        *open = open.saturating_sub(1);
+        unbump(open);
         if *open == 0 && !self.pasid.is_released() {
             self.context.set_root(cx, Root::Process);
             self.context.flush(cx, None, Range::ALL);

@@ -16,6 +16,7 @@ use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Kind, Options, SubmitError, check_ops};
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::site::changed;
 use interleave::{LockClass, MaySleep, Mutex, MutexGuard};
 use mmu_notifier::{Access, Range};
 use softmm::{Foll, Mm, UserPages};
@@ -143,7 +144,7 @@ impl Gpu {
     ) -> Result<MutexGuard<'_, Objects>, SubmitError> {
         let mut objects = self.objects.lock(cx);
         let object = objects.map.get_mut(&binding).ok_or(SubmitError::NotBound(binding))?;
-        if object.getting != Some(id) || !agrees(cx) {
+        if changed(object.getting != Some(id)) || !agrees(cx) {
             self.context.counters().retried(1);
             return Err(SubmitError::Again);
         }

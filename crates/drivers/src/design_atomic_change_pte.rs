@@ -20,6 +20,7 @@ use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root}
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, Sleep, SpinLock};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
 use softmm::{Foll, Mm, UserPages};
@@ -118,7 +119,7 @@ impl MmuNotifier for AtomicChangePte {
     fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
         let mut state = self.state.lock(&mut cx);
         let (state, cx) = state.split();
-        state.count += 1;
+        bump(&mut state.count);
         if self.zap(cx, state, None, inv.range) || state.faults > 0 {
             self.context.effect(Callback::Start);
         }
@@ -127,8 +128,8 @@ impl MmuNotifier for AtomicChangePte {
 
     fn invalidate_range_end(&self, mut cx: Sleep<'_, '_>, _: &Invalidation) {
         let mut state = self.state.lock(&mut cx);
-        state.seq += 1;
-        state.count = state.count.saturating_sub(1);
+        bump(&mut state.seq);
+        unbump(&mut state.count);
         if state.faults > 0 {
             self.context.effect(Callback::End);
         }
@@ -137,7 +138,7 @@ impl MmuNotifier for AtomicChangePte {
     fn change_pte(&self, cx: &mut Atomic<'_>, page: PageAddr, _: Pte) {
         let mut state = self.state.lock(cx);
         let (state, cx) = state.split();
-        state.seq += 1;
+        bump(&mut state.seq);
         if self.zap(cx, state, None, Range::page(page)) || state.faults > 0 {
             self.context.effect(Callback::ChangePte);
         }
@@ -217,7 +218,7 @@ impl Driver for AtomicChangePte {
         if state.released || !state.bound.contains_key(&binding) {
             return Err(missing);
         }
-        if state.count > 0 || state.seq != seq {
+        if changed(state.count > 0 || state.seq != seq) {
             self.context.counters().retried(1);
             return Ok(());
         }
@@ -226,8 +227,8 @@ impl Driver for AtomicChangePte {
             return Ok(()); // Another fault was faster, and got at least as much.
         }
         if let Some(frame) = got.frames().next() {
+            // No flush: a TLB entry of this page that allows less walks again, and one of another page went with its pin.
             self.context.map(cx, binding, page, frame, writable);
-            self.context.flush(cx, Some(binding), Range::page(page));
         }
         state.pins.insert((binding, page), Pinned { page: got, writable });
         Ok(())

@@ -18,11 +18,13 @@ use crate::callbacks::Callback;
 use crate::counters::Counters;
 use crate::engine::Engine;
 use crate::observer::{DeviceAccess, DriverBug, Observer};
+use interleave::explore::{SiteKind, mutated};
 use interleave::{Atomic, Context, LockClass, MaySleep, SpinLock, WaitQueue};
 use mmu_notifier::{Access, PAGE_SIZE, PageAddr, Range};
 use softmm::{FrameFreed, FrameId, Mm};
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 
 static TLB: LockClass = LockClass::new("device TLB");
@@ -195,8 +197,9 @@ impl DeviceContext {
     }
 
     /// Each request begins with a flush of the TLB (batches of a GPU).
+    #[track_caller]
     pub(crate) fn flushing_at_start(self) -> DeviceContext {
-        DeviceContext { flushes_at_start: true, ..self }
+        DeviceContext { flushes_at_start: !mutated(SiteKind::Flush, Location::caller()), ..self }
     }
 
     /// The device.
@@ -256,7 +259,11 @@ impl DeviceContext {
     }
 
     /// Forgets cached translations within `range`, of `binding` or of all, and waits for accesses through them.
+    #[track_caller]
     pub(crate) fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
+        if mutated(SiteKind::Flush, Location::caller()) {
+            return;
+        }
         self.counters.flushed(1);
         self.device.tlb.lock(cx).retain(|&(context, b, page), _| {
             context != self.id

@@ -38,6 +38,7 @@ use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitEr
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::observer::DriverBug;
+use crate::site::changed;
 use crate::work::WorkQueue;
 use interleave::{AtomicU32, LockClass, MaySleep, Mutex, Ordering, Sleep, SpinLock};
 use mmu_notifier::{Access, IntervalIndex, Invalidation, Key, MmuNotifier, Ops, Range, WouldBlock};
@@ -294,7 +295,7 @@ impl I915 {
         let mut gem = self.struct_mutex.lock(cx);
         let mut leftover = None;
         if let Some(state) = gem.objects.get_mut(&object.binding) {
-            let mine = state.work == Work::Pending(id);
+            let mine = !changed(state.work != Work::Pending(id));
             state.work = Work::None;
             match got {
                 Ok(pages) if mine => self.set_pages(state, pages),

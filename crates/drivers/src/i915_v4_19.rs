@@ -31,6 +31,7 @@ use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::site::changed;
 use crate::work::WorkQueue;
 use interleave::{LockClass, MaySleep, Mutex, Sleep, SpinLock};
 use mmu_notifier::{Access, IntervalIndex, Invalidation, Key, MmuNotifier, Ops, Range, WouldBlock};
@@ -203,7 +204,7 @@ impl I915 {
             }
         };
         let mut state = object.mm_lock.lock(cx);
-        if state.work != Work::Pending(id) {
+        if changed(state.work != Work::Pending(id)) {
             self.context.counters().cancelled(1);
             drop(state);
             return;

@@ -25,6 +25,7 @@ use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops};
 use crate::engine::RequestId;
 use crate::listener::{IntervalDriver, IntervalListener};
+use crate::site::changed;
 use interleave::{LockClass, MaySleep, Mutex, Sleep, SpinLock};
 use mmu_notifier::{Access, Event, IntervalNotifier, Invalidation, Range, Seq, SeqMoved, SetSeq, WouldBlock};
 use softmm::{Foll, Mm, UserPages};
@@ -129,7 +130,7 @@ impl I915 {
         let object = &handle.object;
         let seq = handle.notifier.read_begin(cx).map_err(|_| SubmitError::Again)?;
         let mut state = object.reservation.lock(cx);
-        if state.pages.as_ref().is_some_and(|(_, of)| *of == seq) {
+        if state.pages.as_ref().is_some_and(|(_, of)| !changed(*of != seq)) {
             return Ok(seq);
         }
         self.unbind_and_unpin(cx, object, &mut state);
@@ -226,7 +227,7 @@ impl Driver for I915 {
         let seq = self.submit_init(cx, &handle)?;
         let mut state = object.reservation.lock(cx);
         let State { pages, bound, dirty, .. } = &mut *state;
-        let Some((pages, _)) = pages.as_ref().filter(|(_, of)| *of == seq) else {
+        let Some((pages, _)) = pages.as_ref().filter(|(_, of)| !changed(*of != seq)) else {
             return Err(SubmitError::Again);
         };
         if !std::mem::replace(bound, true) {

@@ -28,6 +28,7 @@ use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitEr
 use crate::engine::RequestId;
 use crate::kvm_v6_18::{Gup, gup};
 use crate::listener::Registered;
+use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, PageContext, Sleep, SpinLock};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
 use softmm::Mm;
@@ -172,7 +173,7 @@ impl Kvm {
     fn zap_page(&self, cx: &mut impl Context, page: PageAddr) {
         let mut mmu = self.mmu_lock.lock(cx);
         let (mmu, cx) = mmu.split();
-        mmu.seq += 1;
+        bump(&mut mmu.seq);
         if self.zap(cx, None, Range::page(page)) || mmu.faults > 0 {
             self.context.effect(Callback::Page);
         }
@@ -214,7 +215,7 @@ impl MmuNotifier for Kvm {
     fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
         let mut mmu = self.mmu_lock.lock(&mut cx);
         let (mmu, cx) = mmu.split();
-        mmu.count += 1;
+        bump(&mut mmu.count);
         if self.zap(cx, None, inv.range) || mmu.faults > 0 {
             self.context.effect(Callback::Start);
         }
@@ -223,8 +224,8 @@ impl MmuNotifier for Kvm {
 
     fn invalidate_range_end(&self, mut cx: Sleep<'_, '_>, _: &Invalidation) {
         let mut mmu = self.mmu_lock.lock(&mut cx);
-        mmu.seq += 1;
-        mmu.count = mmu.count.saturating_sub(1);
+        bump(&mut mmu.seq);
+        unbump(&mut mmu.count);
         if mmu.faults > 0 {
             self.context.effect(Callback::End);
         }
@@ -242,7 +243,7 @@ impl MmuNotifier for Kvm {
         }
         let mut effect = false;
         if self.change_pte == ChangePte::Bumps {
-            mmu.seq += 1;
+            bump(&mut mmu.seq);
             // Inside a pair its end moves the sequence all the same.
             effect = mmu.faults > 0 && mmu.count == 0;
         }
@@ -333,7 +334,7 @@ impl Driver for Kvm {
         if !mmu.slots.contains_key(&binding) {
             return Err(missing);
         }
-        if (mmu.count > 0 || mmu.seq != seq) && *self.kind != NO_RETRY {
+        if changed(mmu.count > 0 || mmu.seq != seq) && *self.kind != NO_RETRY {
             self.context.counters().retried(1);
             return Ok(());
         }

@@ -20,10 +20,11 @@
 //!
 //! S and E must come in pairs over an unchanged set of slots, which is what mn_active_invalidate_count is for.
 //!
-//! Lock order: mmap_lock > mmu_notifier_invalidate_range_start > mmu_lock > device TLB; slots_lock > mn_invalidate_lock. mmu_lock is a
+//! Lock order: mmap_lock > mmu_notifier_invalidate_range_start > mmu_lock > device TLB; mn_invalidate_lock > mmu_lock. mmu_lock is a
 //! spin lock: no callback sleeps, so a non-blockable range needs nothing special.
 //!
-//! Not modelled: gfn_to_pfn caches; more than one address space; huge sptes; yielding mmu_lock; the early, lockless look at
+//! Not modelled: slots_lock (a change of slots is one section here, and any number may wait for it);
+//! gfn_to_pfn caches; more than one address space; huge sptes; yielding mmu_lock; the early, lockless look at
 //! the range in progress before step 2, which saves work and decides nothing.
 
 use crate::callbacks::{Callback, Callbacks};
@@ -31,14 +32,14 @@ use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root}
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
 use crate::engine::RequestId;
 use crate::listener::Registered;
-use interleave::{Atomic, Context, LockClass, MaySleep, Mutex, Sleep, SpinLock, WaitQueue};
+use crate::site::{bump, changed, unbump};
+use interleave::{Atomic, Context, LockClass, MaySleep, Sleep, SpinLock, WaitQueue};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Range, WouldBlock};
 use softmm::{Foll, Mm};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 static MMU_LOCK: LockClass = LockClass::new("kvm mmu_lock");
-static SLOTS_LOCK: LockClass = LockClass::new("kvm slots_lock");
 static MN_INVALIDATE_LOCK: LockClass = LockClass::new("kvm mn_invalidate_lock");
 
 /// What it is.
@@ -63,7 +64,6 @@ pub static KIND: Kind = Kind {
 pub struct Kvm {
     options: Options,
     context: DeviceContext,
-    slots_lock: Mutex<()>,
     mmu_lock: SpinLock<Mmu>,
     /// mn_active_invalidate_count.
     active: SpinLock<u64>,
@@ -94,7 +94,7 @@ impl Mmu {
 
     /// kvm_mmu_invalidate_begin and _range_add.
     fn begin(&mut self, range: Range) {
-        self.in_progress += 1;
+        bump(&mut self.in_progress);
         self.range = Some(match self.range.filter(|_| self.in_progress > 1) {
             None => range,
             Some(old) => {
@@ -106,8 +106,8 @@ impl Mmu {
 
     /// kvm_mmu_invalidate_end.
     fn end(&mut self) {
-        self.seq += 1;
-        self.in_progress = self.in_progress.saturating_sub(1);
+        bump(&mut self.seq);
+        unbump(&mut self.in_progress);
     }
 
     /// mmu_invalidate_retry_gfn.
@@ -131,7 +131,6 @@ impl Kvm {
         let kvm = Arc::new(Kvm {
             options,
             context: DeviceContext::open(cx, device, mm, KIND.name, Root::Own),
-            slots_lock: Mutex::new(&SLOTS_LOCK, ()),
             mmu_lock: SpinLock::new(&MMU_LOCK, Mmu::default()),
             active: SpinLock::new(&MN_INVALIDATE_LOCK, 0),
             no_active: WaitQueue::new(&MN_INVALIDATE_LOCK),
@@ -176,7 +175,6 @@ impl Kvm {
     }
 
     fn delete_slot(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Option<Slot> {
-        let _slots = self.slots_lock.lock(cx);
         let slot = self.change_slots(cx, |mmu| mmu.slots.remove(&binding))?;
         let mut mmu = self.mmu_lock.lock(cx);
         let (_, cx) = mmu.split();
@@ -196,7 +194,7 @@ impl MmuNotifier for Kvm {
     }
 
     fn invalidate_range_start(&self, mut cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {
-        *self.active.lock(&mut cx) += 1;
+        bump(&mut self.active.lock(&mut cx));
         let mut mmu = self.mmu_lock.lock(&mut cx);
         let (mmu, cx) = mmu.split();
         if mmu.overlaps(inv.range) {
@@ -216,7 +214,7 @@ impl MmuNotifier for Kvm {
         }
         drop(mmu);
         let mut active = self.active.lock(&mut cx);
-        *active = active.saturating_sub(1);
+        unbump(&mut active);
         let last = *active == 0;
         drop(active);
         if last {
@@ -255,7 +253,6 @@ impl Driver for Kvm {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
-        let _slots = self.slots_lock.lock(cx);
         self.change_slots(cx, |mmu| {
             mmu.next_slot += 1;
             let binding = Binding(mmu.next_slot);
@@ -297,7 +294,7 @@ impl Driver for Kvm {
         if !mmu.slots.contains_key(&binding) {
             return Err(missing);
         }
-        if mmu.retry(seq, page) {
+        if changed(mmu.retry(seq, page)) {
             self.context.counters().retried(1);
             return Ok(());
         }

@@ -57,11 +57,13 @@ pub mod i915_v5_13;
 pub mod kvm_v3_16;
 pub mod kvm_v6_18;
 mod listener;
+pub mod mirror;
 mod observer;
 mod pasid;
 pub mod proc_mem;
 pub mod rdma_odp;
 mod sequence;
+mod site;
 pub mod vfio;
 mod work;
 
@@ -70,6 +72,7 @@ pub use counters::{Counters, Counts};
 pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Translation};
 pub use driver::{BindError, Driver, DriverError, Holds, Kind, Open, OpenError, Options, SubmitError};
 pub use engine::RequestId;
+pub use mirror::{Mirror, Port};
 pub use observer::{DeviceAccess, DriverBug, Observer};
 pub use work::WorkMode;
 
@@ -99,3 +102,37 @@ pub static DRIVERS: &[&Kind] = &[
     &design_atomic_change_pte::KIND,
     &design_flag_change_pte::KIND,
 ];
+
+macro_rules! sources {
+    ($($file:literal),* $(,)?) => {
+        &[$(($file, include_str!($file))),*]
+    };
+}
+
+/// The files of drivers, for tools that show a place in one.
+static SOURCES: &[(&str, &str)] = sources![
+    "amd_iommu_invalidate_range.rs",
+    "amd_iommu_v2_3_16.rs",
+    "design.rs",
+    "design_atomic_change_pte.rs",
+    "design_drop_everything.rs",
+    "design_exact_start_only.rs",
+    "design_flag_change_pte.rs",
+    "design_start_with_seq.rs",
+    "hmm.rs",
+    "i915_v3_16.rs",
+    "i915_v4_19.rs",
+    "i915_v5_13.rs",
+    "kvm_v3_16.rs",
+    "kvm_v6_18.rs",
+    "pasid.rs",
+    "proc_mem.rs",
+    "rdma_odp.rs",
+    "sequence.rs",
+    "vfio.rs",
+];
+
+/// The text of the driver's file called `name`.
+pub fn source(name: &str) -> Option<&'static str> {
+    SOURCES.iter().find(|(file, _)| *file == name).map(|(_, text)| *text)
+}

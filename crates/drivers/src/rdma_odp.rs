@@ -143,10 +143,12 @@ impl Driver for Odp {
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {
         let region = self.regions.lock(cx).regions.remove(&binding);
         let region = region.ok_or(SubmitError::NotBound(binding))?;
+        // ib_umem_odp_release: while the notifier is there, so that no page that was written is freed before it is marked.
+        let umem = region.umem.umem_mutex.lock(cx);
+        self.unmap(cx, &region.umem, region.umem.range);
+        drop(umem);
         // Refused in a callback only; the notifier goes with the region all the same.
         let _ = region.notifier.remove(cx);
-        let _umem = region.umem.umem_mutex.lock(cx);
-        self.unmap(cx, &region.umem, region.umem.range);
         Ok(())
     }
 

@@ -7,6 +7,7 @@
 //!
 //! Lock order: a spin lock, leaf.
 
+use crate::site::{bump, changed, unbump};
 use interleave::{Context, LockClass, SpinLock};
 
 static SEQUENCE: LockClass = LockClass::new("design sequence");
@@ -32,22 +33,22 @@ impl Sequence {
     /// An invalidation starts. Is anybody between read and retry?
     pub(crate) fn start(&self, cx: &mut impl Context) -> bool {
         let mut state = self.0.lock(cx);
-        state.open += 1;
+        bump(&mut state.open);
         state.readers > 0
     }
 
     /// An invalidation ends. Is anybody between read and retry?
     pub(crate) fn end(&self, cx: &mut impl Context) -> bool {
         let mut state = self.0.lock(cx);
-        state.seq += 1;
-        state.open = state.open.saturating_sub(1);
+        bump(&mut state.seq);
+        unbump(&mut state.open);
         state.readers > 0
     }
 
     /// Something changed at one moment (change_pte). Is anybody between read and retry?
     pub(crate) fn bump(&self, cx: &mut impl Context) -> bool {
         let mut state = self.0.lock(cx);
-        state.seq += 1;
+        bump(&mut state.seq);
         state.readers > 0
     }
 
@@ -61,6 +62,6 @@ impl Sequence {
     pub(crate) fn retry(&self, cx: &mut impl Context, read: Read) -> bool {
         let mut state = self.0.lock(cx);
         state.readers = state.readers.saturating_sub(1);
-        state.open > 0 || state.seq != read.0
+        changed(state.open > 0 || state.seq != read.0)
     }
 }

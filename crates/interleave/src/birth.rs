@@ -38,6 +38,8 @@ pub(crate) struct Born {
     pub(crate) site: Site,
     /// The permits of a semaphore, the value of an atomic, the digest of guarded data; `None` if it has no digest.
     pub(crate) value: Option<u64>,
+    /// A lock that guards no data.
+    pub(crate) bare: bool,
 }
 
 /// Where an object was born.
@@ -56,9 +58,21 @@ impl Birth {
         site: Site,
         value: impl FnOnce() -> Option<u64>,
     ) -> Birth {
+        Birth::of_lock(kind, class, site, false, value)
+    }
+
+    /// As [`Birth::here`]; `bare`: a lock that guards no data.
+    #[inline]
+    pub(crate) fn of_lock(
+        kind: ObjectKind,
+        class: Option<&'static LockClass>,
+        site: Site,
+        bare: bool,
+        value: impl FnOnce() -> Option<u64>,
+    ) -> Birth {
         match world::active() {
             None => Birth(place(site)),
-            Some(world) => Birth::explored(world, &Born { kind, class, site, value: value() }),
+            Some(world) => Birth::explored(world, &Born { kind, class, site, value: value(), bare }),
         }
     }
 

@@ -50,6 +50,7 @@ mod fiber;
 mod ghost;
 mod hash;
 mod hooks;
+mod mutate;
 mod ops;
 mod path;
 mod replay;
@@ -60,6 +61,7 @@ pub use config::{Config, Strategy};
 pub use driver::{Replay, explore, replay};
 pub(crate) use engine::Engine;
 pub use ghost::Ghost;
+pub use mutate::{Mutant, SiteKind, mutated};
 pub use report::{Event, Failure, FailureKind, Report};
 
 use crate::world;

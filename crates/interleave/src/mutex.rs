@@ -53,7 +53,8 @@ impl<T> Mutex<T> {
     #[track_caller]
     #[inline]
     pub fn new(class: &'static LockClass, data: T) -> Self {
-        let raw = RawLock::here(ObjectKind::Mutex, Some(class), Location::caller(), || None);
+        let raw =
+            RawLock::here(ObjectKind::Mutex, Some(class), Location::caller(), size_of::<T>() == 0, || None);
         Mutex { raw, class, digest: None, data: UnsafeCell::new(data) }
     }
 
@@ -65,7 +66,8 @@ impl<T> Mutex<T> {
     /// A lock whose data an explorer can hash, to recognise a state.
     #[track_caller]
     pub fn with_digest(class: &'static LockClass, data: T, digest: fn(&T) -> u64) -> Self {
-        let raw = RawLock::here(ObjectKind::Mutex, Some(class), Location::caller(), || Some(digest(&data)));
+        let raw =
+            RawLock::here(ObjectKind::Mutex, Some(class), Location::caller(), false, || Some(digest(&data)));
         Mutex { raw, class, digest: Some(digest), data: UnsafeCell::new(data) }
     }
 

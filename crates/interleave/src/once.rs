@@ -24,7 +24,7 @@ impl<T> OnceCell<T> {
     /// An empty cell, in the world of the calling thread.
     #[track_caller]
     pub fn new() -> Self {
-        let making = RawLock::here(ObjectKind::Once, None, Location::caller(), || None);
+        let making = RawLock::here(ObjectKind::Once, None, Location::caller(), false, || None);
         OnceCell { making, ..Self::const_new() }
     }
 

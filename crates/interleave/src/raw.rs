@@ -25,9 +25,10 @@ impl RawLock {
         kind: ObjectKind,
         class: Option<&'static LockClass>,
         site: Site,
+        bare: bool,
         digest: impl FnOnce() -> Option<u64>,
     ) -> RawLock {
-        RawLock { raw: parking_lot::RawMutex::INIT, birth: Birth::here(kind, class, site, digest) }
+        RawLock { raw: parking_lot::RawMutex::INIT, birth: Birth::of_lock(kind, class, site, bare, digest) }
     }
 
     #[inline(always)]
@@ -103,8 +104,19 @@ pub(crate) fn grant(
         }
         return;
     }
+    if world.off(&op) {
+        enter_without(world, &op, take);
+        return;
+    }
     world.point(&op);
     assert!(take(), "the world granted {op:?}, which cannot be taken");
+}
+
+/// Passes a lock that is switched off, if the world does not unwind it.
+fn enter_without(world: &dyn World, op: &Op, take: &dyn Fn() -> bool) {
+    if world.enter_without(op) {
+        assert!(take(), "the world let a thread into {op:?}, which is held");
+    }
 }
 
 /// Asks the world whether a try succeeds, then takes the thing itself.
@@ -125,6 +137,10 @@ pub(crate) fn attempt(
         return take();
     }
     let op = birth.op(kind, class, site);
+    if world.off(&op) {
+        enter_without(world, &op, take);
+        return true;
+    }
     let granted = world.point(&op);
     assert!(!granted || take(), "the world granted {op:?}, which cannot be taken");
     granted
@@ -141,10 +157,13 @@ impl<F: FnOnce()> Drop for Giving<F> {
     }
 }
 
-/// Lets a thing go, first in earnest and then in the world.
+/// Lets a thing go, first in earnest and then in the world; if it was taken at all.
 #[cold]
 #[inline(never)]
 pub(crate) fn release(world: &dyn World, op: Op, digest: impl FnOnce() -> u64, give: impl FnOnce()) {
+    if world.leave_without(&op) {
+        return;
+    }
     let giving = Giving(Some(give));
     if world.aborting() {
         return;

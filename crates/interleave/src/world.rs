@@ -93,6 +93,25 @@ pub(crate) trait World {
     /// returns at once, so that a loop around it in a `Drop` would spin.
     fn point(&self, op: &Op) -> bool;
 
+    /// Is the lock of `op` switched off ([`Config::without`](crate::explore::Config::without))?
+    fn off(&self, op: &Op) -> bool {
+        let _ = op;
+        false
+    }
+
+    /// The calling virtual thread passes a lock that is switched off. Whether it takes it in earnest, which is then
+    /// possible; it unwinds if it is not.
+    fn enter_without(&self, op: &Op) -> bool {
+        let _ = op;
+        true
+    }
+
+    /// It lets go of a lock. Whether it had passed it without taking it.
+    fn leave_without(&self, op: &Op) -> bool {
+        let _ = op;
+        false
+    }
+
     /// `op` happens now. No scheduling point, since it neither waits nor touches what threads share: for
     /// traces, and for the lock set of the thread.
     fn noted(&self, op: &Op);

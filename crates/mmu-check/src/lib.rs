@@ -6,14 +6,24 @@
 #![forbid(unsafe_code)]
 
 pub mod answer;
+pub mod check;
 pub mod corpus;
 pub mod diff;
 pub mod era;
 pub mod explain;
+pub mod ledger;
+pub mod mutate;
 pub mod oracle;
+pub mod own;
 pub mod path;
 pub mod scenario;
 
+pub use check::{Check, Checked, check};
 pub use oracle::{Broken, Oracle, Rule};
 pub use path::{PATHS, Path};
 pub use scenario::{Cell, Facts, Outcome};
+
+/// The listings of docs/tutorial.md are run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/tutorial.md")]
+struct Tutorial;

@@ -17,8 +17,10 @@
 //! [`INVALIDATE_START`](crate::INVALIDATE_START).
 
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 
+use interleave::explore::{SiteKind, mutated};
 use interleave::{MaySleep, Ordering};
 
 use crate::Range;
@@ -95,7 +97,7 @@ impl IntervalNotifier {
             let seq = self.interval.seq.load(Ordering::Acquire);
             (seq, seq == state.itree.seq())
         };
-        if invalidating {
+        if !mutated(SiteKind::Wait, Location::caller()) && invalidating {
             self.mm.wait_for_end_of(cx, Seq::new(seq));
         }
         Ok(Seq::new(seq))
@@ -103,8 +105,10 @@ impl IntervalNotifier {
 
     /// Has the range been invalidated since `seq`? True: the pages must be got again. Never sleeps; one load.
     /// Call it under the lock that the callback holds around [`SetSeq::set`](crate::SetSeq::set).
+    #[track_caller]
     pub fn read_retry(&self, seq: Seq) -> bool {
-        self.interval.seq.load(Ordering::Acquire) != seq.get()
+        let off = mutated(SiteKind::Retry, Location::caller());
+        !off && self.interval.seq.load(Ordering::Acquire) != seq.get()
     }
 
     /// Removes the notifier; no callback runs after it returns. Waits for the end of active ranges, if one matched any

@@ -46,8 +46,10 @@
 //! housekeeping. What a source never reports is in [`PrimaryMmu::cannot_hear`].
 
 use std::fmt;
+use std::panic::Location;
 use std::sync::Arc;
 
+use interleave::explore::{SiteKind, mutated};
 use interleave::{AtomicU64, MaySleep, Ordering, Sleep};
 
 use crate::{Access, InsideInvalidation, Invalidation, PageAddr, Pfn, Range, WouldBlock};
@@ -95,8 +97,10 @@ impl<'a> SetSeq<'a> {
 
     /// Moves the sequence. Under the lock of the consumer that also guards installation, before translations are
     /// dropped.
+    #[track_caller]
     pub fn set(self) -> SeqMoved {
-        if let Some((cell, seq)) = self.moves {
+        let off = mutated(SiteKind::Bump, Location::caller());
+        if let Some((cell, seq)) = self.moves.filter(|_| !off) {
             cell.store(seq.0, Ordering::Release);
         }
         SeqMoved(())

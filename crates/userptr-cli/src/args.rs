@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use crate::watch::WorkingSet;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// MMU notifiers for user space: tells a program when Linux changes the memory that it shares with a device.
@@ -19,18 +20,41 @@ Exit codes: 0 what the command checks holds, 1 it does not hold, 2 the command c
 Examples:
   userptr                         change this process's memory in every way Linux has, print who noticed
   userptr doctor                  what this machine offers, what is missing and how to get it
-  userptr live --race --rounds 1000000";
+  userptr live --race --rounds 1000000
+  userptr bench                   our registration cache beside UCX's";
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
     /// Explore every driver beside every path of the mm and print what breaks
-    #[command(after_help = "A cell is driver/access/path/profile. Exit codes: 0 answered, 2 could not run.
+    #[command(
+        after_help = "A cell is driver/access/path/profile. Exit codes: 0 answered, 1 --check found a difference, \
+2 could not run.
 
 Examples:
   userptr answer
   userptr answer --driver i915 --profile v3_16,unwrapped_a
-  userptr answer --explain i915-3.16-mended/write/fork/unwrapped_a")]
+  userptr answer --explain i915-3.16-mended/write/fork/unwrapped_a
+  userptr answer --change-pte --driver kvm --profile v3_16,unwrapped_a
+  userptr answer --ledger > docs/thread.md"
+    )]
     Answer(AnswerArgs),
+    /// Measure our registration cache beside UCX's on this machine, and which changes of memory each misses
+    #[command(
+        after_help = "UCX 1.13 is loaded at run time if it is there (apt-get install libucx0); without it the command goes on alone.
+Exit codes: 0 no stale hit of ours, 1 one where the source must hear (with --check also a goal of speed missed), 2 could not run.
+
+Examples:
+  userptr bench
+  userptr bench --part hit,churn --plots plots
+  userptr bench --quick --json | jq '.goals'"
+    )]
+    Bench(BenchArgs),
+    /// One cache of `bench`, in a process of its own
+    #[command(hide = true)]
+    BenchSide(BenchSideArgs),
+    /// One change of memory of `bench`, in a process of its own
+    #[command(hide = true)]
+    BenchChange(BenchChangeArgs),
     /// Look for a known bug in the kernel that had it, and in the one in which it was mended
     #[command(
         after_help = "Exit codes: 0 found where it is and silent where it was mended, 1 not so, 2 could not run.
@@ -72,46 +96,95 @@ Examples:
   userptr diff --script FILE         a difference again, as `diff` prints it, or a script of your own"
     )]
     Diff(DiffArgs),
+    /// Run a program, or look at one that runs, and print what changes its memory, how often and from where
+    #[command(
+        after_help = "The report goes to standard error: standard output is the program's. Exit code: the program's (128 + N \
+if signal N killed it; 0 for --pid); 2 if it cannot be watched.
+
+Examples:
+  userptr watch -- python3 -c 'print(1)'
+  userptr watch --follow --report out.html -- make -j2
+  userptr watch --cost --working-set heap -- redis-server
+  userptr watch -p 1234              until Ctrl-C or its end"
+    )]
+    Watch(WatchArgs),
+    /// Switch off each lock, retry check, flush, wait, sequence bump and callback of the safe drivers: is it noticed?
+    #[command(
+        after_help = "Exit codes: 0 at least 95 % were noticed and each survivor is explained, 1 not so, 2 could not run.
+
+Examples:
+  userptr mutate
+  userptr mutate rdma --all          what noticed each, too"
+    )]
+    Mutate(MutateArgs),
     /// Some scripts of `diff`, in a process of its own
     #[command(hide = true)]
     DiffBatch(DiffBatchArgs),
     /// One row of `live`, in a process of its own
     #[command(hide = true)]
     LiveRow(RowArgs),
+    /// What this kernel's notifier says of one event, in a process of its own
+    #[command(hide = true)]
+    AnswerTrace(TraceArgs),
     /// One race of `live --race`, in a process of its own
     #[command(hide = true)]
     LiveRace(RaceRowArgs),
 }
 
 #[derive(Args)]
+#[command(group(clap::ArgGroup::new("what").args(["explain", "callbacks", "change_pte", "cost", "ledger"])))]
 pub(crate) struct AnswerArgs {
     /// Print one JSON document
-    #[arg(long, conflicts_with = "explain")]
+    #[arg(long, conflicts_with_all = ["explain", "ledger"])]
     pub(crate) json: bool,
     /// Only drivers whose name contains TEXT
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "ledger")]
     pub(crate) driver: Option<String>,
     /// Only paths whose name contains TEXT
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "ledger")]
     pub(crate) path: Option<String>,
     /// Kernel profiles
-    #[arg(long, value_delimiter = ',', default_value = "v3_16,unwrapped_a,v6_18")]
+    #[arg(long, value_delimiter = ',', default_value = "v3_16,unwrapped_a,v6_18", conflicts_with = "ledger")]
     pub(crate) profile: Vec<String>,
-    /// Preemptions at most
-    #[arg(long, default_value_t = 2)]
-    pub(crate) bound: u32,
-    /// Time for the table
+    /// Preemptions at most: 2, but 1 for --callbacks, --change-pte and --ledger
+    #[arg(long)]
+    pub(crate) bound: Option<u32>,
+    /// Time for the table, or for one cell
     #[arg(long, default_value_t = 50)]
     pub(crate) seconds: u64,
+    /// Drivers in kernels in which they never were, too
+    #[arg(long)]
+    pub(crate) anachronisms: bool,
+    /// OS threads that explore
+    #[arg(long, default_value_t = 2)]
+    pub(crate) threads: usize,
     /// One cell: the lanes of what breaks it
     #[arg(long, value_name = "CELL")]
     pub(crate) explain: Option<String>,
     /// With --explain: run this schedule again instead of searching
     #[arg(long, value_name = "SCHEDULE", requires = "explain")]
     pub(crate) replay: Option<String>,
+    /// With --explain: callbacks that are switched off
+    #[arg(long, value_name = "CALLBACK", value_delimiter = ',', requires = "explain")]
+    pub(crate) without: Vec<String>,
     /// The callbacks that each driver cannot do without, in each profile, found by switching them off one by one
-    #[arg(long, conflicts_with = "explain")]
+    #[arg(long)]
     pub(crate) callbacks: bool,
+    /// What change_pte is good for to each driver, in each profile: explored with it and without it
+    #[arg(long)]
+    pub(crate) change_pte: bool,
+    /// What each driver costs: callbacks, unbinds, re-pins and faults for each operation, and the time that it takes
+    #[arg(long)]
+    pub(crate) cost: bool,
+    /// With --cost: how often each operation is timed
+    #[arg(long, default_value_t = 101, requires = "cost")]
+    pub(crate) rounds: usize,
+    /// The claims of the exchange of 2014, each decided, as Markdown
+    #[arg(long)]
+    pub(crate) ledger: bool,
+    /// With --ledger: print nothing; is what FILE holds, measurements apart, what comes out now?
+    #[arg(long, value_name = "FILE", requires = "ledger")]
+    pub(crate) check: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -122,6 +195,22 @@ pub(crate) struct CheckArgs {
     /// Every bug that softmm can express
     #[arg(long, conflicts_with = "bug")]
     pub(crate) all: bool,
+}
+
+#[derive(Args)]
+pub(crate) struct MutateArgs {
+    /// Only drivers whose name contains TEXT
+    #[arg(value_name = "TEXT")]
+    pub(crate) driver: Option<String>,
+    /// Print those that were noticed as well, and by what
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) all: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Preemptions at most
+    #[arg(long, default_value_t = 1)]
+    pub(crate) bound: u32,
 }
 
 #[derive(Args)]
@@ -201,6 +290,34 @@ pub(crate) struct DiffArgs {
 }
 
 #[derive(Args)]
+pub(crate) struct WatchArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Watch the processes that it makes, too
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Write a page with a map of the changes, self-contained, to FILE
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+    /// Write the table or the JSON document to FILE instead of standard error
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Say what each cause would cost a device that has memory of the program mapped
+    #[arg(long)]
+    pub(crate) cost: bool,
+    /// What the device has mapped: heap, all, or START-END (hexadecimal addresses)
+    #[arg(long, value_name = "SET", default_value = "heap", requires = "cost")]
+    pub(crate) working_set: WorkingSet,
+    /// A process that runs, instead of a program
+    #[arg(long, short, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) pid: Option<i32>,
+    /// The program and its arguments
+    #[arg(last = true, value_name = "PROGRAM ARGS", required_unless_present = "pid", conflicts_with = "pid")]
+    pub(crate) program: Vec<std::ffi::OsString>,
+}
+
+#[derive(Args)]
 pub(crate) struct DiffBatchArgs {
     /// Seed of the first script
     pub(crate) seed: u64,
@@ -209,6 +326,12 @@ pub(crate) struct DiffBatchArgs {
     /// The operations in FILE instead
     #[arg(long)]
     pub(crate) script: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(crate) struct TraceArgs {
+    /// Name of the event
+    pub(crate) event: String,
 }
 
 #[derive(Args)]
@@ -231,4 +354,64 @@ pub(crate) struct RaceRowArgs {
     pub(crate) rounds: u64,
     /// Threads
     pub(crate) threads: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write SVG plots into DIR, which is made if it is not there
+    #[arg(long, value_name = "DIR")]
+    pub(crate) plots: Option<PathBuf>,
+    /// A little of everything, to see that it works: the numbers mean nothing
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Let the goals of speed decide the exit code too
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// What to measure
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "hit,miss,unmap,churn,pressure,changes")]
+    pub(crate) part: Vec<BenchPart>,
+    /// Batches of each measurement; the median counts
+    #[arg(long, default_value_t = 9, value_parser = batches)]
+    pub(crate) batches: usize,
+}
+
+/// What `bench` measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchPart {
+    /// Lookups of what is registered
+    Hit,
+    /// Lookups that register
+    Miss,
+    /// munmap of memory, registered and not
+    Unmap,
+    /// Threads that malloc, look up, and free: every hit is stale
+    Churn,
+    /// Hits while an allocator churns, and while another VM unmaps
+    Pressure,
+    /// The ways to change memory, and who is stale afterwards
+    Changes,
+}
+
+fn batches(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=1000) => Ok(n),
+        _ => Err("give 1 to 1000 batches".into()),
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct BenchSideArgs {
+    /// `ucx`, `kvm` or `uffd`
+    pub(crate) side: String,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchChangeArgs {
+    /// `ucx`, `kvm` or `uffd`
+    pub(crate) side: String,
+    /// Name of the event
+    pub(crate) event: String,
 }

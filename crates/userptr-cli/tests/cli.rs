@@ -62,6 +62,13 @@ fn bad_input_is_refused_with_2_and_a_reason() {
         &["live-row", "no_such_event", "kvm", "pinned"],
         &["live-row", "munmap/raw", "no_such_source", "pinned"],
         &["live-row", "munmap/raw", "kvm", "no_such_device"],
+        &["answer", "--profile", "v9_99"],
+        &["answer", "--driver", "no such driver"],
+        &["answer", "--explain", "i915-3.16/write/cow"],
+        &["answer", "--explain", "i915-3.16/write/cow/v3_16", "--without", "no_such_callback"],
+        &["answer", "--explain", "i915-3.16/write/cow/v3_16", "--replay", "@#"],
+        &["answer", "--callbacks", "--cost"],
+        &["answer", "--ledger", "--check", "/no/such/file"],
     ] {
         let out = userptr(args);
         assert_eq!(out.status.code(), Some(2), "{args:?}");
@@ -71,7 +78,13 @@ fn bad_input_is_refused_with_2_and_a_reason() {
 
 #[test]
 fn help_has_an_example_for_every_command() {
-    for args in [&["--help"][..], &["live", "--help"], &["doctor", "--help"], &["diff", "--help"]] {
+    for args in [
+        &["--help"][..],
+        &["live", "--help"],
+        &["doctor", "--help"],
+        &["answer", "--help"],
+        &["diff", "--help"],
+    ] {
         let out = userptr(args);
         assert!(out.status.success());
         let text = String::from_utf8_lossy(&out.stdout).into_owned();
@@ -150,6 +163,102 @@ fn without_dev_kvm_live_says_so_and_uffd_alone_holds() {
     assert_eq!(out.status.code(), Some(0), "{document:#}");
     let row = &document["rows"][0];
     assert_eq!((&row["kvm"], &row["uffd"]["pinned"]["ran"]["found"]), (&Value::Null, &"coherent".into()));
+}
+
+/// One driver that has no change_pte beside copy-on-write, with and without the pair around it.
+const SMALL: [&str; 8] = [
+    "answer",
+    "--driver",
+    "design-start",
+    "--path",
+    "cow-file",
+    "--profile",
+    "v3_16,unwrapped_a",
+    "--bound=0",
+];
+
+#[test]
+fn the_table_says_what_breaks_and_how_far_it_looked() {
+    let out = userptr(&SMALL);
+    assert_eq!(out.status.code(), Some(0));
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    let reads = text.lines().find(|line| line.contains("design-start-with-seq read")).expect("a row");
+    assert!(reads.split_whitespace().eq(["design-start-with-seq", "read", "ok0", "C0"]), "{text}");
+    let writes = text.lines().find(|line| line.contains("design-start-with-seq write")).expect("a row");
+    assert!(writes.split_whitespace().eq(["design-start-with-seq", "write", "ok0"]), "{text}");
+    assert!(text.contains("C  coherence"), "{text}");
+}
+
+#[test]
+fn a_table_does_not_depend_on_the_threads_and_its_schedules_replay() {
+    let with = |threads| userptr(&[&SMALL[..], &["--json", "--threads", threads]].concat());
+    let (one, two) = (with("1"), with("2"));
+    assert_eq!(json(&one), json(&two));
+    let cells = json(&one);
+    let broken: Vec<_> =
+        cells.as_array().unwrap().iter().filter(|cell| cell["broken"] != Value::Array(vec![])).collect();
+    assert!(!broken.is_empty(), "{cells:#}");
+    for cell in broken {
+        let (name, found) = (cell["cell"].as_str().unwrap(), &cell["broken"][0]);
+        let out = userptr(&["answer", "--explain", name, "--replay", found["replay"].as_str().unwrap()]);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(text.contains(found["rule"].as_str().unwrap()), "{name}: {text}");
+    }
+}
+
+#[test]
+fn callbacks_are_switched_off_one_by_one_and_change_pte_is_weighed() {
+    let small = ["--driver", "kvm-3.16", "--path", "cow-file", "--bound", "0", "--json"];
+    let kept = json(&userptr(&[&["answer", "--callbacks", "--profile", "v3_16"][..], &small].concat()));
+    for line in kept.as_array().unwrap() {
+        assert!(line["has"].as_str().unwrap().contains("change_pte"), "{line}");
+        assert!(!line["needs"].as_str().unwrap().contains("change_pte"), "{line}");
+    }
+    let profiles = ["answer", "--change-pte", "--profile", "v3_16,unwrapped_a,v6_18"];
+    let worth = json(&userptr(&[&profiles[..], &small].concat()));
+    for line in worth.as_array().unwrap() {
+        let (needed, dead) = match line["profile"].as_str().unwrap() {
+            "v3_16" => (false, true),
+            "unwrapped_a" => (true, false),
+            _ => (false, false),
+        };
+        assert_eq!((&line["needed"], &line["dead"]), (&needed.into(), &dead.into()), "{line}");
+    }
+}
+
+#[test]
+fn what_an_operation_costs_is_counted() {
+    let args =
+        ["answer", "--cost", "--rounds", "3", "--driver", "design-exact", "--path", "cow-zero", "--json"];
+    let lines = json(&userptr(&args));
+    let unbinds = |profile: &str| {
+        let mine = lines.as_array().unwrap().iter().filter(|line| line["profile"] == profile);
+        mine.map(|line| line["unbinds"].as_u64().unwrap()).sum::<u64>()
+    };
+    assert_eq!((unbinds("v3_16"), unbinds("unwrapped_a")), (1, 0), "{lines:#}");
+}
+
+#[test]
+fn every_counterexample_of_the_ledger_replays() {
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/thread.md");
+    let ledger = std::fs::read_to_string(file).expect("docs/thread.md");
+    let mut replayed = 0;
+    let mut rule = "";
+    for line in ledger.lines() {
+        if let Some(of) = line.strip_prefix("Counterexample (") {
+            rule = of.split(',').next().unwrap();
+        }
+        let Some(args) = line.strip_prefix("userptr answer --explain") else { continue };
+        let (cell, schedule) = args.split_once(" --replay ").expect("a replay string");
+        let mut words = vec!["answer", "--explain"];
+        words.extend(cell.split_whitespace());
+        words.extend(["--replay", schedule.trim_matches('\'')]);
+        let out = userptr(&words);
+        let text = String::from_utf8_lossy(&out.stdout).into_owned();
+        assert!(out.status.success() && text.contains(&format!(": {rule} (")), "{line}\n{text}");
+        replayed += 1;
+    }
+    assert!(replayed > 10, "{replayed}");
 }
 
 fn can_run_diff() -> bool {

@@ -32,6 +32,7 @@
 //! which nothing else needs): VM, map and event live through mappings, so a careless close_range(2) cannot silence it.
 
 mod canary;
+mod cause;
 mod error;
 mod grant;
 mod layout;
@@ -42,9 +43,12 @@ mod program;
 mod queue;
 mod record;
 mod shared;
+pub mod stream;
 mod subscription;
 mod watch;
 
+pub use cause::{STACK_DEPTH, TOP_WORDS};
+pub(crate) use error::kvm as kvm_error;
 pub use error::{Gone, OpenError, SubscribeError};
 pub use grant::{CanaryPage, Grant};
 pub use layout::{Buckets, Kind};

@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use super::mutate::Mutant;
+
 /// In which order executions are tried, and which are left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -57,6 +59,10 @@ pub struct Config {
     pub minimise: u64,
     /// Bytes of stack of each virtual thread; a guard page follows. At least 256 KiB.
     pub stack: usize,
+    /// An operation that is switched off.
+    pub without: Option<Mutant>,
+    /// Report every operation that could be switched off.
+    pub find_sites: bool,
 }
 
 impl Default for Config {
@@ -77,6 +83,8 @@ impl Config {
             lockdep: true,
             minimise: 20_000,
             stack: 512 << 10,
+            without: None,
+            find_sites: false,
         }
     }
 
@@ -112,6 +120,20 @@ impl Config {
     #[must_use]
     pub fn lockdep(mut self, lockdep: bool) -> Config {
         self.lockdep = lockdep;
+        self
+    }
+
+    /// Switches `mutant` off.
+    #[must_use]
+    pub fn without(mut self, mutant: Mutant) -> Config {
+        self.without = Some(mutant);
+        self
+    }
+
+    /// Reports what could be switched off ([`Report::sites`](super::Report::sites)).
+    #[must_use]
+    pub fn find_sites(mut self) -> Config {
+        self.find_sites = true;
         self
     }
 

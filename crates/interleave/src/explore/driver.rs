@@ -74,7 +74,7 @@ impl<'a> Explorer<'a> {
     }
 
     fn engine(&self, search: Search) -> Engine {
-        Engine::new(search, self.config.max_steps, self.config.lockdep, self.config.stack)
+        Engine::new(search, self.config)
     }
 
     fn explore(mut self) -> Report {
@@ -157,6 +157,11 @@ impl<'a> Explorer<'a> {
                 self.report.exhausted = true;
                 break;
             }
+        }
+        if let Some(seen) = &engine.mutation.seen {
+            let mut sites = std::mem::take(&mut *seen.borrow_mut());
+            sites.extend(self.report.sites.drain(..));
+            self.report.sites.extend(sites);
         }
         let inner = engine.inner.borrow();
         if let Search::Path(path) = &inner.search {

@@ -10,9 +10,11 @@ use std::cell::{Cell, RefCell};
 use std::panic::resume_unwind;
 use std::time::Duration;
 
+use super::config::Config;
 use super::exec::{Exec, Set, Status, Tid};
 use super::fiber::{self, Fiber, Job, Paused};
 use super::hooks;
+use super::mutate::{Mutant, Mutation, SiteKind};
 use super::ops::Applied;
 use super::report::FailureKind;
 use super::search::{Choice, Pick, Search};
@@ -75,15 +77,16 @@ pub(crate) struct Engine {
     /// The task state of the OS thread, during an execution.
     own: Task,
     stack: usize,
+    pub(super) mutation: Mutation,
 }
 
 impl Engine {
-    pub(super) fn new(search: Search, max_steps: usize, lockdep: bool, stack: usize) -> Engine {
+    pub(super) fn new(search: Search, config: &Config) -> Engine {
         let inner = Inner {
             exec: Exec::new(search.hashes(), search.reduces()),
             search,
-            max_steps,
-            lockdep,
+            max_steps: config.max_steps,
+            lockdep: config.lockdep,
             orders: true,
             watched: Watched::new(),
             stale: false,
@@ -98,7 +101,8 @@ impl Engine {
             next: Cell::new(None),
             loaded: Cell::new(None),
             own: Task::new(),
-            stack: stack.max(256 << 10),
+            stack: config.stack.max(256 << 10),
+            mutation: Mutation::new(config.without, config.find_sites),
         }
     }
 
@@ -109,6 +113,7 @@ impl Engine {
             inner.draining = false;
             inner.exec.reset(op);
         }
+        self.mutation.reset();
         self.aborting.set(false);
         self.unwound.set(0);
         task::save(&self.own);
@@ -393,6 +398,11 @@ impl World for Engine {
             if matches!(op.kind, OpKind::TryLock | OpKind::TryLockShared | OpKind::TryDown) {
                 inner.watch(op);
             }
+            if self.mutation.off.is_some()
+                && let Some(race) = self.mutation.race(&inner.exec, op)
+            {
+                inner.exec.fail(FailureKind::Race, race);
+            }
             let me = inner.exec.current;
             if inner.exec.at_once(op) {
                 inner.exec.apply(me, op, false);
@@ -438,6 +448,18 @@ impl World for Engine {
         self.next.set(Some(tid));
         self.pause();
         tid as Id
+    }
+
+    fn off(&self, op: &Op) -> bool {
+        self.mutation.asked(Mutant { kind: SiteKind::Lock, site: op.site })
+    }
+
+    fn enter_without(&self, op: &Op) -> bool {
+        Engine::enter_without(self, op)
+    }
+
+    fn leave_without(&self, op: &Op) -> bool {
+        self.mutation.off.is_some() && Engine::leave_without(self, op)
     }
 
     fn thread_name(&self, thread: Id) -> String {

@@ -94,6 +94,8 @@ pub(super) struct Object {
     pub(super) hashed: bool,
     /// Somebody tries it, so that letting it go is a step of its own.
     pub(super) watched: bool,
+    /// A lock that guards no data.
+    pub(super) bare: bool,
     pub(super) value: u64,
     /// Who excludes all others, or waits to, in phase [`Phase::Drain`].
     pub(super) writer: Option<Holder>,
@@ -248,6 +250,7 @@ impl Exec {
                 key,
                 hashed: false,
                 watched: false,
+                bare: false,
                 value: 0,
                 writer: None,
                 readers: Vec::new(),
@@ -264,7 +267,7 @@ impl Exec {
             None => (false, thread.seen),
         };
         (object.writer, object.permits, object.woken, object.part) = (None, permits, 0, 0);
-        object.watched = watched;
+        (object.watched, object.bare) = (watched, born.bare);
         object.readers.clear();
         object.waiting.clear();
         self.live += 1;

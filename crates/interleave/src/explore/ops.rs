@@ -244,6 +244,13 @@ impl Exec {
         applied
     }
 
+    /// The current thread takes a lock that is free, without a step.
+    pub(super) fn take_at_once(&mut self, op: &Op) {
+        let shared = matches!(op.kind, OpKind::LockShared | OpKind::TryLockShared);
+        let kind = if shared { OpKind::TryLockShared } else { OpKind::TryLock };
+        self.apply(self.current, &Op { kind, ..*op }, false);
+    }
+
     fn lock(&mut self, me: Holder, id: u32) -> Applied {
         let first = self.threads[me.tid].phase == Phase::First;
         let object = self.object(id);

@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::exec::{Exec, Tid};
+use super::mutate::Mutant;
 use super::replay::{op_name, verb};
 use crate::class::LockClass;
 use crate::lockdep::Site;
@@ -26,6 +27,8 @@ pub enum FailureKind {
     SleepInAtomic,
     /// The execution did not end within the bound on steps.
     Livelock,
+    /// Two sections of one lock met, one of which had its lock switched off ([`Config::without`](super::Config::without)).
+    Race,
     /// The scenario did not do the same under the same schedule: it depends on an address, the time, chance, the
     /// order of a hash map, or on what earlier executions left behind.
     Nondeterminism,
@@ -40,6 +43,7 @@ impl fmt::Display for FailureKind {
             FailureKind::LockOrder => "lock order",
             FailureKind::SleepInAtomic => "sleep in atomic context",
             FailureKind::Livelock => "livelock",
+            FailureKind::Race => "data race",
             FailureKind::Nondeterminism => "nondeterminism",
         })
     }
@@ -137,6 +141,8 @@ pub struct Report {
     pub bound: Option<u32>,
     /// What was found, at most [`Config::failures`](super::Config::failures).
     pub failures: Vec<Failure>,
+    /// What could be switched off, if [`Config::find_sites`](super::Config::find_sites) asks for it; in order, each once.
+    pub sites: Vec<Mutant>,
     /// Time it took.
     pub elapsed: Duration,
 }

@@ -16,9 +16,11 @@ mod mapping;
 mod stage;
 mod swap;
 mod uprobe;
+mod variants;
 
 pub use stage::Stage;
 pub(crate) use stage::{page, range};
+pub use variants::VARIANTS;
 
 use interleave::MaySleep;
 use softmm::FileKind;
@@ -142,5 +144,5 @@ pub static MORE: &[Path] = &[
 
 /// The path called `name`.
 pub fn named(name: &str) -> Option<&'static Path> {
-    PATHS.iter().chain(MORE).find(|path| path.name == name)
+    PATHS.iter().chain(MORE).chain(VARIANTS).find(|path| path.name == name)
 }

@@ -47,6 +47,11 @@ pub struct Cell {
 }
 
 impl Cell {
+    /// The same with other callbacks switched on.
+    pub fn with(&self, callbacks: Callbacks) -> Cell {
+        Cell { callbacks, ..*self }
+    }
+
     /// `driver access path profile`, as the command line takes it.
     pub fn name(&self) -> String {
         let access = if self.access == Access::Write { "write" } else { "read" };

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! Would it be noticed? Each lock, retry check, flush, wait, sequence bump and callback of a driver is switched off, one at
+//! a time, and the driver's cells are explored until one breaks.
+//!
+//! 1. *Baseline*: every cell of the driver in its own kernel, and which places of the driver's source were run in which cell.
+//!    What breaks here is left out, and said.
+//! 2. *Mutants*: every place and every callback. What "off" means: [`interleave::explore::mutated`] for places, a driver
+//!    that never registered the callback for callbacks.
+//! 3. Each mutant is explored in the cells in which its place was run, the cheap ones first, up to the same bound. The first failure
+//!    of any kind is enough. A mutant that nothing notices has *survived*: either the paths do not put it to the test, or the driver
+//!    does not need it. [`survivors`] says which, as far as anybody has found out.
+//!
+//! Everything is bounded by numbers of executions and never by time, so that the answer is the same on every machine
+//! and for any number of threads.
+
+pub mod source;
+pub mod survivors;
+mod users;
+mod young;
+
+pub use users::{GATHER, UNBOUND, USERS};
+pub use young::YOUNG;
+
+use crate::answer::Row;
+use crate::oracle::Rule;
+use crate::path::{MORE, PATHS, Path, VARIANTS};
+use crate::scenario::{Cell, Facts, execute};
+use drivers::{Callback, Callbacks, Holds, Kind};
+use interleave::explore::{self, Config, Failure, FailureKind, Mutant, Report, SiteKind, Strategy};
+use interleave::{LockClass, MaySleep, Mutex, scope};
+use mmu_notifier::Access;
+use softmm::KernelProfile;
+use std::cell::RefCell;
+use std::fmt;
+
+static QUEUE: LockClass = LockClass::new("mutants");
+
+/// Files of the crate `drivers` that are the device, the kernel around a driver, or this very machinery.
+const NO_DRIVER: [&str; 7] =
+    ["device.rs", "driver.rs", "engine.rs", "listener.rs", "site.rs", "work.rs", "counters.rs"];
+
+/// A driver, and the kernels in which it is looked at: one in which it lived, and for one with change_pte also the one in which
+/// that is all it has.
+#[derive(Debug, Clone, Copy)]
+pub struct Subject {
+    /// The driver.
+    pub kind: &'static Kind,
+    /// The kernels.
+    pub profiles: &'static [KernelProfile],
+}
+
+const fn subject(kind: &'static Kind, profiles: &'static [KernelProfile]) -> Subject {
+    Subject { kind, profiles }
+}
+
+const V3_16: KernelProfile = KernelProfile::V3_16;
+const V5_10: KernelProfile = KernelProfile::V5_10;
+const V6_18: KernelProfile = KernelProfile::V6_18;
+
+/// The drivers that are meant to be safe; where one is not is found out, and left out.
+pub static SUBJECTS: &[Subject] = &[
+    subject(&drivers::i915_v5_13::KIND, &[V5_10]),
+    subject(&drivers::kvm_v3_16::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
+    subject(&drivers::kvm_v6_18::KIND, &[V6_18]),
+    subject(&drivers::amd_iommu_v2_3_16::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
+    subject(&drivers::amd_iommu_invalidate_range::KIND_3_19, &[KernelProfile::V3_19]),
+    subject(&drivers::amd_iommu_invalidate_range::KIND, &[V6_18]),
+    subject(&drivers::rdma_odp::KIND, &[V6_18]),
+    subject(&drivers::vfio::KIND, &[V6_18]),
+    subject(&drivers::design_start_with_seq::KIND, &[V3_16]),
+    subject(&drivers::design_atomic_change_pte::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
+];
+
+/// How far to go.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Preemptions at most.
+    pub bound: u32,
+    /// Executions of one cell at most, for each bound.
+    pub executions: u64,
+    /// OS threads.
+    pub threads: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits { bound: 1, executions: 1500, threads: 2 }
+    }
+}
+
+/// What is switched off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Off {
+    /// An operation, by its place.
+    Site(Mutant),
+    /// A callback.
+    Callback(Callback),
+}
+
+impl fmt::Display for Off {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Off::Site(mutant) => {
+                let (file, line) = (source::file_name(mutant.site), mutant.site.line());
+                let function = source::function(mutant.site).unwrap_or("?");
+                write!(f, "{} in {function} at {file}:{line}", mutant.kind)
+            }
+            Off::Callback(callback) => write!(f, "callback {callback}"),
+        }
+    }
+}
+
+/// What gave a mutant away.
+#[derive(Debug, Clone)]
+pub struct Noticed {
+    /// Where.
+    pub cell: Cell,
+    /// The rule that broke; `None` for a race, a panic of the model, or a pin that was never put.
+    pub rule: Option<Rule>,
+    /// How.
+    pub failure: Failure,
+}
+
+impl Noticed {
+    /// The rule, or what else it was, in a word or two.
+    pub fn by(&self) -> String {
+        self.rule.map_or_else(|| self.failure.kind.to_string(), |rule| rule.to_string())
+    }
+}
+
+/// What became of a mutant.
+#[derive(Debug, Clone)]
+pub struct Fate {
+    /// The driver.
+    pub subject: Subject,
+    /// What was off.
+    pub off: Off,
+    /// What gave it away; `None`: it survived.
+    pub noticed: Option<Noticed>,
+    /// Cells in which it was looked for.
+    pub cells: usize,
+    /// Executions.
+    pub executions: u64,
+    /// All cells were explored up to the bound.
+    pub exhausted: bool,
+}
+
+impl Fate {
+    /// Why it survived, if anybody knows.
+    pub fn why(&self) -> Option<&'static str> {
+        survivors::why(self.subject.kind, self.off)
+    }
+}
+
+/// A cell that was left out.
+#[derive(Debug, Clone)]
+pub struct LeftOut {
+    /// Which.
+    pub cell: Cell,
+    /// What breaks there, unmutated.
+    pub failure: Failure,
+}
+
+/// All of it.
+#[derive(Debug, Clone, Default)]
+pub struct Mutation {
+    /// One for each mutant, in the order of the subjects and of their source.
+    pub fates: Vec<Fate>,
+    /// Cells in which the driver itself breaks.
+    pub left_out: Vec<LeftOut>,
+}
+
+impl Mutation {
+    /// How many mutants were noticed.
+    pub fn noticed(&self) -> usize {
+        self.fates.iter().filter(|fate| fate.noticed.is_some()).count()
+    }
+
+    /// Was at least 95 of 100 noticed?
+    pub fn enough(&self) -> bool {
+        !self.fates.is_empty() && self.noticed() * 100 >= self.fates.len() * 95
+    }
+}
+
+/// A cell that does not break by itself, and what of the driver it runs.
+struct Ground {
+    cell: Cell,
+    sites: Vec<Mutant>,
+    callbacks: Callbacks,
+    executions: u64,
+}
+
+struct Task {
+    subject: Subject,
+    off: Off,
+    cells: Vec<Cell>,
+}
+
+/// Switches off everything there is in `subjects`, one by one. `progress` hears: done, of how many.
+pub fn mutate(
+    cx: &mut MaySleep<'_>,
+    subjects: &[Subject],
+    limits: &Limits,
+    progress: &(dyn Fn(usize, usize) + Sync),
+) -> Mutation {
+    let cells: Vec<Cell> = subjects.iter().flat_map(cells).collect();
+    let baseline = each(cx, &cells, limits.threads, &|cell| ground(cell, limits), &|_| ());
+    let mut left_out = Vec::new();
+    let mut grounds = Vec::new();
+    for outcome in baseline {
+        match outcome {
+            Ok(ground) => grounds.extend(ground),
+            Err(out) => left_out.push(*out),
+        }
+    }
+    let tasks: Vec<Task> = subjects.iter().flat_map(|subject| tasks(subject, &grounds)).collect();
+    let all = tasks.len();
+    let fates = each(cx, &tasks, limits.threads, &|task| fate(task, limits), &|done| progress(done, all));
+    Mutation { fates, left_out }
+}
+
+/// `f` of each of `items`, in their order, on several OS threads. `done` hears how many there are by now.
+fn each<T: Sync, R: Send>(
+    cx: &mut MaySleep<'_>,
+    items: &[T],
+    threads: usize,
+    f: &(dyn Fn(&T) -> R + Sync),
+    done: &(dyn Fn(usize) + Sync),
+) -> Vec<R> {
+    let queue = Mutex::new(&QUEUE, (items.iter().enumerate(), Vec::new()));
+    let work = |cx: &mut MaySleep<'_>| {
+        loop {
+            let Some((at, item)) = queue.lock(cx).0.next() else { return };
+            let result = f(item);
+            let mut queue = queue.lock(cx);
+            queue.1.push((at, result));
+            done(queue.1.len());
+        }
+    };
+    scope(cx, |s, _| {
+        for _ in 0..threads.max(1) {
+            s.spawn("mutation", work);
+        }
+    });
+    let (_, mut results) = queue.into_inner();
+    results.sort_by_key(|(at, _)| *at);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+fn rows(kind: &'static Kind) -> impl Iterator<Item = Row> {
+    let reads = kind.reads && kind.holds != Holds::ProcessTable;
+    [Some(Access::Write), reads.then_some(Access::Read)]
+        .into_iter()
+        .flatten()
+        .map(move |access| Row { kind, access })
+}
+
+fn cells(subject: &Subject) -> Vec<Cell> {
+    let Subject { kind, profiles } = *subject;
+    let ages = kind.callbacks.contains(Callback::ClearFlushYoung);
+    let young = ages.then_some(&YOUNG);
+    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young).chain([&USERS, &UNBOUND, &GATHER]);
+    let rows: Vec<Row> = rows(kind).collect();
+    let cell = |row: &Row, path: &'static Path, profile: KernelProfile| {
+        let callbacks = kind.callbacks;
+        Cell { kind, access: row.access, path, profile, callbacks }
+    };
+    let of = |profile: KernelProfile| {
+        let paths = paths.clone();
+        let row = move |row| paths.clone().map(move |path| cell(row, path, profile));
+        rows.iter().flat_map(row).collect::<Vec<_>>()
+    };
+    profiles.iter().copied().flat_map(of).collect()
+}
+
+fn search(cell: &Cell, config: Config) -> (Report, Facts) {
+    let facts = RefCell::new(Facts::default());
+    let report = explore::explore(&config, |cx| match cell.path.name {
+        name if name == YOUNG.name => young::execute(cx, cell),
+        name if name == USERS.name => users::beside(cx, cell),
+        name if name == GATHER.name => users::gather(cx, cell),
+        name if name == UNBOUND.name => users::unbound(cx, cell),
+        _ => execute(cx, cell, &facts),
+    });
+    (report, facts.into_inner())
+}
+
+fn config(bound: u32, limits: &Limits) -> Config {
+    Config::new(Strategy::Preemptions(bound)).minimise(0).max_executions(limits.executions)
+}
+
+/// Nothing is known of a cell that the driver refuses.
+fn ground(cell: &Cell, limits: &Limits) -> Result<Option<Ground>, Box<LeftOut>> {
+    let (report, facts) = search(cell, config(limits.bound, limits).find_sites());
+    if let Some(failure) = report.failures.into_iter().next() {
+        return Err(Box::new(LeftOut { cell: *cell, failure }));
+    }
+    if facts.refused.is_some() {
+        return Ok(None);
+    }
+    let sites = report.sites.into_iter().filter(of_a_driver).collect();
+    let asks = cell.path.name == YOUNG.name;
+    let run: Vec<Callback> =
+        cell.callbacks.iter().filter(|&kind| asks || facts.callbacks[kind as usize] > 0).collect();
+    Ok(Some(Ground { cell: *cell, sites, callbacks: Callbacks::of(&run), executions: report.executions }))
+}
+
+/// A function that names its caller's place does so for the locks too that it takes itself: those are not the driver's.
+fn of_a_driver(mutant: &Mutant) -> bool {
+    if mutant.kind == SiteKind::Lock
+        && !source::text(mutant.site).is_some_and(|text| text.starts_with("lock"))
+    {
+        return false;
+    }
+    mutant.site.file().contains("crates/drivers/src/") && !NO_DRIVER.contains(&source::file_name(mutant.site))
+}
+
+fn tasks(subject: &Subject, grounds: &[Ground]) -> Vec<Task> {
+    let kind = subject.kind;
+    let mut grounds: Vec<&Ground> =
+        grounds.iter().filter(|ground| ground.cell.kind.name == kind.name).collect();
+    grounds.sort_by_key(|ground| ground.executions);
+    let mut sites: Vec<Mutant> = grounds.iter().flat_map(|ground| ground.sites.iter().copied()).collect();
+    sites.sort();
+    sites.dedup();
+    let task =
+        |off, cells: &mut dyn Iterator<Item = Cell>| Task { subject: *subject, off, cells: cells.collect() };
+    let of_sites = sites.into_iter().map(|site| {
+        let there = grounds.iter().filter(|ground| ground.sites.binary_search(&site).is_ok());
+        task(Off::Site(site), &mut there.map(|ground| ground.cell))
+    });
+    let of_callbacks = kind.callbacks.iter().map(|callback| {
+        let there = grounds.iter().filter(|ground| ground.callbacks.contains(callback));
+        let without = |ground: &&Ground| Cell { callbacks: kind.callbacks.without(callback), ..ground.cell };
+        task(Off::Callback(callback), &mut there.map(without))
+    });
+    of_sites.chain(of_callbacks).filter(|task| !task.cells.is_empty()).collect()
+}
+
+fn fate(task: &Task, limits: &Limits) -> Fate {
+    let Task { subject, off, ref cells } = *task;
+    let mut fate = Fate { subject, off, noticed: None, cells: cells.len(), executions: 0, exhausted: true };
+    for bound in 0..=limits.bound {
+        for cell in cells {
+            let config = config(bound, limits);
+            let (report, _) = search(
+                cell,
+                match off {
+                    Off::Site(mutant) => config.without(mutant),
+                    Off::Callback(_) => config,
+                },
+            );
+            fate.executions += report.executions;
+            fate.exhausted &= report.exhausted;
+            let failure = report.failures.into_iter().next();
+            if let Some(failure) = failure.filter(|f| f.kind != FailureKind::Nondeterminism) {
+                let rule = Rule::of_failure(failure.kind, &failure.message);
+                fate.noticed = Some(Noticed { cell: *cell, rule, failure });
+                return fate;
+            }
+        }
+    }
+    fate
+}
