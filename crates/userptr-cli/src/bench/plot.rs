@@ -13,8 +13,8 @@ const RIGHT: f64 = 150.0;
 const TOP: f64 = 48.0;
 const BOTTOM: f64 = 56.0;
 
-/// Colours that keep apart for the colour-blind too (Okabe and Ito), light enough for dark ground.
-const COLOURS: [&str; 5] = ["#d55e00", "#0072b2", "#cc79a7", "#009e73", "#e69f00"];
+/// Colours that keep apart for the colour-blind too (after Okabe and Ito; the blue lighter, for dark ground).
+const COLOURS: [&str; 5] = ["#d55e00", "#3d8fd1", "#cc79a7", "#009e73", "#e69f00"];
 
 const STYLE: &str = "<style>\
 text{font:13px system-ui,sans-serif;fill:#222}.title{font-size:16px;font-weight:600}.axis{stroke:#888;fill:none}\
