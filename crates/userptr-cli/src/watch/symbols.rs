@@ -45,9 +45,7 @@ impl Table {
         let segments = file.segments().map(|s| (s.file_range().0, s.file_range().1, s.address())).collect();
         let functions = |symbols: &mut dyn Iterator<Item = object::Symbol<'_, '_>>| {
             let code = symbols.filter(|s| s.is_definition() && s.kind() == object::SymbolKind::Text);
-            let named = code.filter_map(|s| {
-                Some((s.address(), s.size(), s.name().ok()?.to_owned()))
-            });
+            let named = code.filter_map(|s| Some((s.address(), s.size(), s.name().ok()?.to_owned())));
             let mut functions: Vec<_> = named.collect();
             functions.sort_unstable_by_key(|(address, len, _)| (*address, *len));
             functions
