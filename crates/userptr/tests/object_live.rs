@@ -15,7 +15,7 @@ use userptr::device::cpu::Cpu;
 use userptr::device::kvm::{KvmDevice, Polling};
 use userptr::device::{Command, Device, DeviceAddr, DeviceError, Engine, Fence, FenceError, checksum};
 use userptr::object::{Driver, Flags, Iommu, Object, ObjectError};
-use userptr::source::{self, AnySource};
+use userptr::source::{self, AnonymousUffd, AnySource};
 
 #[expect(dead_code, reason = "its main is not run")]
 #[path = "../examples/objects.rs"]
@@ -156,7 +156,8 @@ fn memory_is_replaced_and_vanishes_over_uffd() {
         return;
     }
     testing::in_child("memory_is_replaced_and_vanishes_over_uffd", DEADLINE, || {
-        let source = AnySource::Uffd(UffdSource::open(&uffd::Options::default()).unwrap());
+        let uffd = UffdSource::open(&uffd::Options::default()).unwrap();
+        let source = AnySource::Uffd(AnonymousUffd::new(uffd).unwrap());
         let mm = Arc::new(HostMm::new(source, 1).unwrap());
         Replaced.run(Driver::new(mm, Cpu::new(), Iommu::passthrough()));
     });
