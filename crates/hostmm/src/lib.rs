@@ -102,6 +102,7 @@ pub mod disturb;
 pub mod kvm;
 pub mod lab;
 pub mod page;
+pub mod peer;
 pub mod pin;
 pub mod primary;
 pub mod race;
@@ -109,4 +110,5 @@ pub mod setting;
 mod sys;
 #[doc(hidden)]
 pub mod testing;
+pub mod trace;
 pub mod uffd;

@@ -88,8 +88,11 @@ macro_rules! atomic {
                 Self { value: plain::$name::new(value), birth: Birth::CONST }
             }
 
+            /// Where [`Birth::is_plain`] is not so. Apart from the operations, each of which would otherwise hold its
+            /// closure twice, and be too big to be inlined.
             #[track_caller]
-            #[inline(always)]
+            #[cold]
+            #[inline(never)]
             fn access<R>(&self, kind: OpKind, access: impl FnOnce(&plain::$name) -> R) -> R {
                 let site = Location::caller();
                 match self.birth.world(site) {
@@ -107,30 +110,42 @@ macro_rules! atomic {
 
             /// Its value.
             #[track_caller]
-            #[inline]
+            #[inline(always)]
             pub fn load(&self, order: Ordering) -> $value {
+                if self.birth.is_plain() {
+                    return self.value.load(order);
+                }
                 self.access(OpKind::Load, |v| v.load(order))
             }
 
             /// Sets its value.
             #[track_caller]
-            #[inline]
+            #[inline(always)]
             pub fn store(&self, value: $value, order: Ordering) {
+                if self.birth.is_plain() {
+                    return self.value.store(value, order);
+                }
                 self.access(OpKind::Store, |v| v.store(value, order));
             }
 
             /// Sets its value. The value before.
             #[track_caller]
-            #[inline]
+            #[inline(always)]
             pub fn swap(&self, value: $value, order: Ordering) -> $value {
+                if self.birth.is_plain() {
+                    return self.value.swap(value, order);
+                }
                 self.access(OpKind::Rmw, |v| v.swap(value, order))
             }
 
             $(
                 #[doc = concat!("As std's `", stringify!($op), "`. The value before.")]
                 #[track_caller]
-                #[inline]
+                #[inline(always)]
                 pub fn $op(&self, value: $value, order: Ordering) -> $value {
+                    if self.birth.is_plain() {
+                        return self.value.$op(value, order);
+                    }
                     self.access(OpKind::Rmw, |v| v.$op(value, order))
                 }
             )*
@@ -140,7 +155,7 @@ macro_rules! atomic {
             /// # Errors
             /// The value found, if it was not `current`.
             #[track_caller]
-            #[inline]
+            #[inline(always)]
             pub fn compare_exchange(
                 &self,
                 current: $value,
@@ -148,6 +163,9 @@ macro_rules! atomic {
                 success: Ordering,
                 failure: Ordering,
             ) -> Result<$value, $value> {
+                if self.birth.is_plain() {
+                    return self.value.compare_exchange(current, new, success, failure);
+                }
                 self.access(OpKind::Rmw, |v| v.compare_exchange(current, new, success, failure))
             }
 

@@ -12,9 +12,16 @@ use crate::birth::{Birth, ObjectKind};
 use crate::digest::mix;
 use crate::world::OpKind;
 
-/// A fixed number of atomic `u64`. Any context; not in statics.
+/// Words of a cache line.
+const LINE: usize = 8;
+
+#[repr(align(64))]
+struct Line([plain::AtomicU64; LINE]);
+
+/// A fixed number of atomic `u64`; each eight of them, from the first on, are a cache line. Any context; not in statics.
 pub struct AtomicWords {
-    words: Box<[plain::AtomicU64]>,
+    lines: Box<[Line]>,
+    len: usize,
     /// What a change of any word changes; kept under exploration only.
     hash: plain::AtomicU64,
     birth: Birth,
@@ -24,8 +31,10 @@ impl AtomicWords {
     /// `count` words that begin as `value`, in the world of the calling thread.
     #[track_caller]
     pub fn new(count: usize, value: u64) -> AtomicWords {
+        let line = || Line(std::array::from_fn(|_| plain::AtomicU64::new(value)));
         AtomicWords {
-            words: (0..count).map(|_| plain::AtomicU64::new(value)).collect(),
+            lines: (0..count.div_ceil(LINE)).map(|_| line()).collect(),
+            len: count,
             hash: plain::AtomicU64::new(0),
             birth: Birth::here(ObjectKind::Atomic, None, Location::caller(), || Some(0)),
         }
@@ -33,21 +42,22 @@ impl AtomicWords {
 
     /// How many.
     pub fn len(&self) -> usize {
-        self.words.len()
+        self.len
     }
 
     /// None?
     pub fn is_empty(&self) -> bool {
-        self.words.is_empty()
+        self.len == 0
     }
 
     /// One of them.
     ///
     /// # Panics
     /// If there is no word `index`.
-    #[inline]
+    #[inline(always)]
     pub fn word(&self, index: usize) -> AtomicWord<'_> {
-        AtomicWord { all: self, index, word: &self.words[index] }
+        assert!(index < self.len);
+        AtomicWord { all: self, index, word: &self.lines[index / LINE].0[index % LINE] }
     }
 }
 
@@ -60,8 +70,10 @@ pub struct AtomicWord<'a> {
 }
 
 impl AtomicWord<'_> {
+    /// As the other atomics' `access`.
     #[track_caller]
-    #[inline(always)]
+    #[cold]
+    #[inline(never)]
     fn access<R>(self, kind: OpKind, access: impl FnOnce(&plain::AtomicU64) -> R) -> R {
         let site = Location::caller();
         let Some(world) = self.all.birth.world(site) else { return access(self.word) };
@@ -88,36 +100,71 @@ impl AtomicWord<'_> {
 
     /// Its value.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn load(self, order: Ordering) -> u64 {
+        if self.all.birth.is_plain() {
+            return self.word.load(order);
+        }
         self.access(OpKind::Load, |word| word.load(order))
     }
 
     /// Sets its value.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn store(self, value: u64, order: Ordering) {
+        if self.all.birth.is_plain() {
+            return self.word.store(value, order);
+        }
         self.access(OpKind::Store, |word| word.store(value, order));
     }
 
     /// Sets its value. The value before.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn swap(self, value: u64, order: Ordering) -> u64 {
+        if self.all.birth.is_plain() {
+            return self.word.swap(value, order);
+        }
         self.access(OpKind::Rmw, |word| word.swap(value, order))
+    }
+
+    /// As std's `fetch_add`. The value before.
+    #[track_caller]
+    #[inline(always)]
+    pub fn fetch_add(self, value: u64, order: Ordering) -> u64 {
+        if self.all.birth.is_plain() {
+            return self.word.fetch_add(value, order);
+        }
+        self.access(OpKind::Rmw, |word| word.fetch_add(value, order))
+    }
+
+    /// As std's `fetch_sub`. The value before.
+    #[track_caller]
+    #[inline(always)]
+    pub fn fetch_sub(self, value: u64, order: Ordering) -> u64 {
+        if self.all.birth.is_plain() {
+            return self.word.fetch_sub(value, order);
+        }
+        self.access(OpKind::Rmw, |word| word.fetch_sub(value, order))
     }
 
     /// As std's `fetch_or`. The value before.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn fetch_or(self, bits: u64, order: Ordering) -> u64 {
+        if self.all.birth.is_plain() {
+            return self.word.fetch_or(bits, order);
+        }
         self.access(OpKind::Rmw, |word| word.fetch_or(bits, order))
     }
 
     /// As std's `fetch_and`. The value before.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn fetch_and(self, bits: u64, order: Ordering) -> u64 {
+        if self.all.birth.is_plain() {
+            return self.word.fetch_and(bits, order);
+        }
         self.access(OpKind::Rmw, |word| word.fetch_and(bits, order))
     }
 
@@ -126,7 +173,7 @@ impl AtomicWord<'_> {
     /// # Errors
     /// The value found, if it was not `current`.
     #[track_caller]
-    #[inline]
+    #[inline(always)]
     pub fn compare_exchange(
         self,
         current: u64,
@@ -134,6 +181,9 @@ impl AtomicWord<'_> {
         success: Ordering,
         failure: Ordering,
     ) -> Result<u64, u64> {
+        if self.all.birth.is_plain() {
+            return self.word.compare_exchange(current, new, success, failure);
+        }
         self.access(OpKind::Rmw, |word| word.compare_exchange(current, new, success, failure))
     }
 }

@@ -91,6 +91,12 @@ impl Birth {
         Birth(EXPLORED | (id << SITE_BITS) | place(born.site))
     }
 
+    /// Does an operation on this object run plainly? `false` may also mean that it must not run here at all.
+    #[inline(always)]
+    pub(crate) fn is_plain(self) -> bool {
+        world::active().is_none() && self.0 & EXPLORED == 0
+    }
+
     /// The world in which an operation on this object runs.
     #[inline(always)]
     pub(crate) fn world(self, site: Site) -> Option<&'static dyn World> {

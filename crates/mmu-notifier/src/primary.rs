@@ -241,6 +241,27 @@ pub trait PrimaryMmu: Send + Sync {
     fn settle(&self) -> Result<(), Gone> {
         Ok(())
     }
+
+    /// A number that only grows, and that has grown when any subscribed range has changed, where one load can tell.
+    ///
+    /// The promise: if `e = era()` was loaded, and *then* `read_retry(seq)` was false, and later `era()` is `e` again,
+    /// then `read_retry(seq)` would still be false. So whoever keeps `e` beside a translation need not look at its
+    /// subscription until it moves. Never `u64::MAX`. `None`: there is no such number, or the source is gone, or this is a
+    /// forked child; ask the subscription.
+    fn era(&self) -> Option<u64> {
+        None
+    }
+
+    /// A number that has grown when `range` has changed, where a few loads can tell: while it is what
+    /// [`Subscription::count_at`] says of a subscription to this very range, `read_retry` is false. `None` as for `era`.
+    fn count_in(&self, _range: Range) -> Option<u64> {
+        None
+    }
+
+    /// As [`era`](Self::era) for [`Subscription::read_retry_ordered`]: the same number, where both are given.
+    fn era_ordered(&self) -> Option<u64> {
+        self.era()
+    }
 }
 
 /// One range that is listened to. Dropping it unsubscribes without waiting for a callback that runs.
@@ -261,6 +282,11 @@ pub trait Subscription: Send + Sync {
     /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs
     /// a load or two.
     fn read_retry(&self, seq: Self::Seq) -> bool;
+
+    /// What [`PrimaryMmu::count_in`] answers about the range while nothing has changed since `seq`, if it counts.
+    fn count_at(&self, _seq: Self::Seq) -> Option<u64> {
+        None
+    }
 
     /// As [`read_retry`](Subscription::read_retry), about the changes alone whose system call has returned before this
     /// call, in happens-before order: not enough where another thread can be in the middle of giving the memory

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use crate::watch::WorkingSet;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// MMU notifiers for user space: tells a program when Linux changes the memory that it shares with a device.
@@ -19,7 +20,8 @@ Exit codes: 0 what the command checks holds, 1 it does not hold, 2 the command c
 Examples:
   userptr                         change this process's memory in every way Linux has, print who noticed
   userptr doctor                  what this machine offers, what is missing and how to get it
-  userptr live --race --rounds 1000000";
+  userptr live --race --rounds 1000000
+  userptr bench                   our registration cache beside UCX's";
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
@@ -36,6 +38,23 @@ Examples:
   userptr answer --ledger > docs/thread.md"
     )]
     Answer(AnswerArgs),
+    /// Measure our registration cache beside UCX's on this machine, and which changes of memory each misses
+    #[command(
+        after_help = "UCX 1.13 is loaded at run time if it is there (apt-get install libucx0); without it the command goes on alone.
+Exit codes: 0 no stale hit of ours, 1 one where the source must hear (with --check also a goal of speed missed), 2 could not run.
+
+Examples:
+  userptr bench
+  userptr bench --part hit,churn --plots plots
+  userptr bench --quick --json | jq '.goals'"
+    )]
+    Bench(BenchArgs),
+    /// One cache of `bench`, in a process of its own
+    #[command(hide = true)]
+    BenchSide(BenchSideArgs),
+    /// One change of memory of `bench`, in a process of its own
+    #[command(hide = true)]
+    BenchChange(BenchChangeArgs),
     /// Look for a known bug in the kernel that had it, and in the one in which it was mended
     #[command(
         after_help = "Exit codes: 0 found where it is and silent where it was mended, 1 not so, 2 could not run.
@@ -77,6 +96,18 @@ Examples:
   userptr diff --script FILE         a difference again, as `diff` prints it, or a script of your own"
     )]
     Diff(DiffArgs),
+    /// Run a program, or look at one that runs, and print what changes its memory, how often and from where
+    #[command(
+        after_help = "The report goes to standard error: standard output is the program's. Exit code: the program's (128 + N \
+if signal N killed it; 0 for --pid); 2 if it cannot be watched.
+
+Examples:
+  userptr watch -- python3 -c 'print(1)'
+  userptr watch --follow --report out.html -- make -j2
+  userptr watch --cost --working-set heap -- redis-server
+  userptr watch -p 1234              until Ctrl-C or its end"
+    )]
+    Watch(WatchArgs),
     /// Switch off each lock, retry check, flush, wait, sequence bump and callback of the safe drivers: is it noticed?
     #[command(
         after_help = "Exit codes: 0 at least 95 % were noticed and each survivor is explained, 1 not so, 2 could not run.
@@ -259,6 +290,34 @@ pub(crate) struct DiffArgs {
 }
 
 #[derive(Args)]
+pub(crate) struct WatchArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Watch the processes that it makes, too
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Write a page with a map of the changes, self-contained, to FILE
+    #[arg(long, value_name = "FILE")]
+    pub(crate) report: Option<PathBuf>,
+    /// Write the table or the JSON document to FILE instead of standard error
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) output: Option<PathBuf>,
+    /// Say what each cause would cost a device that has memory of the program mapped
+    #[arg(long)]
+    pub(crate) cost: bool,
+    /// What the device has mapped: heap, all, or START-END (hexadecimal addresses)
+    #[arg(long, value_name = "SET", default_value = "heap", requires = "cost")]
+    pub(crate) working_set: WorkingSet,
+    /// A process that runs, instead of a program
+    #[arg(long, short, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub(crate) pid: Option<i32>,
+    /// The program and its arguments
+    #[arg(last = true, value_name = "PROGRAM ARGS", required_unless_present = "pid", conflicts_with = "pid")]
+    pub(crate) program: Vec<std::ffi::OsString>,
+}
+
+#[derive(Args)]
 pub(crate) struct DiffBatchArgs {
     /// Seed of the first script
     pub(crate) seed: u64,
@@ -295,4 +354,64 @@ pub(crate) struct RaceRowArgs {
     pub(crate) rounds: u64,
     /// Threads
     pub(crate) threads: usize,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchArgs {
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Write SVG plots into DIR, which is made if it is not there
+    #[arg(long, value_name = "DIR")]
+    pub(crate) plots: Option<PathBuf>,
+    /// A little of everything, to see that it works: the numbers mean nothing
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Let the goals of speed decide the exit code too
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// What to measure
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "hit,miss,unmap,churn,pressure,changes")]
+    pub(crate) part: Vec<BenchPart>,
+    /// Batches of each measurement; the median counts
+    #[arg(long, default_value_t = 9, value_parser = batches)]
+    pub(crate) batches: usize,
+}
+
+/// What `bench` measures.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchPart {
+    /// Lookups of what is registered
+    Hit,
+    /// Lookups that register
+    Miss,
+    /// munmap of memory, registered and not
+    Unmap,
+    /// Threads that malloc, look up, and free: every hit is stale
+    Churn,
+    /// Hits while an allocator churns, and while another VM unmaps
+    Pressure,
+    /// The ways to change memory, and who is stale afterwards
+    Changes,
+}
+
+fn batches(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(n @ 1..=1000) => Ok(n),
+        _ => Err("give 1 to 1000 batches".into()),
+    }
+}
+
+#[derive(Args)]
+pub(crate) struct BenchSideArgs {
+    /// `ucx`, `kvm` or `uffd`
+    pub(crate) side: String,
+}
+
+#[derive(Args)]
+pub(crate) struct BenchChangeArgs {
+    /// `ucx`, `kvm` or `uffd`
+    pub(crate) side: String,
+    /// Name of the event
+    pub(crate) event: String,
 }

@@ -5,12 +5,14 @@
 
 mod answer;
 mod args;
+mod bench;
 mod check;
 mod child;
 mod diff;
 mod doctor;
 mod live;
 mod mutate;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -45,6 +47,8 @@ enum Error {
     #[error(transparent)]
     Row(#[from] live::row::RowError),
     #[error(transparent)]
+    Watch(#[from] watch::WatchError),
+    #[error(transparent)]
     Diff(#[from] diff::DiffRunError),
     #[error(transparent)]
     Race(#[from] live::race::RaceRowError),
@@ -69,10 +73,17 @@ impl Saved {
     }
 
     fn write(self, value: &impl Serialize) -> Result<(), Error> {
+        if self.0.is_none() {
+            return Ok(());
+        }
+        self.write_bytes(serde_json::to_string_pretty(value)?.as_bytes())
+    }
+
+    /// Writes `bytes` if there is a file.
+    fn write_bytes(self, bytes: &[u8]) -> Result<(), Error> {
         use std::io::Write;
         let Some((path, mut file)) = self.0 else { return Ok(()) };
-        let text = serde_json::to_string_pretty(value)?;
-        file.write_all(text.as_bytes()).map_err(|source| Error::File { path, source })
+        file.write_all(bytes).map_err(|source| Error::File { path, source })
     }
 }
 
@@ -87,6 +98,9 @@ fn print_json(value: &impl Serialize) -> Result<(), Error> {
 fn main() -> ExitCode {
     let done = match Cli::parse().command.unwrap_or(Command::Live(LiveArgs::default())) {
         Command::Answer(args) => answer::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::BenchChange(args) => bench::answer_change(&args.side, &args.event),
+        Command::BenchSide(args) => bench::serve(&args.side),
         Command::Check(args) => check::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Live(args) if args.race => live::race::run(&args),
@@ -94,6 +108,7 @@ fn main() -> ExitCode {
         Command::Mutate(args) => mutate::run(&args),
         Command::LiveRow(args) => live::answer_row(&args),
         Command::Diff(args) => diff::run(&args),
+        Command::Watch(args) => watch::run(&args),
         Command::DiffBatch(args) => diff::answer(&args),
         Command::AnswerTrace(args) => answer::trace::run(&args),
         Command::LiveRace(args) => live::race::answer(&args),

@@ -18,7 +18,8 @@ use userptr::device::io_uring::IoUring;
 use userptr::source::{self, AnySource};
 use userptr::{CacheError, RegistrationCache};
 
-type Cache = RegistrationCache<HostMm<AnySource>, IoUring>;
+/// What registers the values.
+pub(crate) type Cache = RegistrationCache<HostMm<AnySource>, IoUring>;
 
 /// Where a value is.
 #[derive(Clone, Copy)]

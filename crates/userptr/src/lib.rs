@@ -31,16 +31,19 @@
 //! | register memory again and again for nanoseconds | [`RegistrationCache`] |
 //! | look up many ranges at once | [`cache::Session`] |
 //! | have the best source of changes | [`source::open_mm`] |
+//! | bind memory in a device's address spaces, and run batches on it | [`object`] |
 //! | give memory to an io_uring | [`device::io_uring`] |
 //! | write a device | [`device::Device`] |
 //!
 //! Everything is generic over the primary MMU ([`mmu_notifier::PrimaryMmu`]), so that a checker runs the very same code
 //! over a software mm.
 //!
-//! `unsafe` is in the device files, which talk to the kernel, and in the lease slots of the cache.
+//! `unsafe` is in the device files, which talk to the kernel, in the lease slots of the cache, and where an object lends
+//! its bytes or a batch is handed over.
 
 pub mod cache;
 pub mod device;
+pub mod object;
 pub mod source;
 mod sync;
 

@@ -72,6 +72,11 @@ impl Source for AnonymousUffd {
     fn settle(&self) -> Result<(), Gone> {
         self.source.settle()
     }
+
+    #[inline]
+    fn era_ordered(&self) -> Option<u64> {
+        self.source.era_ordered()
+    }
 }
 
 /// One of the sources, or none.
@@ -172,6 +177,31 @@ impl Source for AnySource {
             AnySource::Kvm(_) | AnySource::None { .. } => Ok(()),
         }
     }
+
+    #[inline]
+    fn era(&self) -> Option<u64> {
+        match self {
+            AnySource::Kvm(source) => Source::era(source),
+            AnySource::Uffd(_) | AnySource::None { .. } => None,
+        }
+    }
+
+    #[inline]
+    fn count_in(&self, range: Range) -> Option<u64> {
+        match self {
+            AnySource::Kvm(source) => Source::count_in(source, range),
+            AnySource::Uffd(_) | AnySource::None { .. } => None,
+        }
+    }
+
+    #[inline]
+    fn era_ordered(&self) -> Option<u64> {
+        match self {
+            AnySource::Kvm(source) => Source::era(source),
+            AnySource::Uffd(source) => source.era_ordered(),
+            AnySource::None { .. } => None,
+        }
+    }
 }
 
 impl LiveWatch for AnyWatch {
@@ -206,6 +236,13 @@ impl LiveWatch for AnyWatch {
             (AnyWatch::Kvm(watch), AnySeq::Kvm(seq)) => watch.changed_since(seq),
             (AnyWatch::Uffd(watch), AnySeq::Uffd(seq)) => watch.changed_since_ordered(seq),
             _ => true,
+        }
+    }
+
+    fn count_at(&self, seq: AnySeq) -> Option<u64> {
+        match (self, seq) {
+            (AnyWatch::Kvm(watch), AnySeq::Kvm(seq)) => LiveWatch::count_at(watch, seq),
+            _ => None,
         }
     }
 

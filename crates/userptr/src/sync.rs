@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the lease slots are made of. Apart, so that tests/loom.rs can put loom's in their place.
 
-pub(crate) use interleave::{AtomicU64, Ordering};
+pub(crate) use interleave::{AtomicU64, AtomicWord, AtomicWords, Ordering};
 
 /// A cell whose users keep the rules of sharing themselves.
 pub(crate) struct Cell<T>(std::cell::UnsafeCell<T>);

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The examples, run; the store also beside threads that change memory all the time.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::memory::{ANON, Memory, in_fork};
 use hostmm::capability::Capability;
 use hostmm::testing;
 use interleave::{AtomicBool, MaySleep, Ordering, scope};
+use mmu_notifier::{Access, PAGE_SIZE};
 
 #[allow(dead_code, reason = "its main is for `cargo run`")]
 #[path = "../examples/copy.rs"]
@@ -47,8 +51,53 @@ fn value(key: u64, version: u64, len: usize) -> Vec<u8> {
     (0..len as u64).map(|n| (seed.rotate_left((n % 64) as u32) ^ n) as u8).collect()
 }
 
-/// A store is used while other threads allocate, free, and map and unmap whatever the allocator does by it.
+/// Changes memory that the device knows, in one way after another, as programs do to their own: unmapped, paged out,
+/// truncated, copied by fork. The next lease must show what is there then.
+fn disturb(cache: &kv::Cache, stop: &AtomicBool) {
+    let file = memfd();
+    let get = |memory: &Memory| {
+        let (addr, len) = (memory.0.start() as usize, memory.0.len() as usize);
+        cache.get(addr, len, Access::Write).unwrap()
+    };
+    let sees = |memory: &Memory, stamp| {
+        let seen = memfd();
+        cache.device().write_at(&seen, 0, &get(memory)).unwrap();
+        let mut bytes = [0; 8];
+        std::os::unix::fs::FileExt::read_exact_at(&seen, &mut bytes, 0).unwrap();
+        assert_eq!(u64::from_ne_bytes(bytes), stamp, "a stale page");
+    };
+    let mut stamp = 1;
+    while !stop.load(Ordering::Relaxed) {
+        file.set_len(2 * PAGE_SIZE).unwrap();
+        let private = Memory::map(0, 16, ANON, None).unwrap();
+        let shared = Memory::map(0, 2, libc::MAP_SHARED, Some(&file)).unwrap();
+        for memory in [&private, &shared] {
+            memory.fill(stamp);
+            sees(memory, stamp);
+        }
+        private.madvise(private.0, libc::MADV_PAGEOUT).unwrap();
+        sees(&private, stamp);
+        assert!(in_fork(|| true));
+        private.fill(stamp + 1);
+        sees(&private, stamp + 1);
+        file.set_len(0).unwrap();
+        file.set_len(2 * PAGE_SIZE).unwrap();
+        shared.fill(stamp + 2);
+        sees(&shared, stamp + 2);
+        stamp += 3;
+    }
+}
+
+/// Pages of this process that are pinned, in kB.
+fn vm_pin() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// A store is used while other threads allocate and free, and change memory in other ways.
 fn serve(time: Duration) {
+    let pinned = vm_pin();
     let cache = kv::open_cache().unwrap();
     let stop = AtomicBool::new(false);
     MaySleep::enter(|cx| {
@@ -66,6 +115,7 @@ fn serve(time: Duration) {
                     }
                 });
             }
+            threads.spawn("disturb", |_| disturb(&cache, &stop));
             let servers: Vec<_> = (0..2_u64)
                 .map(|n| {
                     let cache = Arc::clone(&cache);
@@ -97,6 +147,8 @@ fn serve(time: Duration) {
     assert!(stats.registered > 0 && stats.hits > 0 && stats.stale + stats.told > 0, "{stats:?}");
     let Some(cache) = Arc::into_inner(cache) else { panic!("the stores are gone") };
     assert!(cache.device().pinned_bytes() <= stats.bytes);
+    drop(cache);
+    assert_eq!(vm_pin(), pinned, "a pin was leaked");
 }
 
 #[test]
@@ -107,12 +159,14 @@ fn a_store_serves_beside_threads_that_churn() {
     testing::in_child("a_store_serves_beside_threads_that_churn", DEADLINE, || serve(Duration::from_secs(3)));
 }
 
-/// For CI: `cargo test -p userptr --test examples -- --ignored`
+/// For CI: `cargo test -p userptr --test examples -- --ignored`; `USERPTR_SOAK_SECONDS=600` for longer.
 #[test]
 #[ignore = "a minute"]
 fn a_store_serves_for_a_minute() {
     if !testing::require(Capability::IoUring) {
         return;
     }
-    testing::in_child("a_store_serves_for_a_minute", DEADLINE, || serve(Duration::from_secs(60)));
+    let seconds = std::env::var("USERPTR_SOAK_SECONDS").map_or(60, |s| s.parse().unwrap());
+    let deadline = Duration::from_secs(seconds) + DEADLINE;
+    testing::in_child("a_store_serves_for_a_minute", deadline, || serve(Duration::from_secs(seconds)));
 }

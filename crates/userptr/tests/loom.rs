@@ -67,6 +67,20 @@ mod sync {
         }
     }
 
+    pub(crate) struct AtomicWords(Vec<AtomicU64>);
+
+    pub(crate) type AtomicWord<'a> = &'a AtomicU64;
+
+    impl AtomicWords {
+        pub(crate) fn new(count: usize, value: u64) -> AtomicWords {
+            AtomicWords((0..count).map(|_| AtomicU64::new(value)).collect())
+        }
+
+        pub(crate) fn word(&self, index: usize) -> AtomicWord<'_> {
+            &self.0[index]
+        }
+    }
+
     pub(crate) struct Cell<T>(loom::cell::UnsafeCell<T>);
 
     impl<T> Cell<T> {
@@ -84,13 +98,13 @@ mod sync {
     }
 }
 
-type Bodies = Slab<(), Arc<u64>>;
+type Bodies = Slab<Arc<u64>>;
 
 /// One live entry with a body that holds 7.
 fn one() -> Arc<Bodies> {
-    let slab = Arc::new(Slab::new(1, 1, || ()));
+    let slab = Arc::new(Slab::new(1, 1));
     slab.build(0);
-    slab.publish(0, Arc::new(7), false);
+    slab.publish(0, Arc::new(7), 0);
     slab
 }
 
@@ -144,7 +158,7 @@ fn an_entry_that_is_used_again_is_another() {
         assert!(slab.kill(0, old));
         if take(&slab) {
             assert_eq!(slab.build(0).generation(), old.generation() + 1);
-            slab.publish(0, Arc::new(8), false);
+            slab.publish(0, Arc::new(8), 0);
         }
         reader.join().expect("it does not panic");
     });

@@ -106,7 +106,7 @@ pub(super) fn system(what: &'static str) -> impl FnOnce(io::Error) -> OpenError 
     move |cause| OpenError::System { what, cause }
 }
 
-pub(super) fn kvm(path: &std::path::Path, cause: VmError) -> OpenError {
+pub(crate) fn kvm(path: &std::path::Path, cause: VmError) -> OpenError {
     let hint = match &cause {
         VmError::Open(e) if e.kind() == io::ErrorKind::NotFound => {
             "load kvm_intel or kvm_amd; in a guest the host must offer nested virtualisation"

@@ -32,6 +32,7 @@
 //! which nothing else needs): VM, map and event live through mappings, so a careless close_range(2) cannot silence it.
 
 mod canary;
+mod cause;
 mod error;
 mod grant;
 mod layout;
@@ -42,9 +43,12 @@ mod program;
 mod queue;
 mod record;
 mod shared;
+pub mod stream;
 mod subscription;
 mod watch;
 
+pub use cause::{STACK_DEPTH, TOP_WORDS};
+pub(crate) use error::kvm as kvm_error;
 pub use error::{Gone, OpenError, SubscribeError};
 pub use grant::{CanaryPage, Grant};
 pub use layout::{Buckets, Kind};
@@ -53,7 +57,7 @@ pub use subscription::Subscription;
 pub use watch::{Seq, Watch};
 
 use crate::sys::bpf::Program;
-use crate::sys::map::Mapping;
+use crate::sys::map::{Mapping, Word};
 use crate::sys::vm::Vm;
 use crate::sys::wipe::WipePage;
 use crate::sys::{perf, ringbuf::RingReader, signal::blocking_signals, vm};
@@ -137,6 +141,10 @@ pub struct KvmSource {
     keep: Option<Keep>,
     progs: Vec<Program>,
     age: bool,
+    /// 1 while the source, and its monitor if it has one, can be trusted.
+    trusted: Word,
+    /// The word that moves last, whatever changes; `None` where no single one does (perf rings).
+    any: Option<Word>,
 }
 
 /// The mappings that the source lives by. Order of the fields: first no more events, then nobody to hear them.
@@ -219,7 +227,26 @@ impl KvmSource {
     ) -> Result<KvmSource, OpenError> {
         let start = |(input, fds)| Monitor::start(&shared, input, fds);
         let monitor = input.map(start).transpose().map_err(system("starting the monitor"))?;
-        Ok(KvmSource { shared, monitor, keep: Some(keep), progs, age })
+        let trusted = shared.state_word(if monitor.is_some() { MONITOR } else { 0 });
+        let heads = shared.heads(Kind::Unmap);
+        let any = if let [any] = heads[..] { Some(any) } else { None };
+        Ok(KvmSource { shared, monitor, keep: Some(keep), progs, age, trusted, any })
+    }
+
+    /// The count of all changes: if it was loaded, then [`Watch::changed_since`] answered `false`, and later it is the
+    /// same, then the answer is still `false` (the same argument as for the global counter inside of a watch). `None`
+    /// without a counter, and when the source is gone, its monitor has died, or this is a forked child.
+    #[inline]
+    pub fn era(&self) -> Option<u64> {
+        let any = self.any?;
+        if self.trusted.load() == 0 { None } else { Some(any.load()) }
+    }
+
+    /// The count of changes near `range`: a [`Watch`] of this range whose sequence [says the same](Watch::count_at) has
+    /// not changed. `None` as for [`KvmSource::era`], and for ranges of so many parts that only that can tell.
+    #[inline]
+    pub fn count_in(&self, range: Range) -> Option<u64> {
+        if self.trusted.load() == 0 { None } else { self.shared.local_sum(Kind::Unmap, range) }
     }
 
     /// A watch of `range`. It outlives the source, and then says that it is gone.

@@ -116,12 +116,20 @@ impl Shared {
         }
     }
 
+    /// The sum of [`Shared::local`]'s words, where there are any.
+    #[inline]
+    pub(crate) fn local_sum(&self, kind: Kind, range: Range) -> Option<u64> {
+        let Counters::Bpf { map, layout } = &*self.counters else { return None };
+        let words = layout.words(kind, range)?.filter_map(|at| map.word(at as usize));
+        Some(words.fold(0, |n, word| n.wrapping_add(word.load())))
+    }
+
     /// The words whose sum moves when something in `range` does; empty where only the heads can tell.
     pub(crate) fn local(&self, kind: Kind, range: Range) -> Vec<Word> {
         match &*self.counters {
             Counters::Bpf { map, layout } => {
-                let offsets = layout.words(kind, range).unwrap_or_default();
-                offsets.into_iter().filter_map(|at| map.word(at as usize)).collect()
+                let offsets = layout.words(kind, range).into_iter().flatten();
+                offsets.filter_map(|at| map.word(at as usize)).collect()
             }
             Counters::Perf { .. } => Vec::new(),
         }

@@ -144,6 +144,13 @@ impl Watch {
         self.state.load() == 0 || self.unmap.moved(seq)
     }
 
+    /// What [`KvmSource::count_in`](super::KvmSource::count_in) answers about the range for as long as nothing has changed
+    /// since `seq`. `None` where it does not count.
+    #[inline]
+    pub fn count_at(&self, seq: Seq) -> Option<u64> {
+        if self.unmap.rings || self.unmap.rest.is_empty() { None } else { Some(seq.local) }
+    }
+
     /// As [`Watch::snapshot`], of the ageing of the range; `Ok(None)` if the source was opened without ageing.
     ///
     /// # Errors

@@ -146,6 +146,21 @@ impl<S: Source> PrimaryMmu for HostMm<S> {
     fn settle(&self) -> Result<(), Gone> {
         self.source.settle()
     }
+
+    #[inline]
+    fn era(&self) -> Option<u64> {
+        self.source.era()
+    }
+
+    #[inline]
+    fn count_in(&self, range: Range) -> Option<u64> {
+        self.source.count_in(range)
+    }
+
+    #[inline]
+    fn era_ordered(&self) -> Option<u64> {
+        self.source.era_ordered()
+    }
 }
 
 impl<S: Source> HostMm<S> {
@@ -233,6 +248,10 @@ impl<W: LiveWatch> Subscription for HostSubscription<W> {
     #[inline]
     fn read_retry_ordered(&self, seq: W::Seq) -> bool {
         self.watch.changed_since_ordered(seq)
+    }
+
+    fn count_at(&self, seq: W::Seq) -> Option<u64> {
+        self.watch.count_at(seq)
     }
 
     fn unsubscribe(&self, _cx: &mut MaySleep<'_>) -> Result<(), InsideInvalidation> {

@@ -41,6 +41,21 @@ pub trait Source: Send + Sync {
     fn settle(&self) -> Result<(), Gone> {
         Ok(())
     }
+
+    /// As [`PrimaryMmu::era`](mmu_notifier::primary::PrimaryMmu::era).
+    fn era(&self) -> Option<u64> {
+        None
+    }
+
+    /// As [`PrimaryMmu::count_in`](mmu_notifier::primary::PrimaryMmu::count_in).
+    fn count_in(&self, _: Range) -> Option<u64> {
+        None
+    }
+
+    /// As [`PrimaryMmu::era_ordered`](mmu_notifier::primary::PrimaryMmu::era_ordered).
+    fn era_ordered(&self) -> Option<u64> {
+        self.era()
+    }
 }
 
 /// One range of a live source. Dropping it ends it, as a fence.
@@ -63,6 +78,11 @@ pub trait LiveWatch: Send + Sync {
     /// As [`Subscription::read_retry_ordered`](mmu_notifier::primary::Subscription::read_retry_ordered).
     fn changed_since_ordered(&self, seq: Self::Seq) -> bool {
         self.changed_since(seq)
+    }
+
+    /// As [`Subscription::count_at`](mmu_notifier::primary::Subscription::count_at).
+    fn count_at(&self, _: Self::Seq) -> Option<u64> {
+        None
     }
 
     /// No callback runs after it returns.
@@ -125,6 +145,16 @@ impl Source for kvm::KvmSource {
         };
         Ok(KvmWatch { watch, subscription })
     }
+
+    #[inline]
+    fn era(&self) -> Option<u64> {
+        kvm::KvmSource::era(self)
+    }
+
+    #[inline]
+    fn count_in(&self, range: Range) -> Option<u64> {
+        kvm::KvmSource::count_in(self, range)
+    }
 }
 
 impl LiveWatch for KvmWatch {
@@ -144,6 +174,10 @@ impl LiveWatch for KvmWatch {
     #[inline]
     fn changed_since(&self, seq: kvm::Seq) -> bool {
         self.watch.changed_since(seq)
+    }
+
+    fn count_at(&self, seq: kvm::Seq) -> Option<u64> {
+        self.watch.count_at(seq)
     }
 
     fn unsubscribe(&self) -> Result<(), InsideInvalidation> {
@@ -189,6 +223,11 @@ impl Source for UffdSource {
 
     fn settle(&self) -> Result<(), Gone> {
         self.probe().map(drop).map_err(gone)
+    }
+
+    #[inline]
+    fn era_ordered(&self) -> Option<u64> {
+        UffdSource::era(self)
     }
 }
 

@@ -46,6 +46,15 @@ impl Epoch {
         self.word().load(Ordering::Acquire)
     }
 
+    /// The present value, if the monitor is neither busy nor gone and this is no forked child.
+    #[inline]
+    pub(super) fn load_even(&self) -> Option<u64> {
+        match self.load() {
+            FORKED | CLOSED => None,
+            epoch => epoch.is_multiple_of(2).then_some(epoch),
+        }
+    }
+
     /// Monitor only: busy, before the read that lets an unmapper go. The even value that will follow.
     pub(super) fn begin(&self) -> u64 {
         // SeqCst on both sides of a system call: the store is visible before the unmapper can return from its call.

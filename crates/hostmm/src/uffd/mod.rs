@@ -188,6 +188,14 @@ impl UffdSource {
         self.core.shared.quiet().map(|()| Quiet::new(&self.core))
     }
 
+    /// The epoch, if no batch of events is being worked on: if it was loaded, then [`Watch::changed_since_ordered`]
+    /// answered `false`, and later it is the same, then the answer is still `false`. `None` also when the source is gone,
+    /// and in a forked child.
+    #[inline]
+    pub fn era(&self) -> Option<u64> {
+        self.core.shared.epoch.load_even()
+    }
+
     /// Whether files, secret memory and the like can be watched (WP_ASYNC, Linux 6.7).
     pub fn takes_files(&self) -> bool {
         self.core.features & crate::sys::uffd::WP_ASYNC != 0

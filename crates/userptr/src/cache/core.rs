@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use interleave::{AtomicBool, AtomicU64, LockClass, Mutex, Ordering, WaitQueue};
+use interleave::{AtomicBool, AtomicU64, AtomicWord, LockClass, Mutex, Ordering, WaitQueue};
 use mmu_notifier::primary::{PrimaryMmu, Subscription};
 use mmu_notifier::{Access, IntervalIndex, Key, Range};
 
@@ -40,58 +40,86 @@ pub(super) struct Watched<M: PrimaryMmu> {
 
 pub(super) type SeqOf<M> = <<M as PrimaryMmu>::Subscription as Subscription>::Seq;
 
-/// What anybody may read of an entry at any time. The range is a hint: the registration's is looked at under the lease.
-#[derive(Debug)]
-pub(super) struct Head {
-    start: AtomicU64,
-    end: AtomicU64,
-    /// Leased since the clock's hand passed.
-    used: AtomicBool,
-    /// The next entry in the list of the dead, plus one.
-    next: AtomicU64,
+/// The mark of an entry that the device may write.
+pub(super) const WRITE: u64 = 1;
+
+/// What anybody may read of an entry at any time, beside its state in one cache line. Of a leased entry the range and
+/// the stamp are its own: they are set before it comes alive, and again after it is taken apart.
+pub(super) struct Head<'c, T> {
+    slab: &'c Slab<T>,
+    index: u32,
 }
 
-impl Head {
-    fn new() -> Head {
-        Head {
-            start: AtomicU64::new(0),
-            end: AtomicU64::new(0),
-            used: AtomicBool::new(false),
-            next: AtomicU64::new(0),
-        }
+/// The words of a head.
+const START: usize = 0;
+const END: usize = 1;
+/// The mm's era when its sequence last stood.
+const STAMP: usize = 2;
+/// Leased since the clock's hand passed.
+const USED: usize = 3;
+/// The next entry in the list of the dead, plus one.
+const NEXT: usize = 4;
+
+/// What the mm counts in the range while it has not changed.
+const COUNT: usize = 5;
+
+/// No era, and no count.
+const NEVER: u64 = u64::MAX;
+
+impl<'c, T> Head<'c, T> {
+    #[inline(always)]
+    fn word(&self, word: usize) -> AtomicWord<'c> {
+        self.slab.user_word(self.index, word)
     }
 
-    pub(super) fn set(&self, range: Range) {
-        self.start.store(range.start(), Ordering::Relaxed);
-        self.end.store(range.end(), Ordering::Relaxed);
-        self.used.store(true, Ordering::Relaxed);
+    /// By the owner of an entry that is being built; `count`: see [`Subscription::count_at`].
+    pub(super) fn set(&self, range: Range, count: Option<u64>) {
+        self.word(COUNT).store(count.unwrap_or(NEVER), Ordering::Relaxed);
+        self.word(START).store(range.start(), Ordering::Relaxed);
+        self.word(END).store(range.end(), Ordering::Relaxed);
+        self.word(STAMP).store(NEVER, Ordering::Relaxed);
+        self.word(USED).store(1, Ordering::Relaxed);
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        self.end.load(Ordering::Relaxed) - self.start.load(Ordering::Relaxed)
+        self.word(END).load(Ordering::Relaxed) - self.word(START).load(Ordering::Relaxed)
+    }
+
+    fn range(&self) -> Option<Range> {
+        Range::new(self.word(START).load(Ordering::Relaxed), self.bytes()).ok()
     }
 
     #[inline(always)]
     fn contains(&self, range: Range) -> bool {
-        self.start.load(Ordering::Relaxed) <= range.start() && range.end() <= self.end.load(Ordering::Relaxed)
+        self.word(START).load(Ordering::Relaxed) <= range.start()
+            && range.end() <= self.word(END).load(Ordering::Relaxed)
     }
 
     /// Written only if it changes: threads that use one entry share the line.
     #[inline(always)]
     pub(super) fn touch(&self) {
-        if !self.used.load(Ordering::Relaxed) {
-            self.used.store(true, Ordering::Relaxed);
+        if self.word(USED).load(Ordering::Relaxed) == 0 {
+            self.word(USED).store(1, Ordering::Relaxed);
         }
     }
 
     /// Was it used since it was asked last?
     pub(super) fn take_used(&self) -> bool {
-        self.used.swap(false, Ordering::Relaxed)
+        self.word(USED).swap(0, Ordering::Relaxed) != 0
     }
 }
 
-pub(super) type Entries<M, D> = Slab<Head, Registration<M, D>>;
-pub(super) type Leased<'c, M, D> = Held<'c, Head, Registration<M, D>>;
+pub(super) type Entries<M, D> = Slab<Registration<M, D>>;
+pub(super) type Leased<'c, M, D> = Held<'c, Registration<M, D>>;
+
+/// Which changes a lookup may not miss.
+#[derive(Clone, Copy)]
+pub(super) enum Check {
+    /// Those that anybody can have seen: [`Subscription::read_retry`].
+    Strict,
+    /// Those that returned before: [`Subscription::read_retry_ordered`].
+    Ordered,
+}
 
 /// Who has what. Its lock is a leaf and is not held while the mm, a source or the device is called, so a thread may be
 /// in munmap, or in a callback, with any lock of the application's.
@@ -153,7 +181,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         Core {
             mm,
             device,
-            slab: Slab::new(entries, options.threads, Head::new),
+            slab: Slab::new(entries, options.threads),
             table: Table::new(entries),
             books: Mutex::new(&BOOKS, books),
             dead: AtomicU64::new(0),
@@ -173,16 +201,22 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         std::process::id() == self.process
     }
 
-    /// A lease of a registration that contains `want`, allows `access`, and has not `moved`.
+    /// The words of an entry that anybody may read.
     #[inline(always)]
-    pub(super) fn hit(
-        &self,
-        want: Range,
-        access: Access,
-        moved: impl Fn(&Watched<M>) -> bool,
-    ) -> Option<Leased<'_, M, D>> {
+    pub(super) fn head(&self, index: u32) -> Head<'_, Registration<M, D>> {
+        Head { slab: &self.slab, index }
+    }
+
+    /// A lease of a registration that contains `want`, allows `access`, and has not changed.
+    #[inline(always)]
+    pub(super) fn hit(&self, want: Range, access: Access, check: Check) -> Option<Leased<'_, M, D>> {
         let thread = thread::number();
-        self.table.find(want, |index| self.try_lease(index, want, access, thread, &moved))
+        for index in self.table.candidates(want) {
+            if let Some(held) = self.try_lease(index, want, access, thread, check) {
+                return Some(held);
+            }
+        }
+        None
     }
 
     #[inline(always)]
@@ -192,31 +226,72 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         want: Range,
         access: Access,
         thread: usize,
-        moved: &impl Fn(&Watched<M>) -> bool,
+        check: Check,
     ) -> Option<Leased<'_, M, D>> {
-        let state = self.slab.state(index);
-        if !state.is_live() || !self.slab.head(index).contains(want) {
+        let (state, head) = (self.slab.state(index), self.head(index));
+        if !state.is_live() || !head.contains(want) {
             return None;
         }
-        if access == Access::Write && !state.marked() {
+        if access == Access::Write && !state.has(WRITE) {
             return None;
         }
         let Some(held) = self.slab.lease(index, state, thread) else {
             self.counters.in_vain.add(1);
             return None;
         };
-        let registration = held.body();
-        if !registration.range.contains(want) {
+        // Before the lease it may have been another entry's.
+        if !head.contains(want) {
             self.counters.in_vain.add(1);
             return None;
         }
-        if registration.watched.as_ref().is_none_or(moved) {
+        if self.has_changed(&held, check) {
             drop(held);
             self.stale(index, state);
             return None;
         }
-        self.slab.head(index).touch();
+        head.touch();
         Some(held)
+    }
+
+    /// The source's check, of an entry that is leased. Where nothing at all has changed since it was last in order, its
+    /// registration need not be looked at.
+    #[inline(always)]
+    fn has_changed(&self, held: &Leased<'_, M, D>, check: Check) -> bool {
+        let era = match check {
+            Check::Strict => self.mm.era(),
+            Check::Ordered => self.mm.era_ordered(),
+        };
+        match era {
+            Some(era) if self.head(held.index()).word(STAMP).load(Ordering::Relaxed) == era => false,
+            Some(era) if self.counts_as_before(held.index()) => {
+                // The era was read before the count. The lease keeps the entry from being another.
+                self.head(held.index()).word(STAMP).store(era, Ordering::Relaxed);
+                false
+            }
+            _ => self.has_changed_since(held, check, era),
+        }
+    }
+
+    /// Where the mm is busy elsewhere: still without a look at the registration.
+    #[inline(never)]
+    fn counts_as_before(&self, index: u32) -> bool {
+        let head = self.head(index);
+        let expected = head.word(COUNT).load(Ordering::Relaxed);
+        expected != NEVER && head.range().is_some_and(|range| self.mm.count_in(range) == Some(expected))
+    }
+
+    #[inline(never)]
+    fn has_changed_since(&self, held: &Leased<'_, M, D>, check: Check, era: Option<u64>) -> bool {
+        let registration = held.body();
+        let changed = registration.watched.as_ref().is_none_or(|w| match check {
+            Check::Strict => w.subscription.read_retry(w.seq),
+            Check::Ordered => w.subscription.read_retry_ordered(w.seq),
+        });
+        // The era was read before the sequence, as the mm wants it. The lease keeps the entry from being another.
+        if let (false, Some(era)) = (changed, era) {
+            self.head(held.index()).word(STAMP).store(era, Ordering::Relaxed);
+        }
+        changed
     }
 
     /// Found to be out of date at a lookup.
@@ -234,7 +309,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         if !self.slab.kill(index, seen) {
             return false;
         }
-        let next = &self.slab.head(index).next;
+        let next = self.head(index).word(NEXT);
         let mut first = self.dead.load(Ordering::Relaxed);
         loop {
             next.store(first, Ordering::Relaxed);
@@ -259,7 +334,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         let mut next = self.dead.swap(0, Ordering::Acquire);
         std::iter::from_fn(move || {
             let index = u32::try_from(next.checked_sub(1)?).ok()?;
-            next = self.slab.head(index).next.load(Ordering::Relaxed);
+            next = self.head(index).word(NEXT).load(Ordering::Relaxed);
             Some(index)
         })
     }

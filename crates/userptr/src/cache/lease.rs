@@ -4,7 +4,7 @@
 use mmu_notifier::Access;
 use mmu_notifier::primary::{PrimaryMmu, Subscription};
 
-use super::core::{Core, Leased, Registration};
+use super::core::{Core, Leased, Registration, WRITE};
 use crate::device::{Device, DeviceAddr};
 
 /// A registration that contains the bytes asked for, until it is dropped. May be sent to and dropped in any thread.
@@ -13,25 +13,30 @@ use crate::device::{Device, DeviceAddr};
 /// goes on with the old pages until the lease is dropped ([`is_current`](Lease::is_current)).
 #[must_use]
 pub struct Lease<'c, M: PrimaryMmu, D: Device<M>> {
-    core: &'c Core<M, D>,
-    /// `None` only while it is dropped.
-    held: Option<Leased<'c, M, D>>,
+    /// Released first.
+    held: Leased<'c, M, D>,
+    end: End<'c, M, D>,
     addr: u64,
     len: u64,
 }
 
 impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
+    /// Of something that was found.
     #[inline(always)]
-    pub(super) fn new(core: &'c Core<M, D>, held: Leased<'c, M, D>, addr: u64, len: u64) -> Self {
-        Lease { core, held: Some(held), addr, len }
+    pub(super) fn of_hit(core: &'c Core<M, D>, held: Leased<'c, M, D>, addr: u64, len: u64) -> Self {
+        let end = End { core, index: held.index(), alone: false };
+        Lease { held, end, addr, len }
+    }
+
+    /// Of something that may be for this lease only.
+    pub(super) fn of_new(core: &'c Core<M, D>, held: Leased<'c, M, D>, addr: u64, len: u64) -> Self {
+        let end = End { core, index: held.index(), alone: held.body().watched.is_none() };
+        Lease { held, end, addr, len }
     }
 
     #[inline(always)]
     fn registration(&self) -> &Registration<M, D> {
-        match &self.held {
-            Some(held) => held.body(),
-            None => unreachable!("a lease that is being dropped is not asked"),
-        }
+        self.held.body()
     }
 
     /// The first byte asked for.
@@ -46,8 +51,11 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     }
 
     /// What the device may do with them: at least what was asked for.
+    #[inline]
     pub fn rights(&self) -> Access {
-        self.registration().rights
+        // A hit need not have looked at the registration; the mark says the same.
+        let write = self.end.core.slab.state(self.held.index()).has(WRITE);
+        if write { Access::Write } else { Access::Read }
     }
 
     /// What the device has mapped, which may be more than was asked for.
@@ -62,7 +70,7 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
 
     /// The device address of the first byte asked for.
     pub fn device_addr(&self) -> DeviceAddr {
-        let base = self.core.device.address(self.mapping());
+        let base = self.end.core.device.address(self.mapping());
         DeviceAddr(base.0 + (self.addr - self.registration().range.start()))
     }
 
@@ -77,17 +85,23 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     }
 }
 
-impl<M: PrimaryMmu, D: Device<M>> Drop for Lease<'_, M, D> {
+/// What is to be done when a lease has been released: apart, so that to drop a lease is inlined.
+struct End<'c, M: PrimaryMmu, D: Device<M>> {
+    core: &'c Core<M, D>,
+    index: u32,
+    /// The registration is for this lease and no more.
+    alone: bool,
+}
+
+impl<M: PrimaryMmu, D: Device<M>> Drop for End<'_, M, D> {
     #[inline(always)]
     fn drop(&mut self) {
-        let Some(held) = self.held.take() else { return };
-        let index = held.index();
-        if held.body().watched.is_none() {
-            return self.core.end_one_shot(held);
+        if self.alone {
+            self.core.end_one_shot(self.index);
+        } else {
+            // After the release: a reaper that was faster than it must look again.
+            self.core.ended(self.index);
         }
-        drop(held);
-        // After the release: a reaper that was faster than it must look again.
-        self.core.ended(index);
     }
 }
 

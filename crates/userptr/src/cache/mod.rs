@@ -43,10 +43,10 @@ mod thread;
 use std::sync::Arc;
 
 use interleave::{JoinHandle, MaySleep, Ordering};
-use mmu_notifier::primary::{PrimaryMmu, Subscription};
+use mmu_notifier::primary::PrimaryMmu;
 use mmu_notifier::{Access, PAGE_SIZE, Range};
 
-use self::core::Core;
+use self::core::{Check, Core};
 use crate::device::Device;
 
 pub use admission::Admit;
@@ -130,9 +130,9 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     ///
     /// # Errors
     /// [`CacheError`]. An error says what was wrong at some moment of the call.
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, addr: usize, len: usize, access: Access) -> Result<Lease<'_, M, D>, CacheError> {
-        self.get_if(addr, len, access, |w| w.subscription.read_retry(w.seq))
+        self.get_if(addr, len, access, Check::Strict)
     }
 
     /// As [`get`](Self::get), for memory that no other thread is in the middle of giving back: it misses no change whose
@@ -141,22 +141,22 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     ///
     /// # Errors
     /// [`CacheError`].
-    #[inline]
+    #[inline(always)]
     pub fn get_ordered(
         &self,
         addr: usize,
         len: usize,
         access: Access,
     ) -> Result<Lease<'_, M, D>, CacheError> {
-        self.get_if(addr, len, access, |w| w.subscription.read_retry_ordered(w.seq))
+        self.get_if(addr, len, access, Check::Ordered)
     }
 
     /// As [`get`](Self::get) without registering anything: a hit or nothing. Any context.
-    #[inline]
+    #[inline(always)]
     pub fn lookup(&self, addr: usize, len: usize, access: Access) -> Option<Lease<'_, M, D>> {
         let want = Range::enclosing(addr as u64, len as u64).ok()?;
-        let held = self.core.hit(want, access, |w| w.subscription.read_retry(w.seq))?;
-        Some(Lease::new(&self.core, held, addr as u64, len as u64))
+        let held = self.core.hit(want, access, Check::Strict)?;
+        Some(Lease::of_hit(&self.core, held, addr as u64, len as u64))
     }
 
     #[inline(always)]
@@ -165,11 +165,11 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
         addr: usize,
         len: usize,
         access: Access,
-        moved: impl Fn(&core::Watched<M>) -> bool,
+        check: Check,
     ) -> Result<Lease<'_, M, D>, CacheError> {
         let want = Range::enclosing(addr as u64, len as u64)?;
-        match self.core.hit(want, access, moved) {
-            Some(held) => Ok(Lease::new(&self.core, held, addr as u64, len as u64)),
+        match self.core.hit(want, access, check) {
+            Some(held) => Ok(Lease::of_hit(&self.core, held, addr as u64, len as u64)),
             None => self.miss(want, addr as u64, len as u64, access),
         }
     }
@@ -178,7 +178,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     #[inline(never)]
     fn miss(&self, want: Range, addr: u64, len: u64, access: Access) -> Result<Lease<'_, M, D>, CacheError> {
         let held = MaySleep::try_enter(|cx| self.core.register(cx, want, access))??;
-        Ok(Lease::new(&self.core, held, addr, len))
+        Ok(Lease::of_new(&self.core, held, addr, len))
     }
 
     /// A lease of memory that the program reads: it cannot be freed or written while the lease lives.

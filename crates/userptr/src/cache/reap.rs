@@ -14,7 +14,7 @@ use interleave::{MaySleep, Ordering};
 use mmu_notifier::Access;
 use mmu_notifier::primary::PrimaryMmu;
 
-use super::core::{Core, Leased, Registration};
+use super::core::{Core, Registration};
 use crate::device::Device;
 
 const PATIENCE: Duration = Duration::from_millis(10);
@@ -75,9 +75,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     /// The one lease of a registration that nobody else finds has ended. Where the caller may not sleep, somebody else
     /// lets it go.
     #[cold]
-    pub(super) fn end_one_shot(&self, held: Leased<'_, M, D>) {
-        let index = held.index();
-        drop(held);
+    pub(super) fn end_one_shot(&self, index: u32) {
         if self.at_home() && self.kill(index, self.slab.state(index)) {
             let _ = MaySleep::try_enter(|cx| self.reap(cx));
         }
@@ -114,7 +112,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             let state = self.slab.state(index);
             if !state.is_live()
                 || books.keys[index as usize].is_none()
-                || self.slab.head(index).take_used()
+                || self.head(index).take_used()
                 || self.slab.is_leased(index)
             {
                 continue;

@@ -21,7 +21,7 @@ use interleave::{MaySleep, Ordering, Sleep, fence};
 use mmu_notifier::primary::{Invalidate, PrimaryMmu, SeqMoved, SetSeq, Subscription};
 use mmu_notifier::{Access, Gone, Invalidation, Range, WouldBlock};
 
-use super::core::{Core, Leased, Registration, Watched};
+use super::core::{Check, Core, Leased, Registration, WRITE, Watched};
 use super::error::CacheError;
 use super::{Reaper, thread};
 use crate::device::{Device, DeviceError};
@@ -94,12 +94,11 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
 
     fn hit_in_books(&self, cx: &mut MaySleep<'_>, want: Range, access: Access) -> Option<Leased<'_, M, D>> {
         let books = self.books.lock(cx);
-        let moved = |w: &Watched<M>| w.subscription.read_retry_ordered(w.seq);
         // Over a source that tells late, only the first check of the caller counts; the caller has made it.
         let held = books
             .ranges
             .overlaps(want)
-            .find_map(|(_, _, index)| self.try_lease(*index, want, access, thread::number(), &moved));
+            .find_map(|(_, _, index)| self.try_lease(*index, want, access, thread::number(), Check::Ordered));
         drop(books);
         let held = held?;
         // The strict question may wait for an event to be read: not with the books open.
@@ -196,12 +195,10 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         registration: Registration<M, D>,
     ) -> Attempt<'_, M, D> {
         let (range, rights) = (registration.range, registration.rights);
-        let moved = |w: &Watched<M>| w.subscription.read_retry_ordered(w.seq);
         let mut books = self.books.lock(cx);
-        let other = books
-            .ranges
-            .overlaps(range)
-            .find_map(|(_, _, index)| self.try_lease(*index, range, rights, thread::number(), &moved));
+        let other = books.ranges.overlaps(range).find_map(|(_, _, index)| {
+            self.try_lease(*index, range, rights, thread::number(), Check::Ordered)
+        });
         if let Some(other) = other {
             drop(books);
             self.unmap(cx, registration.mapping, rights);
@@ -217,13 +214,14 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
             };
         }
         let index = reserved.index;
-        self.slab.head(index).set(range);
-        let state = self.slab.publish(index, registration, rights == Access::Write);
+        let count = registration.watched.as_ref().and_then(|w| w.subscription.count_at(w.seq));
+        self.head(index).set(range, count);
+        let state = self.slab.publish(index, registration, marks(rights));
         for (_, old, other) in books.ranges.overlaps(range) {
             let seen = self.slab.state(*other);
             if range.contains(old)
                 && seen.is_live()
-                && (rights == Access::Write || !seen.marked())
+                && (rights == Access::Write || !seen.has(WRITE))
                 && self.kill(*other, seen)
             {
                 self.counters.merged.add(1);
@@ -265,9 +263,9 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
                         let rights = self.device.rights(access);
                         let registration = Registration { range: want, rights, mapping, watched: None };
                         self.slab.build(reserved.index);
-                        self.slab.head(reserved.index).set(want);
-                        let write = rights == Access::Write;
-                        let state = self.slab.publish(reserved.index, registration, write);
+                        self.head(reserved.index).set(want, None);
+                        let marks = marks(rights);
+                        let state = self.slab.publish(reserved.index, registration, marks);
                         self.counters.one_shot.add(1);
                         self.counters.fresh.add(1);
                         match self.slab.lease(reserved.index, state, thread::number()) {
@@ -313,6 +311,10 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         books.bytes -= reserved.range.len();
         books.free.push(reserved.index);
     }
+}
+
+fn marks(rights: Access) -> u64 {
+    if rights == Access::Write { WRITE } else { 0 }
 }
 
 /// Would it help to let other registrations go?

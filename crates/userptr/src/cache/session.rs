@@ -30,7 +30,7 @@ impl<'c, M: PrimaryMmu + 'static, D: Device<M> + 'static> Session<'c, M, D> {
     ///
     /// # Errors
     /// [`CacheError`].
-    #[inline]
+    #[inline(always)]
     pub fn get(&self, addr: usize, len: usize, access: Access) -> Result<Lease<'c, M, D>, CacheError> {
         self.cache.get_ordered(addr, len, access)
     }

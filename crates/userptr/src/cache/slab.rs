@@ -23,8 +23,11 @@
 //!   whoever makes it Dead is the owner. A change to Free adds one to the generation;
 //! * a slot holds an entry's index plus one in its low half, and how many leases it has given in its high half. The
 //!   latter costs nothing and is what statistics are made of.
+//!
+//! What a hit reads of an entry is one cache line of words, apart from the bodies: its state, and what the user
+//! keeps beside it.
 
-use crate::sync::{AtomicU64, Cell, Ordering};
+use crate::sync::{AtomicU64, AtomicWord, AtomicWords, Cell, Ordering};
 
 /// Slots in one cache-line pair.
 const LINE: usize = 8;
@@ -42,7 +45,7 @@ pub(crate) enum Phase {
     Dead,
 }
 
-/// Phase and generation of an entry, and a mark that its user gave it when it came alive.
+/// Phase and generation of an entry, and the marks that its user gave it when it came alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct State(u64);
 
@@ -59,86 +62,99 @@ impl State {
         self.0 & 3 == Phase::Live as u64
     }
 
-    /// What the user said of it.
+    /// Did the user give it this mark, one of bits 0 and 1?
     #[inline(always)]
-    pub(crate) fn marked(self) -> bool {
-        self.0 & 4 != 0
+    pub(crate) fn has(self, mark: u64) -> bool {
+        self.0 & mark << MARKS != 0
     }
 
     #[inline]
     pub(crate) fn generation(self) -> u64 {
-        self.0 >> 3
+        self.0 >> GENERATION
     }
 
-    fn with(self, phase: Phase, marked: bool) -> State {
-        State(self.0 & !7 | phase as u64 | u64::from(marked) << 2)
+    fn with(self, phase: Phase, marks: u64) -> State {
+        State(self.generation() << GENERATION | marks << MARKS | phase as u64)
+    }
+
+    fn marks(self) -> u64 {
+        self.0 >> MARKS & 3
     }
 }
 
-/// One entry. `H` may be read by anybody at any time.
-pub(crate) struct Entry<H, T> {
-    state: AtomicU64,
-    pub(crate) head: H,
-    /// Leases that found no slot: those that last in the low half, all that were given in the high half.
-    counted: AtomicU64,
-    body: Cell<Option<T>>,
-}
+/// Where in the state the marks are, and the generation.
+const MARKS: u32 = 2;
+const GENERATION: u32 = 4;
+
+/// The words of an entry: a cache line.
+const WORDS: usize = 8;
+/// Which of them is its state.
+const STATE: usize = 0;
+/// Leases that found no slot: those that last in the low half, all that were given in the high half.
+const GIVEN: usize = 1;
+/// Those from here on are the user's.
+const USERS: usize = 2;
+/// How many are the user's.
+pub(crate) const USER_WORDS: usize = WORDS - USERS;
 
 /// Slots of one thread, as far as threads can be told apart.
 #[repr(align(128))]
 struct Line([AtomicU64; LINE]);
 
-pub(crate) struct Slab<H, T> {
-    entries: Box<[Entry<H, T>]>,
+pub(crate) struct Slab<T> {
+    words: AtomicWords,
+    bodies: Box<[Cell<Option<T>>]>,
     lines: Box<[Line]>,
 }
 
 // SAFETY: a body is handed to one thread at a time for writing and to any number for reading, by the protocol above.
-unsafe impl<H: Sync, T: Send + Sync> Sync for Slab<H, T> {}
+unsafe impl<T: Send + Sync> Sync for Slab<T> {}
 // SAFETY: nothing in it belongs to a thread.
-unsafe impl<H: Send, T: Send> Send for Slab<H, T> {}
+unsafe impl<T: Send> Send for Slab<T> {}
 
 /// A lease. Neither copied nor forgotten by this crate: an entry whose lease is lost is never taken apart.
 #[must_use]
-pub(crate) struct Held<'s, H, T> {
-    slab: &'s Slab<H, T>,
+pub(crate) struct Held<'s, T> {
+    slab: &'s Slab<T>,
     index: u32,
     slot: u32,
 }
 
-impl<H, T> Slab<H, T> {
+impl<T> Slab<T> {
     /// `capacity` entries, and lease slots for about `threads` threads.
-    pub(crate) fn new(capacity: usize, threads: usize, head: impl Fn() -> H) -> Slab<H, T> {
-        let entry = |_| Entry {
-            state: AtomicU64::new(0),
-            head: head(),
-            counted: AtomicU64::new(0),
-            body: Cell::new(None),
-        };
+    pub(crate) fn new(capacity: usize, threads: usize) -> Slab<T> {
         let line = |_| Line(std::array::from_fn(|_| AtomicU64::new(0)));
         Slab {
-            entries: (0..capacity).map(entry).collect(),
+            words: AtomicWords::new(capacity * WORDS, 0),
+            bodies: (0..capacity).map(|_| Cell::new(None)).collect(),
             lines: (0..threads.max(1).next_power_of_two()).map(line).collect(),
         }
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.entries.len()
+        self.bodies.len()
     }
 
     #[inline(always)]
-    pub(crate) fn head(&self, index: u32) -> &H {
-        &self.entries[index as usize].head
+    fn word(&self, index: u32, word: usize) -> AtomicWord<'_> {
+        self.words.word(index as usize * WORDS + word)
+    }
+
+    /// One of the [`USER_WORDS`] of an entry, which anybody may read at any time.
+    #[inline(always)]
+    pub(crate) fn user_word(&self, index: u32, word: usize) -> AtomicWord<'_> {
+        debug_assert!(word < USER_WORDS);
+        self.word(index, USERS + word)
     }
 
     #[inline(always)]
     pub(crate) fn state(&self, index: u32) -> State {
-        State(self.entries[index as usize].state.load(Ordering::SeqCst))
+        State(self.word(index, STATE).load(Ordering::SeqCst))
     }
 
     /// A lease of the entry, if it is still as `seen`, which was Live. `thread` picks the slots to begin with.
     #[inline(always)]
-    pub(crate) fn lease(&self, index: u32, seen: State, thread: usize) -> Option<Held<'_, H, T>> {
+    pub(crate) fn lease(&self, index: u32, seen: State, thread: usize) -> Option<Held<'_, T>> {
         let held = Held { slab: self, index, slot: self.claim(index, thread) };
         // Dropped, a lease in vain gives its slot back.
         (self.state(index) == seen).then_some(held)
@@ -166,14 +182,14 @@ impl<H, T> Slab<H, T> {
                 }
             }
         }
-        self.entries[index as usize].counted.fetch_add(1 << 32 | 1, Ordering::SeqCst);
+        self.word(index, GIVEN).fetch_add(1 << 32 | 1, Ordering::SeqCst);
         COUNTED
     }
 
     #[inline(always)]
     fn release(&self, index: u32, slot: u32) {
         if slot == COUNTED {
-            self.entries[index as usize].counted.fetch_sub(1, Ordering::Release);
+            self.word(index, GIVEN).fetch_sub(1, Ordering::Release);
         } else {
             let slot = &self.lines[slot as usize / LINE].0[slot as usize % LINE];
             // Nobody else writes a slot that is taken. Release: what was read under the lease was read before.
@@ -183,14 +199,14 @@ impl<H, T> Slab<H, T> {
 
     /// Is there a lease? Of a Dead entry `false` is for good.
     pub(crate) fn is_leased(&self, index: u32) -> bool {
-        self.entries[index as usize].counted.load(Ordering::SeqCst) & INDEX != 0
+        self.word(index, GIVEN).load(Ordering::SeqCst) & INDEX != 0
             || self.slots().any(|slot| slot.load(Ordering::SeqCst) & INDEX == u64::from(index) + 1)
     }
 
     /// How many leases were given, in vain or not.
     pub(crate) fn leases_given(&self) -> u64 {
-        let counted = self.entries.iter().map(|entry| &entry.counted);
-        self.slots().chain(counted).map(|given| given.load(Ordering::Relaxed) >> 32).sum()
+        let counted = (0..self.len() as u32).map(|index| self.word(index, GIVEN).load(Ordering::Relaxed));
+        self.slots().map(|slot| slot.load(Ordering::Relaxed)).chain(counted).map(|given| given >> 32).sum()
     }
 
     fn slots(&self) -> impl Iterator<Item = &AtomicU64> {
@@ -199,52 +215,52 @@ impl<H, T> Slab<H, T> {
 
     /// Free -> Building. The caller alone knows of the free entry, and owns it now.
     pub(crate) fn build(&self, index: u32) -> State {
-        let entry = &self.entries[index as usize];
-        let state = State(entry.state.load(Ordering::Relaxed));
+        let word = self.word(index, STATE);
+        let state = State(word.load(Ordering::Relaxed));
         debug_assert_eq!(state.phase(), Phase::Free);
-        let state = state.with(Phase::Building, false);
-        entry.state.store(state.0, Ordering::Relaxed);
+        let state = state.with(Phase::Building, 0);
+        word.store(state.0, Ordering::Relaxed);
         state
     }
 
     /// Building -> Live, by the owner, who owns it no longer.
-    pub(crate) fn publish(&self, index: u32, body: T, marked: bool) -> State {
-        let entry = &self.entries[index as usize];
-        let state = State(entry.state.load(Ordering::Relaxed));
+    pub(crate) fn publish(&self, index: u32, body: T, marks: u64) -> State {
+        let word = self.word(index, STATE);
+        let state = State(word.load(Ordering::Relaxed));
         assert_eq!(state.phase(), Phase::Building, "only the owner of a new entry brings it alive");
         // SAFETY: the entry is being built, so the caller owns it; nobody reads the body before it is Live.
-        entry.body.with_mut(|at| unsafe { *at = Some(body) });
-        let state = state.with(Phase::Live, marked);
-        entry.state.store(state.0, Ordering::SeqCst);
+        self.bodies[index as usize].with_mut(|at| unsafe { *at = Some(body) });
+        let state = state.with(Phase::Live, marks);
+        word.store(state.0, Ordering::SeqCst);
         state
     }
 
     /// Live -> Dead, if it is still as `seen`: the caller owns it then.
     pub(crate) fn kill(&self, index: u32, seen: State) -> bool {
-        let dead = seen.with(Phase::Dead, seen.marked());
-        let state = &self.entries[index as usize].state;
-        seen.is_live() && state.compare_exchange(seen.0, dead.0, Ordering::SeqCst, Ordering::Relaxed).is_ok()
+        let dead = seen.with(Phase::Dead, seen.marks());
+        let word = self.word(index, STATE);
+        seen.is_live() && word.compare_exchange(seen.0, dead.0, Ordering::SeqCst, Ordering::Relaxed).is_ok()
     }
 
     /// The body of a Dead entry, once; `None` while it is leased. By the owner.
     pub(crate) fn take(&self, index: u32) -> Option<T> {
-        let entry = &self.entries[index as usize];
-        let state = State(entry.state.load(Ordering::SeqCst));
+        let word = self.word(index, STATE);
+        let state = State(word.load(Ordering::SeqCst));
         assert_eq!(state.phase(), Phase::Dead, "only the owner of a dead entry takes it apart");
         if self.is_leased(index) {
             return None;
         }
         // SAFETY: the entry is dead and no slot holds it, so every reader that saw it alive has released its lease
         // (the slot's Release, our SeqCst load), and none will see it alive. The caller is the one owner.
-        entry.body.with_mut(|at| unsafe { (*at).take() })
+        self.bodies[index as usize].with_mut(|at| unsafe { (*at).take() })
     }
 
     /// Building or Dead -> Free, by the owner, who has taken the body.
     pub(crate) fn free(&self, index: u32) {
-        let entry = &self.entries[index as usize];
-        let state = State(entry.state.load(Ordering::Relaxed));
+        let word = self.word(index, STATE);
+        let state = State(word.load(Ordering::Relaxed));
         assert!(matches!(state.phase(), Phase::Building | Phase::Dead), "only the owner frees an entry");
-        entry.state.store((state.generation() + 1) << 3, Ordering::Release);
+        word.store((state.generation() + 1) << GENERATION, Ordering::Release);
     }
 }
 
@@ -259,7 +275,7 @@ fn try_claim(slot: &AtomicU64, index: u32) -> bool {
     slot.compare_exchange(free, taken, Ordering::SeqCst, Ordering::Relaxed).is_ok()
 }
 
-impl<'s, H, T> Held<'s, H, T> {
+impl<'s, T> Held<'s, T> {
     #[inline(always)]
     pub(crate) fn index(&self) -> u32 {
         self.index
@@ -268,7 +284,7 @@ impl<'s, H, T> Held<'s, H, T> {
     /// What the entry holds.
     #[inline(always)]
     pub(crate) fn body(&self) -> &T {
-        let body = self.slab.entries[self.index as usize].body.with(|at| {
+        let body = self.slab.bodies[self.index as usize].with(|at| {
             // SAFETY: the entry was Live after the slot was taken, so whoever makes it Dead finds the slot and leaves
             // the body in place until `self` is dropped; until then nobody writes it.
             unsafe { &*at }
@@ -280,7 +296,7 @@ impl<'s, H, T> Held<'s, H, T> {
     }
 }
 
-impl<H, T> Drop for Held<'_, H, T> {
+impl<T> Drop for Held<'_, T> {
     #[inline(always)]
     fn drop(&mut self) {
         self.slab.release(self.index, self.slot);

@@ -96,7 +96,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     pub(super) fn stats(&self, cx: &mut MaySleep<'_>) -> Stats {
         let counters = &self.counters;
         let books = self.books.lock(cx);
-        let dead = |index: &u32| self.slab.head(*index).bytes();
+        let dead = |index: &u32| self.head(*index).bytes();
         let leased_dead_bytes = books.leased.iter().map(dead).sum();
         let entries = (self.slab.len() - books.free.len()) as u64;
         let bytes = books.bytes;

@@ -13,7 +13,7 @@
 //! Invariants: at most three quarters of the words are used, so that a probe ends; a word is 0, or a tag of 40 bits
 //! and an index plus one; between a word and the place that its hash asks for, no word is 0.
 
-use interleave::{AtomicU64, Ordering};
+use interleave::{AtomicU64, AtomicWords, Ordering};
 use mmu_notifier::{PAGE_SHIFT, Range};
 
 /// 4^18 pages are all of user space.
@@ -23,7 +23,11 @@ const INDEX_BITS: u32 = 24;
 pub(crate) const MAX_ENTRIES: usize = (1 << INDEX_BITS) - 2;
 
 pub(crate) struct Table {
-    words: Box<[AtomicU64]>,
+    words: AtomicWords,
+    /// One less than there are words, a power of two.
+    mask: usize,
+    /// Leaves as many bits of a hash as the mask has; the tag's bits are others unless the table is huge.
+    shift: u32,
     /// A bit for each level in use.
     levels: AtomicU64,
 }
@@ -57,40 +61,25 @@ impl Table {
     /// For `capacity` entries, at most [`MAX_ENTRIES`].
     pub(crate) fn new(capacity: usize) -> Table {
         let words = (capacity * 8 / 3 + 1).next_power_of_two();
-        Table { words: (0..words).map(|_| AtomicU64::new(0)).collect(), levels: AtomicU64::new(0) }
+        Table {
+            words: AtomicWords::new(words, 0),
+            mask: words - 1,
+            shift: (u64::BITS - words.trailing_zeros()).min(63),
+            levels: AtomicU64::new(0),
+        }
     }
 
     #[inline(always)]
     fn home(&self, hash: u64) -> usize {
-        // The shift leaves as many bits as the table has; the tag's bits are others unless the table is huge.
-        (hash >> (u64::BITS - self.words.len().trailing_zeros()).min(63)) as usize & (self.words.len() - 1)
+        (hash >> self.shift) as usize & self.mask
     }
 
-    /// The first answer that `candidate` gives about an entry that could contain `range`.
+    /// The entries that could contain `range`, and some that do not.
     #[inline(always)]
-    pub(crate) fn find<R>(&self, range: Range, mut candidate: impl FnMut(u32) -> Option<R>) -> Option<R> {
+    pub(crate) fn candidates(&self, range: Range) -> Candidates<'_> {
         let first = level(range);
-        let page = range.start() >> PAGE_SHIFT;
-        let mut levels = self.levels.load(Ordering::Acquire) >> first << first;
-        while levels != 0 {
-            let level = levels.trailing_zeros();
-            levels &= levels - 1;
-            let hash = hash(page >> (2 * level), level);
-            let mut at = self.home(hash);
-            for _ in 0..self.words.len() {
-                let found = self.words[at].load(Ordering::Acquire);
-                if found == 0 {
-                    break;
-                }
-                if tag(found) == tag(word(hash, 0))
-                    && let Some(answer) = candidate((found as u32 & ((1 << INDEX_BITS) - 1)) - 1)
-                {
-                    return Some(answer);
-                }
-                at = (at + 1) & (self.words.len() - 1);
-            }
-        }
-        None
+        let levels = self.levels.load(Ordering::Acquire) >> first << first;
+        Candidates { table: self, page: range.start() >> PAGE_SHIFT, levels, hash: 0, at: 0, left: 0 }
     }
 
     fn blocks(range: Range) -> impl Iterator<Item = u64> {
@@ -102,13 +91,13 @@ impl Table {
 
     /// Lists `index` under `range`. The caller holds the books.
     pub(crate) fn insert(&self, levels: &mut Levels, range: Range, index: u32) {
-        let mask = self.words.len() - 1;
+        let mask = self.mask;
         for hash in Self::blocks(range) {
             let mut at = self.home(hash);
-            while self.words[at].load(Ordering::Relaxed) != 0 {
+            while self.words.word(at).load(Ordering::Relaxed) != 0 {
                 at = (at + 1) & mask;
             }
-            self.words[at].store(word(hash, index), Ordering::Release);
+            self.words.word(at).store(word(hash, index), Ordering::Release);
         }
         let level = level(range);
         levels.0[level as usize] += 1;
@@ -123,10 +112,10 @@ impl Table {
         index: u32,
         range_of: impl Fn(u32) -> Range,
     ) {
-        let mask = self.words.len() - 1;
+        let mask = self.mask;
         for hash in Self::blocks(range) {
             let mut at = self.home(hash);
-            while self.words[at].load(Ordering::Relaxed) != word(hash, index) {
+            while self.words.word(at).load(Ordering::Relaxed) != word(hash, index) {
                 at = (at + 1) & mask;
             }
             self.close_gap(at, &range_of);
@@ -140,11 +129,11 @@ impl Table {
 
     /// Frees the word at `gap`, moving up those behind it that a probe would no longer reach.
     fn close_gap(&self, mut gap: usize, range_of: &impl Fn(u32) -> Range) {
-        let mask = self.words.len() - 1;
+        let mask = self.mask;
         let mut at = gap;
         loop {
             at = (at + 1) & mask;
-            let found = self.words[at].load(Ordering::Relaxed);
+            let found = self.words.word(at).load(Ordering::Relaxed);
             if found == 0 {
                 break;
             }
@@ -155,11 +144,53 @@ impl Table {
             // It may move if its home is not behind the gap.
             if at.wrapping_sub(home) & mask >= at.wrapping_sub(gap) & mask {
                 // First here, then no longer there: a reader sees it at least once, or misses it.
-                self.words[gap].store(found, Ordering::Release);
+                self.words.word(gap).store(found, Ordering::Release);
                 gap = at;
             }
         }
-        self.words[gap].store(0, Ordering::Release);
+        self.words.word(gap).store(0, Ordering::Release);
+    }
+}
+
+/// See [`Table::candidates`].
+pub(crate) struct Candidates<'t> {
+    table: &'t Table,
+    page: u64,
+    /// Not yet looked at.
+    levels: u64,
+    /// Of the block on the level that is looked at.
+    hash: u64,
+    /// The next word to look at.
+    at: usize,
+    /// How many there are still, at most: the whole table once, whatever writers do.
+    left: usize,
+}
+
+impl Iterator for Candidates<'_> {
+    type Item = u32;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<u32> {
+        loop {
+            if self.left == 0 {
+                if self.levels == 0 {
+                    return None;
+                }
+                let level = self.levels.trailing_zeros();
+                self.levels &= self.levels - 1;
+                self.hash = hash(self.page >> (2 * level), level);
+                self.at = self.table.home(self.hash);
+                self.left = self.table.mask + 1;
+            }
+            let found = self.table.words.word(self.at).load(Ordering::Acquire);
+            self.at = (self.at + 1) & self.table.mask;
+            self.left -= 1;
+            if found == 0 {
+                self.left = 0;
+            } else if tag(found) == tag(word(self.hash, 0)) {
+                return Some((found as u32 & ((1 << INDEX_BITS) - 1)) - 1);
+            }
+        }
     }
 }
 
@@ -201,18 +232,16 @@ mod tests {
                 }
                 let want = pages(want.0, want.1);
                 for (index, range) in model.iter().filter(|(_, range)| range.contains(want)) {
-                    let found = table.find(want, |i| (i == *index).then_some(()));
-                    prop_assert!(found.is_some(), "{want} in {range}");
+                    prop_assert!(table.candidates(want).any(|i| i == *index), "{want} in {range}");
                 }
-                let mut strangers = 0;
-                let _: Option<()> = table.find(want, |i| { strangers += u32::from(!model.contains_key(&i)); None });
+                let strangers = table.candidates(want).filter(|i| !model.contains_key(i)).count();
                 prop_assert_eq!(strangers, 0, "a candidate that is not listed");
             }
             for (index, range) in model.clone() {
                 table.remove(&mut levels, range, index, |i| model[&i]);
                 model.remove(&index);
             }
-            prop_assert!(table.words.iter().all(|w| w.load(Ordering::Relaxed) == 0));
+            prop_assert!((0..table.words.len()).all(|w| table.words.word(w).load(Ordering::Relaxed) == 0));
         }
     }
 }

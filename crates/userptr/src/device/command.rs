@@ -250,7 +250,12 @@ pub enum FenceError {
 }
 
 /// Executes commands on device addresses.
-pub trait Engine: Send + Sync {
+///
+/// # Safety
+/// A batch accesses nothing but what the commands name, at addresses where the same type's
+/// [`Device`](super::Device) has mapped memory, for the access that it was mapped for; and nothing at all once its
+/// fence is signaled, or if [`submit`](Engine::submit) fails or panics, once that has returned.
+pub unsafe trait Engine: Send + Sync {
     /// What tells that a batch is done.
     type Fence: Fence;
 

@@ -49,7 +49,7 @@ impl Cond {
     }
 }
 
-/// A helper function of the kernel that a program may call. None of these is for GPL-compatible programs only.
+/// A helper function of the kernel that a program may call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Helper {
     /// bpf_ktime_get_ns: CLOCK_MONOTONIC (any licence since Linux 5.8).
@@ -58,10 +58,20 @@ pub(crate) enum Helper {
     GetSmpProcessorId = 8,
     /// bpf_get_current_pid_tgid: of the initial pid namespace.
     GetCurrentPidTgid = 14,
+    /// bpf_get_current_comm(buffer, size).
+    GetCurrentComm = 16,
+    /// bpf_get_stack(context, buffer, size, flags): the bytes written. GPL-compatible programs only.
+    GetStack = 67,
+    /// bpf_probe_read_user(buffer, size, address) (Linux 5.5). GPL-compatible programs only.
+    ProbeReadUser = 112,
     /// bpf_ringbuf_reserve(map, size, flags): null when full.
     RingbufReserve = 131,
     /// bpf_ringbuf_submit(record, flags).
     RingbufSubmit = 132,
+    /// bpf_get_current_task_btf (Linux 5.11). GPL-compatible programs only.
+    GetCurrentTaskBtf = 158,
+    /// bpf_task_pt_regs(task) (Linux 5.15). GPL-compatible programs only.
+    TaskPtRegs = 175,
 }
 
 /// A place in the code that jumps can name before it is known.

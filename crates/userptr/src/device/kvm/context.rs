@@ -307,7 +307,9 @@ impl<S: Source> Device<HostMm<S>> for KvmContext {
     }
 }
 
-impl Engine for KvmContext {
+// SAFETY: the guest translates every address by the context's page tables, which hold mappings alone; the position, which
+// signals the fence, moves after the last access.
+unsafe impl Engine for KvmContext {
     type Fence = KvmFence;
 
     unsafe fn submit(&self, cx: &mut MaySleep<'_>, batch: &[Command]) -> Result<KvmFence, SubmitError> {

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+//! An empty VM on the mm of another program, and nothing else of ours left in it.
+//!
+//! KVM puts its notifier on the mm of whoever makes the VM, so the program's own thread must make it:
+//!
+//! ```text
+//! in the program                              here
+//! mmap a scratch page
+//! socketpair                              →   pidfd_getfd one end
+//!                                         ←   sendmsg: /dev/kvm
+//! recvmsg
+//! munmap the scratch page
+//! close both ends
+//! ioctl KVM_CREATE_VM                     →   pidfd_getfd the VM
+//! close the VM, close /dev/kvm
+//! ```
+//!
+//! /dev/kvm is sent, not opened there: the program may be unprivileged, or live in another root. Everything with memory
+//! in it comes before the VM, so that the program's own stream begins empty. All descriptors are close-on-exec and gone
+//! at the end; the VM lives by the one here. A program whose table of descriptors is full is given room for the moment.
+
+use super::inject::{Borrowed, InjectError};
+use super::ptrace::Tid;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::ptr::{null, null_mut};
+
+const KVM_CREATE_VM: u64 = 0xAE01;
+const PAGE: u64 = 4096;
+
+// Where things lie in the scratch page.
+const ENDS: u64 = 0;
+const MESSAGE: u64 = 64;
+const VECTOR: u64 = 192;
+const BYTE: u64 = 256;
+const CONTROL: u64 = 320;
+/// Descriptors that are open there at once, and some.
+const FEW: u64 = 8;
+/// CMSG_SPACE(sizeof(int)).
+const CONTROL_LEN: u64 = 24;
+
+/// Why there is no VM on a program's mm.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PlantError {
+    /// Its thread could not be made to call.
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    /// A call that it made for us failed.
+    #[error("{0} in the program: {1}")]
+    There(&'static str, io::Error),
+    /// One of ours.
+    #[error("{0}: {1}")]
+    Here(&'static str, io::Error),
+}
+
+impl PlantError {
+    /// The thread ended meanwhile: see [`InjectError::Gone`].
+    pub(super) fn gone(&self) -> Option<Option<i32>> {
+        match self {
+            PlantError::Inject(InjectError::Gone(status)) => Some(*status),
+            _ => None,
+        }
+    }
+
+    fn table_is_full(&self) -> bool {
+        matches!(self, PlantError::There(_, e) if e.raw_os_error() == Some(libc::EMFILE))
+    }
+}
+
+/// Makes the VM on the mm of process `tgid`, whose thread `tid` is stopped (`in_call`: see [`Borrowed::new`]). With it, the
+/// signal that the thread is to go on with.
+pub(super) fn plant(
+    kvm: BorrowedFd<'_>,
+    tgid: Tid,
+    tid: Tid,
+    in_call: bool,
+) -> Result<(OwnedFd, i32), PlantError> {
+    let planted = try_plant(kvm, tgid, tid, in_call);
+    let full = planted.as_ref().is_err_and(PlantError::table_is_full);
+    match full.then(|| Room::make(tgid)).flatten() {
+        // It has left the call by now.
+        Some(_room) => try_plant(kvm, tgid, tid, false),
+        None => planted,
+    }
+}
+
+/// A higher limit of open files for another process, until dropped.
+struct Room {
+    tgid: Tid,
+    old: libc::rlimit,
+}
+
+impl Room {
+    fn make(tgid: Tid) -> Option<Room> {
+        let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: a local struct to write to; no new limit.
+        let got = unsafe { libc::prlimit(tgid, libc::RLIMIT_NOFILE, null(), &raw mut old) };
+        let cur = old.rlim_cur.checked_add(FEW)?;
+        let new = libc::rlimit { rlim_cur: cur, rlim_max: old.rlim_max.max(cur) };
+        (got == 0 && set_limit(tgid, &new)).then_some(Room { tgid, old })
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        set_limit(self.tgid, &self.old);
+    }
+}
+
+fn set_limit(tgid: Tid, limit: &libc::rlimit) -> bool {
+    // SAFETY: a struct to read from; the old limit is not asked for.
+    unsafe { libc::prlimit(tgid, libc::RLIMIT_NOFILE, limit, null_mut()) == 0 }
+}
+
+fn try_plant(kvm: BorrowedFd<'_>, tgid: Tid, tid: Tid, in_call: bool) -> Result<(OwnedFd, i32), PlantError> {
+    let pidfd = open_pidfd(tgid, tid).map_err(InjectError::from)?;
+    let mut thread = Borrowed::new(tid, in_call)?;
+    let there = |what| move |e| PlantError::There(what, e);
+    let kvm_there = send_kvm(&mut thread, kvm, &pidfd, tid)?;
+    let vm_there = thread.call(libc::SYS_ioctl, [kvm_there, KVM_CREATE_VM, 0, 0, 0, 0])?;
+    let vm = match &vm_there {
+        Ok(fd) => take(&pidfd, *fd),
+        Err(_) => Err(PlantError::Here("nothing to take", io::ErrorKind::NotFound.into())),
+    };
+    if let Ok(fd) = vm_there {
+        let _ = thread.call(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+    }
+    let _ = thread.call(libc::SYS_close, [kvm_there, 0, 0, 0, 0, 0])?;
+    let signal = thread.give_back()?;
+    vm_there.map_err(there("KVM_CREATE_VM"))?;
+    Ok((vm?, signal))
+}
+
+/// A pidfd through which the descriptors of the thread can be had. A first thread that is dead has none any more.
+fn open_pidfd(tgid: Tid, tid: Tid) -> io::Result<OwnedFd> {
+    let pid = |id| Pid::from_raw(id).ok_or(io::ErrorKind::InvalidInput);
+    // PIDFD_THREAD, Linux 6.9.
+    let thread = PidfdFlags::from_bits_retain(libc::O_EXCL as u32);
+    match pidfd_open(pid(tid)?, thread) {
+        Err(rustix::io::Errno::INVAL) => Ok(pidfd_open(pid(tgid)?, PidfdFlags::empty())?),
+        other => Ok(other?),
+    }
+}
+
+/// A copy of its descriptor `fd`.
+fn take(pidfd: &OwnedFd, fd: u64) -> Result<OwnedFd, PlantError> {
+    pidfd_getfd(pidfd, fd as i32, PidfdGetfdFlags::empty())
+        .map_err(|e| PlantError::Here("pidfd_getfd", e.into()))
+}
+
+/// Gives the program a descriptor of /dev/kvm; its number there.
+fn send_kvm(
+    thread: &mut Borrowed,
+    kvm: BorrowedFd<'_>,
+    pidfd: &OwnedFd,
+    tid: Tid,
+) -> Result<u64, PlantError> {
+    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let scratch = thread.call(libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])?;
+    let scratch = scratch.map_err(|e| PlantError::There("mmap", e))?;
+    let got = send_through(thread, kvm, pidfd, tid, scratch);
+    if matches!(got, Err(PlantError::Inject(_))) {
+        return got;
+    }
+    let _ = thread.call(libc::SYS_munmap, [scratch, PAGE, 0, 0, 0, 0])?;
+    got
+}
+
+fn send_through(
+    thread: &mut Borrowed,
+    kvm: BorrowedFd<'_>,
+    pidfd: &OwnedFd,
+    tid: Tid,
+    scratch: u64,
+) -> Result<u64, PlantError> {
+    let kind = (libc::SOCK_DGRAM | libc::SOCK_CLOEXEC) as u64;
+    let made = thread.call(libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, scratch + ENDS, 0, 0])?;
+    made.map_err(|e| PlantError::There("socketpair", e))?;
+    let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{tid}/mem"));
+    let memory = memory.map_err(|e| PlantError::Here("opening its memory", e))?;
+    let ends = word(&memory, scratch + ENDS)?;
+    let (ours, theirs) = (ends & 0xffff_ffff, ends >> 32);
+    let got = receive(thread, kvm, pidfd, &memory, scratch, (ours, theirs));
+    if !matches!(got, Err(PlantError::Inject(_))) {
+        for end in [ours, theirs] {
+            let _ = thread.call(libc::SYS_close, [end, 0, 0, 0, 0, 0])?;
+        }
+    }
+    got
+}
+
+fn receive(
+    thread: &mut Borrowed,
+    kvm: BorrowedFd<'_>,
+    pidfd: &OwnedFd,
+    memory: &File,
+    scratch: u64,
+    (ours, theirs): (u64, u64),
+) -> Result<u64, PlantError> {
+    let socket = take(pidfd, ours)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let fds = [kvm];
+    ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    sendmsg(socket.as_fd(), &[IoSlice::new(&[0])], &mut ancillary, SendFlags::NOSIGNAL)
+        .map_err(|e| PlantError::Here("sendmsg", e.into()))?;
+    // struct msghdr: name, name length, vector, its length, control, its length, flags.
+    let message = [0, 0, scratch + VECTOR, 1, scratch + CONTROL, CONTROL_LEN, 0];
+    write(memory, scratch + MESSAGE, &message)?;
+    write(memory, scratch + VECTOR, &[scratch + BYTE, 1])?;
+    let flags = (libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) as u64;
+    let got = thread.call(libc::SYS_recvmsg, [theirs, scratch + MESSAGE, flags, 0, 0, 0])?;
+    got.map_err(|e| PlantError::There("recvmsg", e))?;
+    // struct cmsghdr: length, level and type, then the descriptor. A full table leaves it empty.
+    if word(memory, scratch + MESSAGE + 40)? < 20 || word(memory, scratch + CONTROL)? < 20 {
+        return Err(PlantError::There("recvmsg", io::Error::from_raw_os_error(libc::EMFILE)));
+    }
+    Ok(word(memory, scratch + CONTROL + 16)? & 0xffff_ffff)
+}
+
+fn word(memory: &File, at: u64) -> Result<u64, PlantError> {
+    let mut bytes = [0; 8];
+    memory.read_exact_at(&mut bytes, at).map_err(|e| PlantError::Here("reading its memory", e))?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
+fn write(memory: &File, at: u64, words: &[u64]) -> Result<(), PlantError> {
+    let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    memory.write_all_at(&bytes, at).map_err(|e| PlantError::Here("writing its memory", e))
+}
