@@ -18,7 +18,7 @@ pub mod survivors;
 mod users;
 mod young;
 
-pub use users::{GATHER, UNBOUND, USERS};
+pub use users::{GATHER, SHARED, UNBOUND, USERS};
 pub use young::YOUNG;
 
 use crate::answer::Row;
@@ -70,6 +70,9 @@ pub static SUBJECTS: &[Subject] = &[
     subject(&drivers::design_start_with_seq::KIND, &[V3_16]),
     subject(&drivers::design_atomic_change_pte::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
 ];
+
+/// Scenes that are no paths of the mm.
+const SCENES: [&Path; 4] = [&USERS, &SHARED, &UNBOUND, &GATHER];
 
 /// How far to go.
 #[derive(Debug, Clone, Copy)]
@@ -259,7 +262,7 @@ fn cells(subject: &Subject) -> Vec<Cell> {
     let Subject { kind, profiles } = *subject;
     let ages = kind.callbacks.contains(Callback::ClearFlushYoung);
     let young = ages.then_some(&YOUNG);
-    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young).chain([&USERS, &UNBOUND, &GATHER]);
+    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young).chain(SCENES);
     let rows: Vec<Row> = rows(kind).collect();
     let cell = |row: &Row, path: &'static Path, profile: KernelProfile| {
         let callbacks = kind.callbacks;
@@ -278,6 +281,7 @@ fn search(cell: &Cell, config: Config) -> (Report, Facts) {
     let report = explore::explore(&config, |cx| match cell.path.name {
         name if name == YOUNG.name => young::execute(cx, cell),
         name if name == USERS.name => users::beside(cx, cell),
+        name if name == SHARED.name => users::shared(cx, cell),
         name if name == GATHER.name => users::gather(cx, cell),
         name if name == UNBOUND.name => users::unbound(cx, cell),
         _ => execute(cx, cell, &facts),
@@ -299,7 +303,8 @@ fn ground(cell: &Cell, limits: &Limits) -> Result<Option<Ground>, Box<LeftOut>> 
         return Ok(None);
     }
     let sites = report.sites.into_iter().filter(of_a_driver).collect();
-    let asks = cell.path.name == YOUNG.name;
+    // Nobody counts in the scenes that are no paths.
+    let asks = [&YOUNG, &GATHER].iter().any(|scene| scene.name == cell.path.name);
     let run: Vec<Callback> =
         cell.callbacks.iter().filter(|&kind| asks || facts.callbacks[kind as usize] > 0).collect();
     Ok(Some(Ground { cell: *cell, sites, callbacks: Callbacks::of(&run), executions: report.executions }))

@@ -15,6 +15,9 @@ use std::sync::Arc;
 /// Two users, each with a page of its own, at the same time; a third one closes the driver.
 pub static USERS: Path = Path { name: "users", kernel: "ioctl beside ioctl", ..super::young::YOUNG };
 
+/// Two users of one binding.
+pub static SHARED: Path = Path { name: "shared", kernel: "submit beside submit", ..super::young::YOUNG };
+
 /// One user: what the device has cached afterwards.
 pub static UNBOUND: Path = Path { name: "unbound", kernel: "unbind", ..super::young::YOUNG };
 
@@ -33,15 +36,24 @@ fn turn(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver, page: u64) {
 /// One execution of a cell of [`USERS`].
 pub(super) fn beside(cx: &mut MaySleep<'_>, cell: &Cell) {
     let Some(Scene { stage, driver }) = scene(cx, cell, Arc::new(()), 8) else { return };
-    if let Ok(shared) = driver.bind(cx, range(X), cell.access) {
+    scope(cx, |s, _| {
+        s.spawn("first", |cx| turn(cx, cell, &*driver, X));
+        s.spawn("second", |cx| turn(cx, cell, &*driver, Y));
+        s.spawn("closer", |cx| driver.close(cx));
+    });
+    stage.exit(cx);
+}
+
+/// One execution of a cell of [`SHARED`].
+pub(super) fn shared(cx: &mut MaySleep<'_>, cell: &Cell) {
+    let Some(Scene { stage, driver }) = scene(cx, cell, Arc::new(()), 8) else { return };
+    if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
         scope(cx, |s, _| {
             for name in ["first", "second"] {
                 s.spawn(name, |cx| {
-                    let _ = driver.access(cx, shared, DeviceOp::Read(X << 12));
-                    turn(cx, cell, &*driver, Y);
+                    let _ = driver.access(cx, binding, DeviceOp::Read(X << 12));
                 });
             }
-            s.spawn("closer", |cx| driver.close(cx));
         });
     }
     driver.close(cx);
