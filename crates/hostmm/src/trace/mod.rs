@@ -3,7 +3,7 @@
 //!
 //! A notifier belongs to an mm. An mm is made by exec and by fork (not by vfork, nor by threads), so a program is
 //! stopped by ptrace at these points and nowhere else, and each new mm gets an empty VM before its program goes on. What the
-//! notifiers then say is [`crate::stream`]'s to hear.
+//! notifiers then say is [`crate::kvm::stream`]'s to hear.
 //!
 //! The program's descriptors, environment, signals, memory and exit code stay what they are without us; `TracerPid` in
 //! its status and the time that the stops take are all that it could notice. A second tracer (a debugger, strace) is

@@ -76,12 +76,13 @@ mod tests {
     fn our_own_program_has_symbols() {
         let exe = std::env::current_exe().unwrap().display().to_string();
         let table = Table::read(&exe).expect("an ELF file");
-        let (address, _, name) =
-            table.functions.iter().find(|(.., n)| n.contains("our_own_program")).expect("this test");
+        // Not this test, which may be inlined.
+        let (address, ..) =
+            table.functions.iter().find(|(.., n)| n == "main").expect("the C runtime calls it");
         let (from, _, base) =
             table.segments.iter().find(|(_, len, a)| (*a..a + len).contains(address)).unwrap();
         let site = Site { file: exe, offset: address - base + from };
-        assert!(Symbols::default().name(&site).starts_with(&format!("{:#} (", demangle(name))));
+        assert!(Symbols::default().name(&site).starts_with("main ("));
     }
 
     #[test]
