@@ -25,6 +25,10 @@ pub struct Path {
 /// Paths of [`crate::PATHS`] that no script can take, and why.
 pub const WITHOUT_SCRIPT: &[(&str, &str)] = &[
     (
+        "cow-in-flight",
+        "the mm does what it does in cow, whose scripts stand for it: what differs is that a fault of the device is in flight",
+    ),
+    (
         "exit",
         "the process that listens cannot hear its own end: release comes once nobody is left to be told; what a child's exit \
 leaves to its parent is in the scripts of fork",
