@@ -41,6 +41,10 @@ fn doctor_tells_its_verdict_by_exit_code_and_document() {
     }
     for capability in capabilities {
         let name = capability["name"].as_str().unwrap();
+        // Another test may have a swap device just now.
+        if name == "swap" {
+            continue;
+        }
         let there = capability["state"] == "there";
         assert_eq!(userptr(&["doctor", "--has", name]).status.code(), Some(i32::from(!there)), "{name}");
     }
