@@ -29,6 +29,14 @@ pub const WITHOUT_SCRIPT: &[(&str, &str)] = &[
         "the mm does what it does in cow, whose scripts stand for it: what differs is that a fault of the device is in flight",
     ),
     (
+        "ksm-second-pass",
+        "an earlier pass that protected the page and then found it different cannot be provoked, as in ksm-protect; what the \
+second does is in the scripts of ksm-replace",
+    ),
+    ("age", "no range is told, only clear_flush_young, which the live source does not hear"),
+    ("file-reclaim", "no script yet: the unmapping is that of swap-out, which has some"),
+    ("xip", "this kernel has DAX in its place (4.0 and later)"),
+    (
         "exit",
         "the process that listens cannot hear its own end: release comes once nobody is left to be told; what a child's exit \
 leaves to its parent is in the scripts of fork",
