@@ -56,7 +56,8 @@ fn ctrl_c_reaches_the_program_once_and_the_report_is_written() {
         return;
     }
     use std::io::{BufRead, BufReader, Write};
-    let command = format!("{} watch -- {} interrupts", crate::run::USERPTR, subject("static").display());
+    // Not every shell gives its place to its only command by itself, and one that stays dies of the signal too.
+    let command = format!("exec {} watch -- {} interrupts", crate::run::USERPTR, subject("static").display());
     // A terminal of its own: what is written to it is typed.
     let mut terminal = Command::new("timeout")
         .args(["60", "script", "-qec", &command, "/dev/null"])
