@@ -11,6 +11,7 @@
 //!
 //! Lock order: mmap_lock > mmu_notifier_invalidate_range_start > design mutex > design flags (spin) > device TLB.
 
+use crate::bindings::Bindings;
 use crate::callbacks::Callback;
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Kind, Options, SubmitError, check_ops};
@@ -20,7 +21,6 @@ use crate::site::changed;
 use interleave::{LockClass, MaySleep, Mutex, MutexGuard};
 use mmu_notifier::{Access, Range};
 use softmm::{Foll, Mm, UserPages};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 static MUTEX: LockClass = LockClass::new("design mutex");
@@ -37,10 +37,9 @@ pub(crate) struct Gpu {
 /// Protected by the design's mutex.
 #[derive(Default)]
 pub(crate) struct Objects {
-    next_binding: u32,
     next_get: u64,
     released: bool,
-    map: BTreeMap<Binding, Object>,
+    map: Bindings<Object>,
 }
 
 struct Object {
@@ -80,11 +79,8 @@ impl Gpu {
         if objects.released {
             return Err(BindError::Exited(range));
         }
-        objects.next_binding += 1;
-        let binding = Binding(objects.next_binding);
         let object = Object { range, access, pages: None, dirty: false, getting: None, had_pages: false };
-        objects.map.insert(binding, object);
-        Ok(binding)
+        Ok(objects.map.add(object))
     }
 
     pub(crate) fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {

@@ -15,6 +15,7 @@
 //!
 //! Lock order: ptl > design spin lock > device TLB.
 
+use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
@@ -50,8 +51,7 @@ pub struct AtomicChangePte {
 
 #[derive(Default)]
 struct State {
-    next: u32,
-    bound: BTreeMap<Binding, (Range, Access)>,
+    bound: Bindings<(Range, Access)>,
     pins: BTreeMap<(Binding, PageAddr), Pinned>,
     count: u64,
     seq: u64,
@@ -168,10 +168,7 @@ impl Driver for AtomicChangePte {
         if state.released {
             return Err(BindError::Exited(range));
         }
-        state.next += 1;
-        let binding = Binding(state.next);
-        state.bound.insert(binding, (range, access));
-        Ok(binding)
+        Ok(state.bound.add((range, access)))
     }
 
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {

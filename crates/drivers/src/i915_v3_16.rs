@@ -32,6 +32,7 @@
 //! last one finds the same); UNSYNCHRONIZED; madvise; tiling; one struct_mutex for several mms of one device; the notifier is
 //! registered when the driver is opened, not with the first object.
 
+use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
@@ -43,7 +44,6 @@ use crate::work::WorkQueue;
 use interleave::{AtomicU32, LockClass, MaySleep, Mutex, Ordering, Sleep, SpinLock};
 use mmu_notifier::{Access, IntervalIndex, Invalidation, Key, MmuNotifier, Ops, Range, WouldBlock};
 use softmm::{FaultError, Foll, Mm, MmUser, UserPages};
-use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 static STRUCT_MUTEX: LockClass = LockClass::new("struct_mutex");
@@ -166,9 +166,8 @@ struct Object {
 /// Protected by struct_mutex.
 #[derive(Default)]
 struct Gem {
-    next_binding: u32,
     next_work: u64,
-    objects: BTreeMap<Binding, ObjectState>,
+    objects: Bindings<ObjectState>,
 }
 
 struct ObjectState {
@@ -459,8 +458,7 @@ impl Driver for I915 {
         }
         let mm = self.context.mm().mmget().ok_or(BindError::Exited(range))?;
         let mut gem = self.struct_mutex.lock(cx);
-        gem.next_binding += 1;
-        let binding = Binding(gem.next_binding);
+        let binding = gem.objects.reserve();
         let object = Arc::new(Object { binding, range, access, refcount: AtomicU32::new(1) });
         let mut mn = self.mn.lock(cx);
         let overlapping = mn.overlaps(range).next().map(|(_, _, object)| object.binding);

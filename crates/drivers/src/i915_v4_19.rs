@@ -26,6 +26,7 @@
 //! Not modelled: as in [`crate::i915_v3_16`]; mm_lock and the hash of mms; what set struct_mutex against itself through a
 //! GTT mapping over the object (bug 3), the reason for the work items: there are no GTT mappings here.
 
+use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
@@ -71,8 +72,7 @@ pub struct I915 {
 /// Protected by struct_mutex.
 #[derive(Default)]
 struct Gem {
-    next_binding: u32,
-    objects: BTreeMap<Binding, Arc<Object>>,
+    objects: Bindings<Arc<Object>>,
 }
 
 /// Protected by i915_mmu_notifier.lock.
@@ -299,8 +299,7 @@ impl Driver for I915 {
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
         let mut gem = self.struct_mutex.lock(cx);
-        gem.next_binding += 1;
-        let binding = Binding(gem.next_binding);
+        let binding = gem.objects.reserve();
         let state = State {
             pages: None,
             bound: false,
@@ -350,7 +349,7 @@ impl Driver for I915 {
 
     fn close(&self, cx: &mut MaySleep<'_>) {
         let mut gem = self.struct_mutex.lock(cx);
-        for object in std::mem::take(&mut gem.objects).into_values() {
+        for object in gem.objects.take_all().into_values() {
             self.close_object(cx, &object);
         }
         drop(gem);

@@ -20,6 +20,7 @@
 //!
 //! Not modelled: page_ref and several submissions sharing one set of pages; PROBE; relocation.
 
+use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops};
@@ -29,7 +30,6 @@ use crate::site::changed;
 use interleave::{LockClass, MaySleep, Mutex, Sleep, SpinLock};
 use mmu_notifier::{Access, Event, IntervalNotifier, Invalidation, Range, Seq, SeqMoved, SetSeq, WouldBlock};
 use softmm::{Foll, Mm, UserPages};
-use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 static HANDLES: LockClass = LockClass::new("i915 handles");
@@ -66,13 +66,7 @@ pub struct I915 {
     context: DeviceContext,
     /// One for the device.
     notifier_lock: SpinLock<()>,
-    handles: Mutex<Handles>,
-}
-
-#[derive(Default)]
-struct Handles {
-    next: u32,
-    objects: BTreeMap<Binding, Arc<Handle>>,
+    handles: Mutex<Bindings<Arc<Handle>>>,
 }
 
 struct Handle {
@@ -109,7 +103,7 @@ impl I915 {
     ) -> Arc<I915> {
         let context = DeviceContext::open(cx, device, mm, kind.name, Root::Own).flushing_at_start();
         let notifier_lock = SpinLock::new(&NOTIFIER_LOCK, ());
-        let handles = Mutex::new(&HANDLES, Handles::default());
+        let handles = Mutex::new(&HANDLES, Bindings::default());
         Arc::new_cyclic(|me| I915 { me: me.clone(), kind, waits, options, context, notifier_lock, handles })
     }
 
@@ -195,21 +189,18 @@ impl Driver for I915 {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
-        let mut handles = self.handles.lock(cx);
-        handles.next += 1;
-        let binding = Binding(handles.next);
-        drop(handles);
+        let binding = self.handles.lock(cx).reserve();
         let reservation = Mutex::new(&RESERVATION, State::default());
         let object = Arc::new(Object { binding, range, access, reservation });
         let listener = IntervalListener::new(self.me.clone(), object.clone(), self.options);
         let notifier = self.context.mm().notifiers().insert_interval(cx, range, listener);
         let notifier = notifier.map_err(|source| BindError::Register { range, source })?;
-        self.handles.lock(cx).objects.insert(binding, Arc::new(Handle { object, notifier }));
+        self.handles.lock(cx).insert(binding, Arc::new(Handle { object, notifier }));
         Ok(binding)
     }
 
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {
-        let handle = self.handles.lock(cx).objects.remove(&binding).ok_or(SubmitError::NotBound(binding))?;
+        let handle = self.handles.lock(cx).remove(&binding).ok_or(SubmitError::NotBound(binding))?;
         self.close_handle(cx, &handle);
         Ok(())
     }
@@ -220,7 +211,7 @@ impl Driver for I915 {
         binding: Binding,
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
-        let handle = self.handles.lock(cx).objects.get(&binding).cloned();
+        let handle = self.handles.lock(cx).get(&binding).cloned();
         let handle = handle.ok_or(SubmitError::NotBound(binding))?;
         let object = &handle.object;
         check_ops(self.context.mm(), object.range, object.access, ops)?;
@@ -247,7 +238,7 @@ impl Driver for I915 {
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {
-        let objects = std::mem::take(&mut self.handles.lock(cx).objects);
+        let objects = self.handles.lock(cx).take_all();
         for handle in objects.into_values() {
             self.close_handle(cx, &handle);
         }

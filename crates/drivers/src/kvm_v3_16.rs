@@ -22,6 +22,7 @@
 //!
 //! Not modelled: SRCU around the memslots; sptes without accessed bit; large sptes; async page faults.
 
+use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
@@ -32,7 +33,6 @@ use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, PageContext, Sleep, SpinLock};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
 use softmm::Mm;
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 static MMU_LOCK: LockClass = LockClass::new("kvm mmu_lock");
@@ -109,8 +109,7 @@ pub struct Kvm {
 /// Protected by mmu_lock.
 #[derive(Default)]
 struct Mmu {
-    next_slot: u32,
-    slots: BTreeMap<Binding, Slot>,
+    slots: Bindings<Slot>,
     /// mmu_notifier_count.
     count: u64,
     /// mmu_notifier_seq.
@@ -288,11 +287,7 @@ impl Driver for Kvm {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
-        let mut mmu = self.mmu_lock.lock(cx);
-        mmu.next_slot += 1;
-        let binding = Binding(mmu.next_slot);
-        mmu.slots.insert(binding, Slot { range, access });
-        Ok(binding)
+        Ok(self.mmu_lock.lock(cx).slots.add(Slot { range, access }))
     }
 
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {

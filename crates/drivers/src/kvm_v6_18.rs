@@ -27,6 +27,7 @@
 //! gfn_to_pfn caches; more than one address space; huge sptes; yielding mmu_lock; the early, lockless look at
 //! the range in progress before step 2, which saves work and decides nothing.
 
+use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
@@ -36,7 +37,6 @@ use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, Sleep, SpinLock, WaitQueue};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Range, WouldBlock};
 use softmm::{Foll, Mm};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 static MMU_LOCK: LockClass = LockClass::new("kvm mmu_lock");
@@ -74,8 +74,7 @@ pub struct Kvm {
 /// Protected by mmu_lock.
 #[derive(Default)]
 struct Mmu {
-    next_slot: u32,
-    slots: BTreeMap<Binding, Slot>,
+    slots: Bindings<Slot>,
     in_progress: u64,
     range: Option<Range>,
     seq: u64,
@@ -253,12 +252,7 @@ impl Driver for Kvm {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
-        self.change_slots(cx, |mmu| {
-            mmu.next_slot += 1;
-            let binding = Binding(mmu.next_slot);
-            mmu.slots.insert(binding, Slot { range, access });
-            Ok(binding)
-        })
+        Ok(self.change_slots(cx, |mmu| mmu.slots.add(Slot { range, access })))
     }
 
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {

@@ -36,6 +36,7 @@
 
 pub mod amd_iommu_invalidate_range;
 pub mod amd_iommu_v2_3_16;
+mod bindings;
 mod callbacks;
 mod counters;
 mod design;

@@ -7,6 +7,7 @@
 //!
 //! Lock order: whatever the driver has > device TLB. [`Mirror::fault`] is called with no lock held.
 
+use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops};
@@ -18,7 +19,6 @@ use mmu_notifier::{
     Access, IntervalNotifier, Invalidation, PageAddr, Range, Seq, SeqMoved, SetSeq, WouldBlock,
 };
 use softmm::{FaultError, Foll, Mm, UserPages};
-use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 static BINDINGS: LockClass = LockClass::new("mirror bindings");
@@ -140,12 +140,7 @@ struct Adapter<M: Mirror> {
     me: Weak<Adapter<M>>,
     options: Options,
     context: DeviceContext,
-    bindings: Mutex<Bindings<M>>,
-}
-
-struct Bindings<M> {
-    next: u32,
-    bound: BTreeMap<Binding, Arc<Bound<M>>>,
+    bindings: Mutex<Bindings<Arc<Bound<M>>>>,
 }
 
 struct Bound<M> {
@@ -174,12 +169,12 @@ impl<M: Mirror> Adapter<M> {
 
     fn open(cx: &mut MaySleep<'_>, mm: &Arc<Mm>, device: &Arc<Device>, options: Options) -> Arc<Adapter<M>> {
         let context = DeviceContext::open(cx, device, mm, Self::KIND.name, Root::Own);
-        let bindings = Mutex::new(&BINDINGS, Bindings { next: 0, bound: BTreeMap::new() });
+        let bindings = Mutex::new(&BINDINGS, Bindings::default());
         Arc::new_cyclic(|me| Adapter { me: me.clone(), options, context, bindings })
     }
 
     fn bound(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Option<Arc<Bound<M>>> {
-        self.bindings.lock(cx).bound.get(&binding).cloned()
+        self.bindings.lock(cx).get(&binding).cloned()
     }
 
     fn port<'a>(&'a self, object: &Object<M>, notifier: Option<&'a IntervalNotifier>) -> Port<'a> {
@@ -212,20 +207,17 @@ impl<M: Mirror> Driver for Adapter<M> {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
-        let mut bindings = self.bindings.lock(cx);
-        bindings.next += 1;
-        let binding = Binding(bindings.next);
-        drop(bindings);
+        let binding = self.bindings.lock(cx).reserve();
         let object = Arc::new(Object { binding, range, access, mirror: M::new() });
         let listener = IntervalListener::new(self.me.clone(), object.clone(), self.options);
         let notifier = self.context.mm().notifiers().insert_interval(cx, range, listener);
         let notifier = notifier.map_err(|source| BindError::Register { range, source })?;
-        self.bindings.lock(cx).bound.insert(binding, Arc::new(Bound { object, notifier }));
+        self.bindings.lock(cx).insert(binding, Arc::new(Bound { object, notifier }));
         Ok(binding)
     }
 
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {
-        let bound = self.bindings.lock(cx).bound.remove(&binding);
+        let bound = self.bindings.lock(cx).remove(&binding);
         let bound = bound.ok_or(SubmitError::NotBound(binding))?;
         // While the notifier is there: no page that was written may be freed before it is marked.
         let port = self.port(&bound.object, None);
@@ -264,7 +256,7 @@ impl<M: Mirror> Driver for Adapter<M> {
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {
-        let open: Vec<_> = self.bindings.lock(cx).bound.keys().copied().collect();
+        let open: Vec<_> = self.bindings.lock(cx).keys().copied().collect();
         for binding in open {
             let _ = self.unbind(cx, binding);
         }

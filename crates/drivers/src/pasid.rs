@@ -7,23 +7,17 @@
 //!
 //! Lock order: `bindings` is a leaf.
 
+use crate::bindings::Bindings;
 use crate::device::{Binding, DeviceContext, DeviceFault, DeviceOp, Root};
 use crate::driver::{BindError, SubmitError, check_ops};
 use crate::engine::RequestId;
 use interleave::{AtomicBool, Context, LockClass, MaySleep, Ordering, SpinLock};
 use mmu_notifier::{Access, PageAddr, Range};
-use std::collections::BTreeMap;
 
 static BINDINGS: LockClass = LockClass::new("pasid bindings");
 
-#[derive(Default)]
-struct Bindings {
-    next: u32,
-    bound: BTreeMap<Binding, (Range, Access)>,
-}
-
 pub(crate) struct Pasid {
-    bindings: SpinLock<Bindings>,
+    bindings: SpinLock<Bindings<(Range, Access)>>,
     released: AtomicBool,
 }
 
@@ -41,15 +35,11 @@ impl Pasid {
         if self.is_released() {
             return Err(BindError::Exited(range));
         }
-        let mut bindings = self.bindings.lock(cx);
-        bindings.next += 1;
-        let binding = Binding(bindings.next);
-        bindings.bound.insert(binding, (range, access));
-        Ok(binding)
+        Ok(self.bindings.lock(cx).add((range, access)))
     }
 
     fn bound(&self, cx: &mut impl Context, binding: Binding) -> Result<(Range, Access), SubmitError> {
-        self.bindings.lock(cx).bound.get(&binding).copied().ok_or(SubmitError::NotBound(binding))
+        self.bindings.lock(cx).get(&binding).copied().ok_or(SubmitError::NotBound(binding))
     }
 
     pub(crate) fn unbind(
@@ -58,7 +48,7 @@ impl Pasid {
         context: &DeviceContext,
         binding: Binding,
     ) -> Result<(), SubmitError> {
-        let gone = self.bindings.lock(cx).bound.remove(&binding);
+        let gone = self.bindings.lock(cx).remove(&binding);
         let (range, _) = gone.ok_or(SubmitError::NotBound(binding))?;
         context.flush(cx, Some(binding), range);
         Ok(())

@@ -9,6 +9,7 @@
 //!
 //! Lock order: the bindings' lock is held over nothing.
 
+use crate::bindings::Bindings;
 use crate::callbacks::Callbacks;
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, check_ops};
@@ -40,8 +41,7 @@ pub struct ProcMem {
 
 #[derive(Default)]
 struct Files {
-    next: u32,
-    open: BTreeMap<Binding, (Range, Access)>,
+    open: Bindings<(Range, Access)>,
     /// Pages of accesses that are not over.
     held: BTreeMap<RequestId, (Binding, UserPages)>,
 }
@@ -75,11 +75,7 @@ impl Driver for ProcMem {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
-        let mut files = self.files.lock(cx);
-        files.next += 1;
-        let binding = Binding(files.next);
-        files.open.insert(binding, (range, access));
-        Ok(binding)
+        Ok(self.files.lock(cx).open.add((range, access)))
     }
 
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {

@@ -17,6 +17,7 @@
 //!
 //! Not modelled: implicit regions and their children; prefetch; the work queues of the device.
 
+use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops};
@@ -26,7 +27,6 @@ use crate::listener::{IntervalDriver, IntervalListener};
 use interleave::{LockClass, MaySleep, Mutex, Sleep};
 use mmu_notifier::{Access, IntervalNotifier, Invalidation, PageAddr, Range, SeqMoved, SetSeq, WouldBlock};
 use softmm::Mm;
-use std::collections::BTreeMap;
 use std::sync::{Arc, Weak};
 
 static UMEM_MUTEX: LockClass = LockClass::new("umem_mutex");
@@ -48,13 +48,7 @@ pub struct Odp {
     me: Weak<Odp>,
     options: Options,
     context: DeviceContext,
-    regions: Mutex<Regions>,
-}
-
-#[derive(Default)]
-struct Regions {
-    next: u32,
-    regions: BTreeMap<Binding, Arc<Region>>,
+    regions: Mutex<Bindings<Arc<Region>>>,
 }
 
 struct Region {
@@ -74,12 +68,12 @@ impl Odp {
     /// A device without regions.
     pub fn open(cx: &mut MaySleep<'_>, mm: &Arc<Mm>, device: &Arc<Device>, options: Options) -> Arc<Odp> {
         let context = DeviceContext::open(cx, device, mm, KIND.name, Root::Own);
-        let regions = Mutex::new(&REGIONS, Regions::default());
+        let regions = Mutex::new(&REGIONS, Bindings::default());
         Arc::new_cyclic(|me| Odp { me: me.clone(), options, context, regions })
     }
 
     fn region(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Option<Arc<Region>> {
-        self.regions.lock(cx).regions.get(&binding).cloned()
+        self.regions.lock(cx).get(&binding).cloned()
     }
 
     /// ib_umem_odp_unmap_dma_pages, under umem_mutex. Whether there was anything.
@@ -128,20 +122,17 @@ impl Driver for Odp {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
-        let mut regions = self.regions.lock(cx);
-        regions.next += 1;
-        let binding = Binding(regions.next);
-        drop(regions);
+        let binding = self.regions.lock(cx).reserve();
         let umem = Arc::new(Umem { binding, range, access, umem_mutex: Mutex::new(&UMEM_MUTEX, ()) });
         let listener = IntervalListener::new(self.me.clone(), umem.clone(), self.options);
         let notifier = self.context.mm().notifiers().insert_interval(cx, range, listener);
         let notifier = notifier.map_err(|source| BindError::Register { range, source })?;
-        self.regions.lock(cx).regions.insert(binding, Arc::new(Region { umem, notifier }));
+        self.regions.lock(cx).insert(binding, Arc::new(Region { umem, notifier }));
         Ok(binding)
     }
 
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {
-        let region = self.regions.lock(cx).regions.remove(&binding);
+        let region = self.regions.lock(cx).remove(&binding);
         let region = region.ok_or(SubmitError::NotBound(binding))?;
         // ib_umem_odp_release: while the notifier is there, so that no page that was written is freed before it is marked.
         let umem = region.umem.umem_mutex.lock(cx);
@@ -196,7 +187,7 @@ impl Driver for Odp {
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {
-        let open: Vec<_> = self.regions.lock(cx).regions.keys().copied().collect();
+        let open: Vec<_> = self.regions.lock(cx).keys().copied().collect();
         for binding in open {
             let _ = self.unbind(cx, binding);
         }

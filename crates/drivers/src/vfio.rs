@@ -11,6 +11,7 @@
 //!
 //! Lock order: `iommu->lock` > mmap_lock (the pins are taken under it) > device TLB. No callback, so nothing comes from below.
 
+use crate::bindings::Bindings;
 use crate::callbacks::Callbacks;
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, check_ops};
@@ -18,7 +19,6 @@ use crate::engine::RequestId;
 use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::{Access, Range};
 use softmm::{Foll, Mm, UserPages};
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 static IOMMU_LOCK: LockClass = LockClass::new("vfio iommu->lock");
@@ -42,8 +42,7 @@ pub struct Vfio {
 
 #[derive(Default)]
 struct Iommu {
-    next: u32,
-    dma_list: BTreeMap<Binding, Dma>,
+    dma_list: Bindings<Dma>,
 }
 
 struct Dma {
@@ -86,8 +85,7 @@ impl Driver for Vfio {
         let foll = if access == Access::Write { foll.write() } else { foll };
         let pages = self.context.mm().get_user_pages(cx, range, foll);
         let pages = pages.map_err(|source| BindError::Fault { range, source })?;
-        iommu.next += 1;
-        let binding = Binding(iommu.next);
+        let binding = iommu.dma_list.reserve();
         for (page, frame) in range.iter_pages().zip(pages.frames()) {
             self.context.map(cx, binding, page, frame, access == Access::Write);
         }
@@ -116,7 +114,7 @@ impl Driver for Vfio {
 
     fn close(&self, cx: &mut MaySleep<'_>) {
         let mut iommu = self.iommu.lock(cx);
-        for (binding, dma) in std::mem::take(&mut iommu.dma_list) {
+        for (binding, dma) in iommu.dma_list.take_all() {
             self.unmap(cx, binding, dma);
         }
         self.context.forget_requests(cx);
