@@ -146,6 +146,8 @@ pub struct KernelProfile {
     pub unmap_flushes_secondary: bool,
     /// Reclaim leaves pages alone that may be pinned (5.11 and later).
     pub reclaim_spares_pinned: bool,
+    /// Reclaim may write a dirty page of a file (kswapd, in need; not since filesystems have no writepage, 6b0dfabb3555).
+    pub reclaim_writes_files: bool,
     /// clear_young exists (4.2 and later): idle tracking does not flush.
     pub clear_young: bool,
     /// Write faults.
@@ -210,6 +212,7 @@ impl KernelProfile {
         unmap_defers_flush: false,
         unmap_flushes_secondary: false,
         reclaim_spares_pinned: false,
+        reclaim_writes_files: true,
         clear_young: false,
         reuse: Reuse::SoleMapping,
         force: Force::DropsWrite,
@@ -309,6 +312,7 @@ impl KernelProfile {
         cow_frees_swap_cache: true,
         unmap_asks_young: false,
         reclaim_spares_pinned: true,
+        reclaim_writes_files: false,
         reuse: Reuse::Exclusive,
         force: Force::Exclusive,
         zero_page_unpinned: true,

@@ -64,7 +64,7 @@ pub enum Op {
     Sync,
     /// The file is one on a disk, all of it in the page cache; skipped anywhere but at the beginning.
     Disk,
-    /// madvise(MADV_PAGEOUT) of an anonymous page that nobody else maps, until it is gone; else skipped.
+    /// madvise(MADV_PAGEOUT) of a page that is mapped nowhere else, until it is gone; else skipped.
     PageOut(Who, u64),
     /// Load the first word of a page through a pin for reading (process_vm_readv).
     ReadPinned(Who, u64),

@@ -136,6 +136,67 @@ pub(super) fn reclaim() -> Vec<Path> {
     ]
 }
 
+pub(super) fn file_reclaim() -> Vec<Path> {
+    vec![
+        path(
+            "reclaim of a file's pages: dirty ones stay in the cache, and fsync finds them there",
+            &["file-reclaim"],
+            9,
+            vec![
+                Op::Disk,
+                Op::Sync,
+                file(4, 4, SharedFile(0)),
+                file(10, 4, PrivateFile(0)),
+                // Clean, and in the cache alone afterwards; the private mapping may have it as well.
+                Op::Load(Parent, 4),
+                Op::PageOut(Parent, 4),
+                Op::Load(Parent, 4),
+                Op::Store(Parent, 5, 1),
+                Op::PageOut(Parent, 5),
+                Op::Sync,
+                Op::Store(Parent, 5, 2),
+                Op::Load(Parent, 10),
+                // Mapped twice now.
+                Op::PageOut(Parent, 4),
+                Op::DontNeed(Parent, span(4, 1)),
+                Op::PageOut(Parent, 10),
+                Op::Store(Parent, 11, 3),
+                Op::PageOut(Parent, 11),
+                Op::Load(Parent, 11),
+                Op::Pin(span(4, 1)),
+                Op::PageOut(Parent, 4),
+            ],
+        ),
+        path(
+            "reclaim of shmem: swapped out, and fault-around passes over it",
+            &["file-reclaim"],
+            6,
+            vec![
+                file(4, 8, SharedFile(0)),
+                file(14, 8, PrivateFile(0)),
+                Op::Store(Parent, 4, 1),
+                Op::Store(Parent, 5, 2),
+                Op::Load(Parent, 6),
+                Op::PageOut(Parent, 4),
+                Op::PageOut(Parent, 6),
+                Op::Load(Parent, 15),
+                Op::Load(Parent, 14),
+                Op::Load(Parent, 4),
+                Op::DontNeed(Parent, span(14, 8)),
+                Op::PageOut(Parent, 4),
+                Op::Punch(0, 0),
+                Op::Load(Parent, 4),
+                Op::Pin(span(5, 1)),
+                Op::PageOut(Parent, 5),
+                Op::Store(Parent, 5, 3),
+                Op::Unpin,
+                Op::PageOut(Parent, 5),
+                Op::Store(Parent, 5, 4),
+            ],
+        ),
+    ]
+}
+
 pub(super) fn ksm() -> Vec<Path> {
     vec![
         path(

@@ -136,8 +136,8 @@ impl<'a> Run<'a> {
     }
 
     fn page_out(&mut self, by: Who, at: u64) -> Result<(Answer, Option<bool>), SubjectError> {
-        let alone = self.entry(by, at)?.is_some_and(PagemapEntry::is_exclusive);
-        if !alone || self.anonymous(by, at)?.is_none() {
+        let alone = self.entry(by, at)?.filter(|entry| entry.is_exclusive());
+        if alone.and_then(present).is_none_or(|pfn| pfn == self.subject.zero) {
             return Ok((Answer::Skipped, None));
         }
         for _ in 0..PAGE_OUT_TRIES {
