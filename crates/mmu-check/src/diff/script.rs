@@ -159,7 +159,8 @@ pub fn random(seed: u64, ops: usize, may: impl Fn(Capability) -> bool) -> Vec<Op
     let (mut child, mut pinned) = (false, false);
     while script.len() < ops {
         let by = if child && rng.below(3) == 0 { Who::Child } else { Who::Parent };
-        let value = script.len() as u64;
+        // Odd, unlike a breakpoint and what it replaces.
+        let value = 2 * script.len() as u64 + 1;
         let op = match rng.below(124) {
             // What readahead brings in is no business of a path's, so nothing on a disk leaves the page cache.
             88..=94 if disk => Op::Sync,
@@ -235,7 +236,7 @@ fn under_probe(rng: &mut Rng, by: Who, value: u64) -> Op {
         3 => Op::Protect(by, rng.span(), Rights::ReadWrite),
         4 => Op::Load(by, rng.below(PAGES)),
         5 => Op::ReadPinned(by, rng.below(PAGES)),
-        _ => Op::Store(by, rng.below(PAGES), 1000 + value),
+        _ => Op::Store(by, rng.below(PAGES), 1001 + 2 * value),
     }
 }
 

@@ -115,6 +115,19 @@ pub(super) fn reclaim() -> Vec<Path> {
             ],
         ),
         path(
+            "the parent hears of a child's page too: its mapping starts lower, so it is asked first",
+            &["swap-out", "fork"],
+            3,
+            vec![
+                anon(4, 8),
+                Op::Store(Parent, 8, 7),
+                Op::Fork,
+                anon(0, 9),
+                Op::PageOut(Child, 8),
+                Op::Load(Child, 8),
+            ],
+        ),
+        path(
             "swap entries are forked, and both come back",
             &["swap-out", "fork"],
             4,
@@ -337,6 +350,21 @@ pub(super) fn uprobes() -> Vec<Path> {
                 Op::Store(Parent, 4, 3),
                 Op::Unprobe,
                 Op::Load(Parent, 5),
+            ],
+        ),
+        path(
+            "a uprobe goes into a page that was written before it lost the right",
+            &["uprobe-insert", "uprobe-remove"],
+            2,
+            vec![
+                text(4),
+                Op::Protect(Parent, span(4, 1), ReadWrite),
+                Op::Store(Parent, 4, 3),
+                Op::Protect(Parent, span(4, 1), Read),
+                Op::Probe(0),
+                Op::Load(Parent, 4),
+                Op::Unprobe,
+                Op::Load(Parent, 4),
             ],
         ),
     ]
