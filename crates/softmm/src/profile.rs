@@ -177,6 +177,8 @@ pub struct KernelProfile {
     pub mprotect_unaccounts: bool,
     /// MADV_DONTNEED flushes inside S..E too (4.14 to 4.18).
     pub dontneed_flushes_inside: bool,
+    /// MADV_FREE exists (4.5 and later).
+    pub madvise_free: bool,
     /// One madvise call flushes and frees once, after the last vma (6.15).
     pub madvise_batches: bool,
     /// The oom reaper.
@@ -227,6 +229,7 @@ impl KernelProfile {
         mprotect_upgrades: false,
         mprotect_unaccounts: false,
         dontneed_flushes_inside: false,
+        madvise_free: false,
         madvise_batches: false,
         oom_reaper: OomReaper::None,
         zap_delays_rmap: false,
@@ -270,6 +273,7 @@ impl KernelProfile {
         xip: false,
         unmap_defers_flush: true,
         clear_young: true,
+        madvise_free: true,
         force: Force::DirtyAfterCow,
         oom_reaper: OomReaper::Silent,
         mremap: MremapFlush::AtEndUnlessDirty,

@@ -361,7 +361,11 @@ fn reclaim_unmaps_every_mapping_and_frees_what_nobody_holds() {
         assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Freed);
         assert_eq!(t.file.on_disk(cx, 0).map(|words| words[0]), Some(1), "in swap");
         assert_eq!((t.load(cx, 16), t.file.on_disk(cx, 0)), (1, None));
-        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Freed, "and out again though nobody has written it");
+        assert_eq!(
+            t.file.reclaim(cx, 0, true),
+            Reclaimed::Freed,
+            "and out again though nobody has written it"
+        );
         t.file.punch_hole(cx, 0..1);
         assert_eq!(t.load(cx, 16), 0);
         t.finish(cx);

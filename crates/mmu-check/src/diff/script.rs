@@ -44,6 +44,8 @@ pub enum Op {
     Protect(Who, Span, Rights),
     /// madvise(MADV_DONTNEED).
     DontNeed(Who, Span),
+    /// madvise(MADV_FREE).
+    Free(Who, Span),
     /// mremap of page `.1` to page `.2` (MREMAP_FIXED).
     Move(Who, u64, u64),
     /// Load the first word of a page.
@@ -161,7 +163,7 @@ pub fn random(seed: u64, ops: usize, may: impl Fn(Capability) -> bool) -> Vec<Op
         let by = if child && rng.below(3) == 0 { Who::Child } else { Who::Parent };
         // Odd, unlike a breakpoint and what it replaces.
         let value = 2 * script.len() as u64 + 1;
-        let op = match rng.below(124) {
+        let op = match rng.below(128) {
             // What readahead brings in is no business of a path's, so nothing on a disk leaves the page cache.
             88..=94 if disk => Op::Sync,
             0..=9 => {
@@ -203,6 +205,7 @@ pub fn random(seed: u64, ops: usize, may: impl Fn(Capability) -> bool) -> Vec<Op
             }
             115..=116 => Op::Unmerge(rng.span()),
             117..=120 => Op::Move(by, rng.below(PAGES), rng.below(PAGES)),
+            121..=124 => Op::Free(by, rng.span()),
             _ if may(Capability::Uprobes) => {
                 script.push(Op::Probe(rng.below(FILE_PAGES)));
                 script.extend((0..rng.below(8)).map(|n| under_probe(&mut rng, by, n)));
@@ -254,6 +257,7 @@ mod tests {
             | Op::Unmap(_, s)
             | Op::Protect(_, s, _)
             | Op::DontNeed(_, s)
+            | Op::Free(_, s)
             | Op::Pin(s)
             | Op::Unmerge(s) = op
             {

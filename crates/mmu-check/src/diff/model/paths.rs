@@ -4,6 +4,7 @@
 use super::{Model, ModelError, faulted, odd};
 use crate::diff::script::{NOPS, PAGES, Who};
 use crate::diff::step::{Answer, page};
+use crate::diff::subject::PAGE_OUT_TRIES;
 use interleave::MaySleep;
 use mmu_notifier::{PageAddr, Range};
 use softmm::uprobes::BREAKPOINT;
@@ -97,7 +98,8 @@ impl Model {
         let frames = self.machine.frames();
         let found = self.mm(by).map(|mm| (mm, mm.peek_pte(page(at))));
         let counted = found.filter(|(_, pte)| pte.is_mapped() && !pte.is_special());
-        let Some((mm, pfn)) = counted.map(|(mm, pte)| (mm, pte.pfn())).filter(|(_, pfn)| frames.mapcount(*pfn) == 1)
+        let Some((mm, pfn)) =
+            counted.map(|(mm, pte)| (mm, pte.pfn())).filter(|(_, pfn)| frames.mapcount(*pfn) == 1)
         else {
             return Ok(Answer::Skipped);
         };
@@ -105,9 +107,15 @@ impl Model {
             self.unprovoked += 1;
             return Ok(Answer::Skipped);
         }
-        match self.file.cached(cx).iter().find(|(_, cached)| *cached == pfn) {
-            Some(&(index, _)) => drop(self.file.reclaim(cx, index, true)),
-            None => drop(self.machine.reclaim_page(cx, frames.id(pfn), true)),
+        // As the subject: what MADV_FREE gave up and was written again needs a second try.
+        for _ in 0..PAGE_OUT_TRIES {
+            match self.file.cached(cx).iter().find(|(_, cached)| *cached == pfn) {
+                Some(&(index, _)) => drop(self.file.reclaim(cx, index, true)),
+                None => drop(self.machine.reclaim_page(cx, frames.id(pfn), true)),
+            }
+            if !mm.peek_pte(page(at)).is_mapped() {
+                break;
+            }
         }
         Ok(if mm.peek_pte(page(at)).is_mapped() { Answer::Skipped } else { Answer::Done })
     }

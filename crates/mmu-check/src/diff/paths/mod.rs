@@ -57,6 +57,7 @@ pub fn all() -> Vec<Path> {
     let plain = [plain::anonymous(), plain::moves(), plain::files(), provoked::pins()];
     let provoked = [
         provoked::reclaim(),
+        provoked::freed(),
         provoked::file_reclaim(),
         provoked::ksm(),
         provoked::disk(),

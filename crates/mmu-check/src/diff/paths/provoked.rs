@@ -149,6 +149,68 @@ pub(super) fn reclaim() -> Vec<Path> {
     ]
 }
 
+pub(super) fn freed() -> Vec<Path> {
+    vec![
+        path(
+            "MADV_FREE: discarded unless written since, and no swap entry either way",
+            &["free"],
+            12,
+            vec![
+                anon(4, 6),
+                Op::Store(Parent, 4, 1),
+                Op::Store(Parent, 5, 2),
+                Op::Store(Parent, 6, 3),
+                Op::PageOut(Parent, 6),
+                Op::Load(Parent, 7),
+                Op::Free(Parent, span(4, 4)),
+                Op::Load(Parent, 4),
+                Op::Load(Parent, 6),
+                Op::Store(Parent, 5, 4),
+                Op::PageOut(Parent, 4),
+                Op::PageOut(Parent, 5),
+                Op::Load(Parent, 4),
+                Op::Load(Parent, 5),
+                // Of nothing, over a hole, and of a file.
+                Op::Free(Parent, span(8, 1)),
+                Op::Free(Parent, span(8, 4)),
+                file(16, 2, PrivateFile(0)),
+                Op::Free(Parent, span(16, 1)),
+                Op::Store(Parent, 4, 5),
+                Op::Free(Parent, span(4, 1)),
+                Op::WritePinned(Parent, 4, 6),
+                Op::PageOut(Parent, 4),
+                Op::Load(Parent, 4),
+            ],
+        ),
+        path(
+            "MADV_FREE of forked pages and of a pinned one",
+            &["free", "fork"],
+            10,
+            vec![
+                anon(4, 4),
+                Op::Store(Parent, 4, 1),
+                Op::Store(Parent, 5, 2),
+                Op::Fork,
+                Op::Free(Parent, span(4, 2)),
+                Op::Free(Child, span(5, 1)),
+                Op::Store(Child, 4, 3),
+                Op::Exit,
+                Op::PageOut(Parent, 4),
+                Op::PageOut(Parent, 5),
+                Op::Load(Parent, 4),
+                Op::Load(Parent, 5),
+                Op::Store(Parent, 6, 4),
+                Op::Pin(span(6, 1)),
+                Op::Free(Parent, span(6, 1)),
+                Op::PageOut(Parent, 6),
+                Op::Unpin,
+                Op::PageOut(Parent, 6),
+                Op::Load(Parent, 6),
+            ],
+        ),
+    ]
+}
+
 pub(super) fn file_reclaim() -> Vec<Path> {
     vec![
         path(

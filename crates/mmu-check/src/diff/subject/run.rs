@@ -225,6 +225,11 @@ impl<'a> Run<'a> {
             Op::Unmap(by, span) => (by, Call::Unmap(range(span))),
             Op::Protect(by, span, rights) => (by, Call::Protect(range(span), rights)),
             Op::DontNeed(by, span) => (by, Call::DontNeed(range(span))),
+            Op::Free(by, span) => {
+                // A page that waits in a CPU's batch for its list is not marked.
+                self.subject.lab.drain();
+                (by, Call::Free(range(span)))
+            }
             Op::Move(by, from, to) => (by, Call::Move { from: page(from), to: page(to) }),
             Op::Load(by, at) => (by, Call::Load(page(at))),
             Op::Store(by, at, value) => (by, Call::Store(page(at), value)),
