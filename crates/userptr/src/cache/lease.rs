@@ -39,6 +39,10 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
         self.held.body()
     }
 
+    pub(super) fn index(&self) -> u32 {
+        self.held.index()
+    }
+
     /// The first byte asked for.
     pub fn addr(&self) -> usize {
         self.addr as usize
