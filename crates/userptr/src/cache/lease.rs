@@ -159,3 +159,28 @@ impl<'c, 'b, M: PrimaryMmu, D: Device<M>> SliceMutLease<'c, 'b, M, D> {
         &self.lease
     }
 }
+
+pub(super) mod sealed {
+    pub trait Sealed {}
+}
+
+/// A lease with the only way to its bytes: what a device may write in safe code.
+pub trait LeaseMut<M: PrimaryMmu, D: Device<M>>: sealed::Sealed {
+    /// The lease.
+    fn lease(&self) -> &Lease<'_, M, D>;
+
+    /// The bytes, between transfers.
+    fn bytes_mut(&mut self) -> &mut [u8];
+}
+
+impl<M: PrimaryMmu, D: Device<M>> sealed::Sealed for SliceMutLease<'_, '_, M, D> {}
+
+impl<M: PrimaryMmu, D: Device<M>> LeaseMut<M, D> for SliceMutLease<'_, '_, M, D> {
+    fn lease(&self) -> &Lease<'_, M, D> {
+        self.lease()
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self.bytes_mut()
+    }
+}

@@ -33,6 +33,7 @@ mod core;
 mod error;
 mod explain;
 mod lease;
+mod owned;
 mod reap;
 mod register;
 mod session;
@@ -54,7 +55,8 @@ use crate::device::Device;
 pub use admission::Admit;
 pub use error::{BuildError, CacheError};
 pub use explain::{Explanation, Found, Verdict};
-pub use lease::{Lease, SliceLease, SliceMutLease};
+pub use lease::{Lease, LeaseMut, SliceLease, SliceMutLease};
+pub use owned::{NotLeased, OwnedLease, VecLease};
 pub use session::Session;
 pub use stats::Stats;
 

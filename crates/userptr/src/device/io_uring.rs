@@ -26,7 +26,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::view::differs;
 use super::{Device, DeviceAddr, DeviceError, Hold, Limits, View, cpu};
-use crate::cache::{Lease, SliceMutLease};
+use crate::cache::{Lease, LeaseMut};
 
 static RING: LockClass = LockClass::new("userptr_ring");
 
@@ -106,7 +106,7 @@ impl IoUring {
         &self,
         file: &impl AsFd,
         offset: u64,
-        into: &mut SliceMutLease<'_, '_, HostMm<S>, IoUring>,
+        into: &mut impl LeaseMut<HostMm<S>, IoUring>,
     ) -> io::Result<usize> {
         one(|| self.scope(|io| io.read(file.as_fd(), offset, into)))
     }
@@ -147,11 +147,11 @@ pub struct Io<'r, 'env> {
 
 impl<'env> Io<'_, 'env> {
     /// Reads from `file` at `offset` into leased memory.
-    pub fn read<S: Source>(
+    pub fn read<S: Source + 'env>(
         &mut self,
         file: BorrowedFd<'env>,
         offset: u64,
-        into: &'env mut SliceMutLease<'_, '_, HostMm<S>, IoUring>,
+        into: &'env mut impl LeaseMut<HostMm<S>, IoUring>,
     ) {
         // The device writes by this borrow, which lasts longer than the scope.
         into.bytes_mut().as_mut_ptr().expose_provenance();
