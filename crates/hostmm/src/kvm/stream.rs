@@ -12,14 +12,14 @@ use super::layout::Kind;
 use super::parts::{check_ring, tracepoint};
 use super::{OpenError, Record, error};
 use crate::kvm::canary::Canary;
+use crate::sys::later::Later;
 use crate::sys::map::{Mapping, Word};
 use crate::sys::ringbuf::RingReader;
 use crate::sys::signal::blocking_signals;
 use crate::sys::tracefs::Tracefs;
 use crate::sys::{bpf, perf, vm};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
 
 /// One change and what made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,7 +74,9 @@ impl Change {
     }
 }
 
-/// The stream. Dropping it detaches the program.
+/// The stream. Its descriptor (`AsFd`) is readable when something has come.
+///
+/// Once it is dropped the kernel detaches the program, which takes it some grace periods that nobody waits for.
 #[derive(Debug)]
 pub struct Stream {
     reader: RingReader,
@@ -83,7 +85,13 @@ pub struct Stream {
     lost_word: Word,
     prog: bpf::Program,
     #[expect(dead_code, reason = "held, never read: the program hangs on it")]
-    event: OwnedFd,
+    event: Later,
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
 }
 
 impl Stream {
@@ -115,6 +123,7 @@ impl Stream {
         let lost_word =
             lost.word(0).ok_or_else(|| OpenError::Options("the counter is not a word".to_owned()))?;
         let reader = RingReader::new(ring.as_fd(), len).map_err(error::system("mapping the ring"))?;
+        let event = Later::new(event);
         let mut stream = Stream { reader, ring, lost, lost_word, prog, event };
         stream.verify()?;
         Ok(stream)
@@ -124,7 +133,7 @@ impl Stream {
     fn verify(&mut self) -> Result<(), OpenError> {
         let path = Path::new("/dev/kvm");
         let kvm = vm::open(path).map_err(|e| error::kvm(path, e))?;
-        let _vm = vm::Vm::create(kvm.as_fd()).map_err(|e| error::kvm(path, e))?;
+        let _vm = Later::new(vm::create(kvm.as_fd()).map_err(|e| error::kvm(path, e))?);
         let canary = Canary::reserve().map_err(error::system("reserving the canary page"))?;
         let range = canary.range();
         canary.poke();
@@ -148,18 +157,6 @@ impl Stream {
         while let Ok(Some(words)) = self.reader.next::<WORDS>() {
             into.push(Change::from_words(&words));
         }
-    }
-
-    /// Sleeps until something has come or `patience` is over.
-    pub fn wait(&self, patience: Duration) {
-        interleave::might_sleep();
-        let mut polled = [rustix::event::PollFd::new(&self.ring, rustix::event::PollFlags::IN)];
-        let patience = rustix::event::Timespec {
-            tv_sec: patience.as_secs().cast_signed(),
-            tv_nsec: patience.subsec_nanos().into(),
-        };
-        // An interrupted sleep is a short one.
-        let _ = rustix::event::poll(&mut polled, Some(&patience));
     }
 
     /// Changes that did not fit the ring.

@@ -19,6 +19,7 @@ use mmu_notifier::PAGE_SIZE;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::ops::Range;
+use std::time::Duration;
 
 /// News of a process, in the order in which it happened.
 #[derive(Debug)]
@@ -116,6 +117,13 @@ impl Tally {
             }
             News::Gone { tgid, at } => self.end(tgid, at),
         }
+    }
+
+    /// From the first process to the end of the last, or until now.
+    pub(super) fn lived(&self) -> Duration {
+        let from = self.mms.iter().map(|mm| mm.lived.start).min();
+        let to = self.mms.iter().map(|mm| mm.lived.end).max().map(|end| end.min(hostmm::trace::now()));
+        from.zip(to).map_or(Duration::ZERO, |(from, to)| Duration::from_nanos(to.saturating_sub(from)))
     }
 
     fn mm_of(&self, tgid: Tgid) -> Option<usize> {
