@@ -7,7 +7,7 @@
 //! Whose memory a record is about is *not* in it: the tracepoint has no mm. A task of a watched process changes its own
 //! memory; a kernel thread, or another process that truncates a file, changes anybody's who maps the address.
 
-use super::cause::{self, COMM, STACK, STACK_DEPTH, TOP, TOP_WORDS, WORDS};
+use super::cause::{self, COMM, POINTERS, STACK, STACK_DEPTH, TOP, TOP_WORDS, WORDS};
 use super::layout::Kind;
 use super::parts::{check_ring, tracepoint};
 use super::{OpenError, Record, error};
@@ -34,7 +34,11 @@ pub struct Change {
     /// Return addresses in user space, the innermost first, as far as frame pointers lead: the first is right, the
     /// others only in programs that keep them. Empty for a kernel thread.
     pub stack: Vec<u64>,
-    /// The words at the top of the user-space stack; zeroes where they could not be read.
+    /// The stack pointer of user space.
+    pub sp: u64,
+    /// Its frame pointer, or whatever the program keeps in that register.
+    pub bp: u64,
+    /// The words at the top of the user-space stack, from `sp` on; zeroes where they could not be read.
     pub top: [u64; TOP_WORDS],
     comm: [u8; 16],
 }
@@ -50,14 +54,15 @@ impl Change {
         comm[8..].copy_from_slice(&w[COMM + 1].to_ne_bytes());
         let mut top = [0; TOP_WORDS];
         top.copy_from_slice(&w[TOP..]);
-        Change { record, syscall: u32::try_from(w[5]).ok(), third: w[6], stack, top, comm }
+        let (sp, bp) = (w[POINTERS], w[POINTERS + 1]);
+        Change { record, syscall: u32::try_from(w[5]).ok(), third: w[6], stack, sp, bp, top, comm }
     }
 
     /// One that no kernel told: for the tests of those who count them.
     #[doc(hidden)]
     #[must_use]
     pub fn invented(record: Record, syscall: Option<u32>, third: u64, stack: Vec<u64>) -> Change {
-        Change { record, syscall, third, stack, top: [0; TOP_WORDS], comm: [0; 16] }
+        Change { record, syscall, third, stack, sp: 0, bp: 0, top: [0; TOP_WORDS], comm: [0; 16] }
     }
 
     /// The command of the task (comm), at most 15 bytes.
@@ -95,7 +100,7 @@ impl AsFd for Stream {
 }
 
 impl Stream {
-    /// Opens it with a ring of `len` bytes (a power of two from 4096; a record takes 312) and checks that it hears.
+    /// Opens it with a ring of `len` bytes (a power of two from 4096; a record takes 712) and checks that it hears.
     ///
     /// # Errors
     /// [`OpenError`]. May sleep.

@@ -5,13 +5,11 @@
 //! read; it is gone through once, unsorted, and only the names that are wanted are looked at. What is not needed of a
 //! file is not read either.
 
+use super::elf::{self, Data, Elf, Segments};
 use super::tally::Site;
-use object::read::ReadCache;
-use object::read::elf::ElfFile64;
-use object::{Object, ObjectSegment, ObjectSymbol, SymbolKind};
+use object::{Object, ObjectSymbol, SymbolKind};
 use rustc_demangle::demangle;
 use std::collections::HashMap;
-use std::fs::{self, File};
 
 /// The names of some places.
 #[derive(Default)]
@@ -51,21 +49,12 @@ impl Symbols {
 
 /// Offset, function, and bytes after its start, of those of `offsets` that lie in a function with a name.
 fn look_up(path: &str, offsets: &[u64]) -> Option<Vec<(u64, String, u64)>> {
-    // What is in brackets is no file, and a device must not be read.
-    if !path.starts_with('/') || !fs::metadata(path).is_ok_and(|m| m.is_file()) {
-        return None;
-    }
-    let data = ReadCache::new(File::open(path).ok()?);
-    let file = ElfFile64::<object::Endianness, _>::parse(&data).ok()?;
-    let segments: Vec<_> = file.segments().map(|s| (s.file_range(), s.address())).collect();
+    let data = Data::new(elf::open(path)?);
+    let file = Elf::parse(&data).ok()?;
+    let segments = Segments::of(&file);
     // Addresses as the symbols have them, and the offsets that they came from.
-    let mut wanted: Vec<(u64, u64)> = offsets
-        .iter()
-        .filter_map(|offset| {
-            let mut around = segments.iter().filter(|((from, len), _)| (*from..from + len).contains(offset));
-            around.next().map(|((from, _), address)| (offset - from + address, *offset))
-        })
-        .collect();
+    let mut wanted: Vec<(u64, u64)> =
+        offsets.iter().filter_map(|offset| Some((segments.address(*offset)?, *offset))).collect();
     wanted.sort_unstable();
     let mut found = find(file.symbols(), &wanted);
     // A stripped library keeps the names of what it exports.
@@ -101,12 +90,13 @@ fn find<'data, S: ObjectSymbol<'data> + Copy>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use object::ObjectSegment;
 
     #[test]
     fn our_own_program_has_symbols() {
         let exe = std::env::current_exe().unwrap().display().to_string();
-        let data = ReadCache::new(File::open(&exe).unwrap());
-        let file = ElfFile64::<object::Endianness, _>::parse(&data).unwrap();
+        let data = Data::new(elf::open(&exe).unwrap());
+        let file = Elf::parse(&data).unwrap();
         // Not this test, which may be inlined.
         let main = file.symbols().find(|s| s.name() == Ok("main")).expect("the C runtime calls it").address();
         let segment =
