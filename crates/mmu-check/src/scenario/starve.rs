@@ -104,13 +104,13 @@ impl Sweep {
     }
 }
 
-/// Lets every allocation of `cell` fail, each in up to `executions` orders without a preemption. `None`: the cell breaks or is refused
+/// Lets every allocation of `cell` fail, each in every order of at most `bound` preemptions. `None`: the cell breaks or is refused
 /// although there is memory, and says nothing here.
 ///
 /// # Panics
 /// Under exploration, and if there is no memory for the stacks of threads.
-pub fn starve(cell: &Cell, executions: u64) -> Option<Sweep> {
-    let config = Config::new(Strategy::Preemptions(0)).minimise(0).max_executions(executions);
+pub fn starve(cell: &Cell, bound: u32) -> Option<Sweep> {
+    let config = Config::new(Strategy::Preemptions(bound)).minimise(0);
     let plenty = super::explore_with(cell, &config);
     if plenty.facts.refused.is_some() || !plenty.failures.is_empty() || !plenty.odd.is_empty() {
         return None;
