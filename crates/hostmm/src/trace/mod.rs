@@ -24,6 +24,7 @@ mod attach;
 mod facts;
 mod inject;
 mod launch;
+mod limit;
 mod plant;
 mod ptrace;
 mod reaper;
@@ -40,6 +41,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use tasks::Tasks;
 
+pub use facts::now;
 pub use signals::Signals;
 
 /// A process id.

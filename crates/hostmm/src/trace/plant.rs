@@ -10,9 +10,8 @@
 //!                                         ←   sendmsg: /dev/kvm
 //! recvmsg
 //! munmap the scratch page
-//! close both ends
 //! ioctl KVM_CREATE_VM                     →   pidfd_getfd the VM
-//! close the VM, close /dev/kvm
+//! close_range: both ends, /dev/kvm and the VM
 //! ```
 //!
 //! /dev/kvm is sent, not opened there: the program may be unprivileged, or live in another root. Everything with memory
@@ -20,6 +19,7 @@
 //! at the end; the VM lives by the one here. A program whose table of descriptors is full is given room for the moment.
 
 use super::inject::{Borrowed, InjectError};
+use super::limit::{FileLimit, Raise};
 use super::ptrace::Tid;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -28,7 +28,6 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::ptr::{null, null_mut};
 
 const KVM_CREATE_VM: u64 = 0xAE01;
 const PAGE: u64 = 4096;
@@ -82,58 +81,64 @@ pub(super) fn plant(
 ) -> Result<(OwnedFd, i32), PlantError> {
     let planted = try_plant(kvm, tgid, tid, in_call);
     let full = planted.as_ref().is_err_and(PlantError::table_is_full);
-    match full.then(|| Room::make(tgid)).flatten() {
+    match full.then(|| FileLimit::raise(tgid, Raise::By(FEW))).flatten() {
         // It has left the call by now.
         Some(_room) => try_plant(kvm, tgid, tid, false),
         None => planted,
     }
 }
 
-/// A higher limit of open files for another process, until dropped.
-struct Room {
-    tgid: Tid,
-    old: libc::rlimit,
-}
-
-impl Room {
-    fn make(tgid: Tid) -> Option<Room> {
-        let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: a local struct to write to; no new limit.
-        let got = unsafe { libc::prlimit(tgid, libc::RLIMIT_NOFILE, null(), &raw mut old) };
-        let cur = old.rlim_cur.checked_add(FEW)?;
-        let new = libc::rlimit { rlim_cur: cur, rlim_max: old.rlim_max.max(cur) };
-        (got == 0 && set_limit(tgid, &new)).then_some(Room { tgid, old })
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        set_limit(self.tgid, &self.old);
-    }
-}
-
-fn set_limit(tgid: Tid, limit: &libc::rlimit) -> bool {
-    // SAFETY: a struct to read from; the old limit is not asked for.
-    unsafe { libc::prlimit(tgid, libc::RLIMIT_NOFILE, limit, null_mut()) == 0 }
-}
-
 fn try_plant(kvm: BorrowedFd<'_>, tgid: Tid, tid: Tid, in_call: bool) -> Result<(OwnedFd, i32), PlantError> {
     let pidfd = open_pidfd(tgid, tid).map_err(InjectError::from)?;
     let mut thread = Borrowed::new(tid, in_call)?;
-    let there = |what| move |e| PlantError::There(what, e);
-    let kvm_there = send_kvm(&mut thread, kvm, &pidfd, tid)?;
-    let vm_there = thread.call(libc::SYS_ioctl, [kvm_there, KVM_CREATE_VM, 0, 0, 0, 0])?;
-    let vm = match &vm_there {
-        Ok(fd) => take(&pidfd, *fd),
-        Err(_) => Err(PlantError::Here("nothing to take", io::ErrorKind::NotFound.into())),
+    let mut opened = Vec::new();
+    let made = match make_vm(&mut thread, kvm, &pidfd, tid, &mut opened) {
+        // It calls nothing more for us.
+        Err(PlantError::Inject(error)) => return Err(error.into()),
+        made => made,
     };
-    if let Ok(fd) = vm_there {
-        let _ = thread.call(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
-    }
-    let _ = thread.call(libc::SYS_close, [kvm_there, 0, 0, 0, 0, 0])?;
+    close_all(&mut thread, &mut opened)?;
     let signal = thread.give_back()?;
-    vm_there.map_err(there("KVM_CREATE_VM"))?;
-    Ok((vm?, signal))
+    Ok((made?, signal))
+}
+
+/// The VM. What is open there afterwards is in `opened`.
+fn make_vm(
+    thread: &mut Borrowed,
+    kvm: BorrowedFd<'_>,
+    pidfd: &OwnedFd,
+    tid: Tid,
+    opened: &mut Vec<u64>,
+) -> Result<OwnedFd, PlantError> {
+    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+    let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+    let scratch = thread.call(libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])?;
+    let scratch = scratch.map_err(|e| PlantError::There("mmap", e))?;
+    let sent = match send_kvm(thread, kvm, pidfd, tid, scratch, opened) {
+        Err(PlantError::Inject(error)) => return Err(error.into()),
+        sent => sent,
+    };
+    let _ = thread.call(libc::SYS_munmap, [scratch, PAGE, 0, 0, 0, 0])?;
+    let vm = thread.call(libc::SYS_ioctl, [sent?, KVM_CREATE_VM, 0, 0, 0, 0])?;
+    let vm = vm.map_err(|e| PlantError::There("KVM_CREATE_VM", e))?;
+    opened.push(vm);
+    take(pidfd, vm)
+}
+
+/// Closes what was opened there, with one call where the numbers follow one another, as they do unless the program's own
+/// lie between them.
+fn close_all(thread: &mut Borrowed, opened: &mut [u64]) -> Result<(), InjectError> {
+    opened.sort_unstable();
+    if let [first, .., last] = *opened
+        && last - first + 1 == opened.len() as u64
+        && thread.call(libc::SYS_close_range, [first, last, 0, 0, 0, 0])?.is_ok()
+    {
+        return Ok(());
+    }
+    for fd in opened {
+        let _ = thread.call(libc::SYS_close, [*fd, 0, 0, 0, 0, 0])?;
+    }
+    Ok(())
 }
 
 /// A pidfd through which the descriptors of the thread can be had. A first thread that is dead has none any more.
@@ -159,25 +164,8 @@ fn send_kvm(
     kvm: BorrowedFd<'_>,
     pidfd: &OwnedFd,
     tid: Tid,
-) -> Result<u64, PlantError> {
-    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-    let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-    let scratch = thread.call(libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])?;
-    let scratch = scratch.map_err(|e| PlantError::There("mmap", e))?;
-    let got = send_through(thread, kvm, pidfd, tid, scratch);
-    if matches!(got, Err(PlantError::Inject(_))) {
-        return got;
-    }
-    let _ = thread.call(libc::SYS_munmap, [scratch, PAGE, 0, 0, 0, 0])?;
-    got
-}
-
-fn send_through(
-    thread: &mut Borrowed,
-    kvm: BorrowedFd<'_>,
-    pidfd: &OwnedFd,
-    tid: Tid,
     scratch: u64,
+    opened: &mut Vec<u64>,
 ) -> Result<u64, PlantError> {
     let kind = (libc::SOCK_DGRAM | libc::SOCK_CLOEXEC) as u64;
     let made = thread.call(libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, scratch + ENDS, 0, 0])?;
@@ -186,23 +174,7 @@ fn send_through(
     let memory = memory.map_err(|e| PlantError::Here("opening its memory", e))?;
     let ends = word(&memory, scratch + ENDS)?;
     let (ours, theirs) = (ends & 0xffff_ffff, ends >> 32);
-    let got = receive(thread, kvm, pidfd, &memory, scratch, (ours, theirs));
-    if !matches!(got, Err(PlantError::Inject(_))) {
-        for end in [ours, theirs] {
-            let _ = thread.call(libc::SYS_close, [end, 0, 0, 0, 0, 0])?;
-        }
-    }
-    got
-}
-
-fn receive(
-    thread: &mut Borrowed,
-    kvm: BorrowedFd<'_>,
-    pidfd: &OwnedFd,
-    memory: &File,
-    scratch: u64,
-    (ours, theirs): (u64, u64),
-) -> Result<u64, PlantError> {
+    opened.extend([ours, theirs]);
     let socket = take(pidfd, ours)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -212,16 +184,18 @@ fn receive(
         .map_err(|e| PlantError::Here("sendmsg", e.into()))?;
     // struct msghdr: name, name length, vector, its length, control, its length, flags.
     let message = [0, 0, scratch + VECTOR, 1, scratch + CONTROL, CONTROL_LEN, 0];
-    write(memory, scratch + MESSAGE, &message)?;
-    write(memory, scratch + VECTOR, &[scratch + BYTE, 1])?;
+    write(&memory, scratch + MESSAGE, &message)?;
+    write(&memory, scratch + VECTOR, &[scratch + BYTE, 1])?;
     let flags = (libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) as u64;
     let got = thread.call(libc::SYS_recvmsg, [theirs, scratch + MESSAGE, flags, 0, 0, 0])?;
     got.map_err(|e| PlantError::There("recvmsg", e))?;
     // struct cmsghdr: length, level and type, then the descriptor. A full table leaves it empty.
-    if word(memory, scratch + MESSAGE + 40)? < 20 || word(memory, scratch + CONTROL)? < 20 {
+    if word(&memory, scratch + MESSAGE + 40)? < 20 || word(&memory, scratch + CONTROL)? < 20 {
         return Err(PlantError::There("recvmsg", io::Error::from_raw_os_error(libc::EMFILE)));
     }
-    Ok(word(memory, scratch + CONTROL + 16)? & 0xffff_ffff)
+    let kvm_there = word(&memory, scratch + CONTROL + 16)? & 0xffff_ffff;
+    opened.push(kvm_there);
+    Ok(kvm_there)
 }
 
 fn word(memory: &File, at: u64) -> Result<u64, PlantError> {

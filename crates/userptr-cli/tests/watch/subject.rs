@@ -4,6 +4,8 @@
 //!
 //! `subject WAY N`: does it N times. Prints what a test compares with a run that is not watched.
 
+mod frameless;
+
 use std::ffi::c_void;
 
 unsafe extern "C" {
@@ -333,6 +335,8 @@ fn main() {
             }
             let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
             println!("{} mappings", maps.lines().count());
+            let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+            println!("{:?}", limits.lines().find(|l| l.starts_with("Max open files")));
         }
         "signal" => unsafe {
             kill(getpid(), n as i32);
@@ -347,6 +351,7 @@ fn main() {
             println!("done");
             std::io::stdin().read_line(&mut line).unwrap();
         }
+        "frameless" => frameless::frees(n),
         "exit" => std::process::exit(n as i32),
         way => panic!("no way {way:?}"),
     }
