@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The cache over softmm: the code that runs live, with an mm that can be stopped anywhere.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -206,6 +207,30 @@ fn a_registration_that_fails_leaves_nothing() {
         assert_eq!((stats.entries, stats.bytes, stats.failed), (0, 0, 3));
         assert_eq!(device_sees(&cache, pages(0, 1)), 7);
     });
+}
+
+#[test]
+fn an_audit_finds_what_nobody_told_of_and_nothing_else() {
+    for (how, stale) in [(How::Blocks, false), (How::Late, false), (How::Never, true)] {
+        with_mm(|cx, mm| {
+            let told = Arc::new(Told { mm: mm.clone(), how });
+            let options = Options { audit: NonZeroU32::new(3), ..options(8) };
+            let cache = RegistrationCache::new(told, Pinned { mappings: 8 }, options).unwrap();
+            map(cx, mm, pages(0, 2), 1);
+            let get = || cache.get(pages(0, 2).start() as usize, 2 * PAGE_SIZE as usize, Access::Write);
+            for _ in 0..6 {
+                drop(get().unwrap());
+            }
+            mm.munmap(cx, pages(1, 1));
+            map(cx, mm, pages(1, 1), 1);
+            let found: Vec<_> = (0..4).map(|_| get().map(drop)).collect();
+            let refused = |r: &Result<(), _>| matches!(r, Err(CacheError::Stale { at, .. }) if *at == pages(1, 1).start());
+            // The sixth hit is the second to be looked at.
+            assert_eq!(found.iter().position(refused), stale.then_some(0), "{found:?}");
+            let stats = cache.stats().unwrap();
+            assert_eq!((stats.audited, stats.audited_stale, stats.unaudited), (2, u64::from(stale), 0));
+        });
+    }
 }
 
 /// A mm whose news reach a subscriber in another way.
