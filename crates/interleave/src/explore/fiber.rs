@@ -50,7 +50,8 @@ static POOL: Mutex<Vec<Idle>> = Mutex::new(Vec::new());
 struct Idle(Box<Fiber>);
 
 // SAFETY: on the stack of an idle fiber is the loop of `Fiber::new` alone, with its own yielder. The job is gone, no panic
-// is under way, and nothing there belongs to the OS thread that ran it last: `RUNNING` is set again by whoever runs it.
+// is under way, and nothing there belongs to the OS thread that ran it last: thread-locals are used by `run_here` only, which
+// is called anew for each job.
 unsafe impl Send for Idle {}
 
 impl Fiber {
@@ -65,9 +66,7 @@ impl Fiber {
         }
         let coroutine = Coroutine::with_stack(DefaultStack::new(stack)?, |yielder, mut job: Resume| {
             while let Some(run) = job {
-                RUNNING.set(yielder);
-                let panicked = catch_unwind(AssertUnwindSafe(run)).err();
-                job = yielder.suspend(Paused::Ended(panicked));
+                job = yielder.suspend(Paused::Ended(run_here(yielder, run)));
             }
         });
         Ok(Box::new(Fiber { coroutine, stack, busy: false }))
@@ -96,6 +95,16 @@ impl Fiber {
             pool.push(Idle(self));
         }
     }
+}
+
+/// Runs a job on the calling fiber. What it panicked with, if it did.
+///
+/// Not inlined: between two jobs the fiber may come to another OS thread, and the address of a thread-local must not be
+/// carried over from one to the other.
+#[inline(never)]
+fn run_here(yielder: &Yielder<Resume, Paused>, run: Job) -> Option<Payload> {
+    RUNNING.set(yielder);
+    catch_unwind(AssertUnwindSafe(run)).err()
 }
 
 impl Drop for Fiber {
