@@ -4,11 +4,10 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::memory::{ANON, Memory, in_fork};
+use common::memory::{ANON, Memory, in_fork, memfd};
 use common::{DEADLINE, NoNotifier};
 use hostmm::capability::Capability;
 use hostmm::primary::{HostMm, Source};
@@ -23,10 +22,6 @@ mod copy;
 #[allow(dead_code, reason = "its main is for `cargo run`")]
 #[path = "../examples/kv.rs"]
 mod kv;
-
-fn memfd() -> File {
-    File::from(rustix::fs::memfd_create("values", rustix::fs::MemfdFlags::CLOEXEC).unwrap())
-}
 
 #[test]
 fn a_file_is_copied() {

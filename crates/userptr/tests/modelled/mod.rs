@@ -149,8 +149,11 @@ impl News {
     }
 }
 
-/// The source's own ear: told of every change first of all.
-struct Ear(Arc<News>);
+/// The callback of softmm: the source's own ear, or what is in place of a subscriber's callback that does not come.
+struct Ear {
+    how: How,
+    news: Option<Arc<News>>,
+}
 
 impl Invalidate for Ear {
     fn invalidate(
@@ -159,22 +162,10 @@ impl Invalidate for Ear {
         inv: &Invalidation,
         seq: SetSeq<'_>,
     ) -> Result<SeqMoved, WouldBlock> {
-        self.0.begins(inv.range);
-        Ok(seq.set())
-    }
-}
-
-/// In place of a callback that does not come.
-struct Silent(How);
-
-impl Invalidate for Silent {
-    fn invalidate(
-        &self,
-        _: Sleep<'_, '_>,
-        _: &Invalidation,
-        seq: SetSeq<'_>,
-    ) -> Result<SeqMoved, WouldBlock> {
-        Ok(if self.0 == How::Never { seq.skip_against_the_rules() } else { seq.set() })
+        if let Some(news) = &self.news {
+            news.begins(inv.range);
+        }
+        Ok(if self.how == How::Never { seq.skip_against_the_rules() } else { seq.set() })
     }
 }
 
@@ -190,8 +181,9 @@ pub(crate) struct Told {
 impl Told {
     pub(crate) fn new(cx: &mut MaySleep<'_>, mm: &Arc<Mm>, how: How) -> Arc<Told> {
         let news = Arc::new(News::new(how));
-        let ear = (how.is_kvm() || how.is_uffd())
-            .then(|| mm.subscribe(cx, Range::ALL, Arc::new(Ear(Arc::clone(&news)))).unwrap());
+        let ear = Ear { how, news: Some(Arc::clone(&news)) };
+        let ear =
+            (how.is_kvm() || how.is_uffd()).then(|| mm.subscribe(cx, Range::ALL, Arc::new(ear)).unwrap());
         Arc::new(Told { mm: Arc::clone(mm), how, news, _ear: ear })
     }
 
@@ -308,7 +300,7 @@ impl PrimaryMmu for Told {
         callback: Arc<dyn Invalidate>,
     ) -> Result<ToldSubscription, SubscribeError> {
         let comes = matches!(self.how, How::Blocks | How::Unasked);
-        let callback = if comes { callback } else { Arc::new(Silent(self.how)) };
+        let callback = if comes { callback } else { Arc::new(Ear { how: self.how, news: None }) };
         Ok(ToldSubscription { inner: self.mm.subscribe(cx, range, callback)?, news: Arc::clone(&self.news) })
     }
 
