@@ -28,6 +28,7 @@ mod limit;
 mod plant;
 mod ptrace;
 mod reaper;
+mod rseq;
 mod signals;
 mod tasks;
 

@@ -5,11 +5,11 @@
 //!
 //! ```text
 //! in the program                              here
-//! mmap a scratch page
+//! mmap a scratch page (not after exec)
 //! socketpair                              →   pidfd_getfd one end
 //!                                         ←   sendmsg: /dev/kvm
 //! recvmsg
-//! munmap the scratch page
+//! munmap it
 //! ioctl KVM_CREATE_VM                     →   pidfd_getfd the VM
 //! close_range: both ends, /dev/kvm and the VM
 //! ```
@@ -32,12 +32,14 @@ use std::os::unix::fs::FileExt;
 const KVM_CREATE_VM: u64 = 0xAE01;
 const PAGE: u64 = 4096;
 
-// Where things lie in the scratch page.
+// Where things lie in the scratch memory.
 const ENDS: u64 = 0;
 const MESSAGE: u64 = 64;
 const VECTOR: u64 = 192;
 const BYTE: u64 = 256;
 const CONTROL: u64 = 320;
+/// Bytes of it.
+const SCRATCH: usize = 384;
 /// Descriptors that are open there at once, and some.
 const FEW: u64 = 8;
 /// CMSG_SPACE(sizeof(int)).
@@ -92,7 +94,7 @@ fn try_plant(kvm: BorrowedFd<'_>, tgid: Tid, tid: Tid, in_call: bool) -> Result<
     let pidfd = open_pidfd(tgid, tid).map_err(InjectError::from)?;
     let mut thread = Borrowed::new(tid, in_call)?;
     let mut opened = Vec::new();
-    let made = match make_vm(&mut thread, kvm, &pidfd, tid, &mut opened) {
+    let made = match make_vm(&mut thread, kvm, &pidfd, tid, in_call, &mut opened) {
         // It calls nothing more for us.
         Err(PlantError::Inject(error)) => return Err(error.into()),
         made => made,
@@ -108,21 +110,60 @@ fn make_vm(
     kvm: BorrowedFd<'_>,
     pidfd: &OwnedFd,
     tid: Tid,
+    in_call: bool,
     opened: &mut Vec<u64>,
 ) -> Result<OwnedFd, PlantError> {
-    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-    let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-    let scratch = thread.call(libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])?;
-    let scratch = scratch.map_err(|e| PlantError::There("mmap", e))?;
-    let sent = match send_kvm(thread, kvm, pidfd, tid, scratch, opened) {
+    let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{tid}/mem"));
+    let memory = memory.map_err(|e| PlantError::Here("opening its memory", e))?;
+    let scratch = Scratch::get(thread, &memory, in_call)?;
+    let sent = match send_kvm(thread, kvm, pidfd, &memory, scratch.at(), opened) {
         Err(PlantError::Inject(error)) => return Err(error.into()),
         sent => sent,
     };
-    let _ = thread.call(libc::SYS_munmap, [scratch, PAGE, 0, 0, 0, 0])?;
+    scratch.give_back(thread, &memory)?;
     let vm = thread.call(libc::SYS_ioctl, [sent?, KVM_CREATE_VM, 0, 0, 0, 0])?;
     let vm = vm.map_err(|e| PlantError::There("KVM_CREATE_VM", e))?;
     opened.push(vm);
     take(pidfd, vm)
+}
+
+/// Memory there for what the calls point to.
+enum Scratch {
+    /// A page of its own: what a forked child has is shared with its parent, and to write there would be to copy it.
+    Page(u64),
+    /// Below the stack of a program that has not begun, with what lies there. It saves two calls, and every call is two
+    /// switches to the program and back.
+    Stack(u64, [u8; SCRATCH]),
+}
+
+impl Scratch {
+    fn get(thread: &mut Borrowed, memory: &File, after_exec: bool) -> Result<Scratch, PlantError> {
+        if after_exec && let Some(at) = thread.sp().checked_sub(2 * SCRATCH as u64) {
+            let (at, mut there) = (at & !63, [0; SCRATCH]);
+            memory.read_exact_at(&mut there, at).map_err(|e| PlantError::Here("reading its stack", e))?;
+            return Ok(Scratch::Stack(at, there));
+        }
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let page = thread.call(libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])?;
+        Ok(Scratch::Page(page.map_err(|e| PlantError::There("mmap", e))?))
+    }
+
+    fn at(&self) -> u64 {
+        match self {
+            Scratch::Page(at) | Scratch::Stack(at, _) => *at,
+        }
+    }
+
+    fn give_back(self, thread: &mut Borrowed, memory: &File) -> Result<(), PlantError> {
+        match self {
+            Scratch::Page(at) => drop(thread.call(libc::SYS_munmap, [at, PAGE, 0, 0, 0, 0])?),
+            Scratch::Stack(at, there) => {
+                memory.write_all_at(&there, at).map_err(|e| PlantError::Here("writing its stack", e))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Closes what was opened there, with one call where the numbers follow one another, as they do unless the program's own
@@ -163,16 +204,14 @@ fn send_kvm(
     thread: &mut Borrowed,
     kvm: BorrowedFd<'_>,
     pidfd: &OwnedFd,
-    tid: Tid,
+    memory: &File,
     scratch: u64,
     opened: &mut Vec<u64>,
 ) -> Result<u64, PlantError> {
     let kind = (libc::SOCK_DGRAM | libc::SOCK_CLOEXEC) as u64;
     let made = thread.call(libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, scratch + ENDS, 0, 0])?;
     made.map_err(|e| PlantError::There("socketpair", e))?;
-    let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{tid}/mem"));
-    let memory = memory.map_err(|e| PlantError::Here("opening its memory", e))?;
-    let ends = word(&memory, scratch + ENDS)?;
+    let ends = word(memory, scratch + ENDS)?;
     let (ours, theirs) = (ends & 0xffff_ffff, ends >> 32);
     opened.extend([ours, theirs]);
     let socket = take(pidfd, ours)?;
@@ -184,16 +223,16 @@ fn send_kvm(
         .map_err(|e| PlantError::Here("sendmsg", e.into()))?;
     // struct msghdr: name, name length, vector, its length, control, its length, flags.
     let message = [0, 0, scratch + VECTOR, 1, scratch + CONTROL, CONTROL_LEN, 0];
-    write(&memory, scratch + MESSAGE, &message)?;
-    write(&memory, scratch + VECTOR, &[scratch + BYTE, 1])?;
+    write(memory, scratch + MESSAGE, &message)?;
+    write(memory, scratch + VECTOR, &[scratch + BYTE, 1])?;
     let flags = (libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT) as u64;
     let got = thread.call(libc::SYS_recvmsg, [theirs, scratch + MESSAGE, flags, 0, 0, 0])?;
     got.map_err(|e| PlantError::There("recvmsg", e))?;
     // struct cmsghdr: length, level and type, then the descriptor. A full table leaves it empty.
-    if word(&memory, scratch + MESSAGE + 40)? < 20 || word(&memory, scratch + CONTROL)? < 20 {
+    if word(memory, scratch + MESSAGE + 40)? < 20 || word(memory, scratch + CONTROL)? < 20 {
         return Err(PlantError::There("recvmsg", io::Error::from_raw_os_error(libc::EMFILE)));
     }
-    let kvm_there = word(&memory, scratch + CONTROL + 16)? & 0xffff_ffff;
+    let kvm_there = word(memory, scratch + CONTROL + 16)? & 0xffff_ffff;
     opened.push(kvm_there);
     Ok(kvm_there)
 }

@@ -172,7 +172,11 @@ impl Report {
             unattributed: tally.ambiguous,
             lost,
             missed,
-            cost: tally.cost.as_ref().map(|cost| cost.by_cause.iter().map(price).collect()),
+            cost: tally.cost.as_ref().map(|cost| {
+                let mut prices: Vec<ByPrice> = cost.by_cause.iter().map(price).collect();
+                prices.sort_by_key(|p| std::cmp::Reverse((p.objects, p.translations)));
+                prices
+            }),
         }
     }
 

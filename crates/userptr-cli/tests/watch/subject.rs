@@ -5,6 +5,7 @@
 //! `subject WAY N`: does it N times. Prints what a test compares with a run that is not watched.
 
 mod frameless;
+mod rseq;
 
 use std::ffi::c_void;
 
@@ -351,6 +352,7 @@ fn main() {
             println!("done");
             std::io::stdin().read_line(&mut line).unwrap();
         }
+        "rseq" => rseq::stay(move || each(n, |at| assert_eq!(unsafe { munmap(at.cast(), PAGE) }, 0))),
         "frameless" => frameless::frees(n),
         "exit" => std::process::exit(n as i32),
         way => panic!("no way {way:?}"),
