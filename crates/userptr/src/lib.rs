@@ -50,3 +50,12 @@ pub mod source;
 mod sync;
 
 pub use cache::{CacheError, Lease, RegistrationCache};
+
+/// The programs in these pages compile.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../../docs/cache.md")]
+    struct Cache;
+    #[doc = include_str!("../../../README.md")]
+    struct Readme;
+}
