@@ -156,7 +156,9 @@ impl Analysis {
             self.released.reset(threads);
             self.released_shared.reset(threads);
             self.past.iter_mut().for_each(Vec::clear);
-            (self.changes.clear(), self.old.clear(), self.marks.clear());
+            self.changes.clear();
+            self.old.clear();
+            self.marks.clear();
             self.looked_ahead = None;
             return;
         }
