@@ -75,6 +75,9 @@ pub fn turns(effort: Effort) -> Vec<Turn> {
     turns
 }
 
+/// Rules that break, and failures that are no verdict.
+type Broken = (Vec<(Rule, Failure)>, Vec<Failure>);
+
 /// What is known of one cell.
 #[derive(Debug, Clone)]
 pub struct Answer {
@@ -91,7 +94,7 @@ pub struct Answer {
     /// Executions.
     pub executions: u64,
     /// What broke, or went wrong, in an order that no bound was set to; a bound may find it with fewer preemptions.
-    beyond: Option<(Vec<(Rule, Failure)>, Vec<Failure>)>,
+    beyond: Option<Broken>,
 }
 
 impl Answer {
