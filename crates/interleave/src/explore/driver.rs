@@ -50,6 +50,10 @@ pub fn replay(config: &Config, schedule: &str, scenario: impl Fn(&mut MaySleep<'
     Some(Explorer::new(config, &scenario, Location::caller()).replay(schedule))
 }
 
+/// The search starts over for free so soon after it began, and learns what else there is in so many executions later.
+const SOON: u64 = 16;
+const LOOKS: u64 = 32;
+
 struct Explorer<'a> {
     config: &'a Config,
     scenario: &'a dyn Fn(&mut MaySleep<'_>),
@@ -137,6 +141,7 @@ impl<'a> Explorer<'a> {
     fn run(&mut self, search: Search, most: u64) {
         let engine = self.engine(search, &self.learnt);
         self.report.exhausted = false;
+        let mut began = self.report.executions;
         let mut left = most;
         loop {
             if left == 0 || self.over() {
@@ -151,6 +156,10 @@ impl<'a> Explorer<'a> {
                 self.report.pruned += u64::from(inner.draining);
             }
             if engine.inner.borrow_mut().starts_over() {
+                if self.report.executions - began > SOON {
+                    self.look_around(&engine);
+                }
+                began = self.report.executions;
                 continue;
             }
             let nondeterminism =
@@ -179,6 +188,21 @@ impl<'a> Explorer<'a> {
             self.report.states = path.states();
             self.report.bound = path.cut();
         }
+    }
+
+    /// Learns what there is to learn from executions by chance, lest a search start over each time that it comes to more.
+    fn look_around(&mut self, engine: &Engine) {
+        let by_chance = Search::Random(Random::new(0));
+        let search = std::mem::replace(&mut engine.inner.borrow_mut().search, by_chance);
+        for _ in 0..LOOKS {
+            // What fails is found again by the search, or is beyond its bound.
+            let _found = self.execute(engine);
+            self.report.executions += 1;
+            engine.inner.borrow_mut().starts_over();
+        }
+        let inner = &mut *engine.inner.borrow_mut();
+        inner.search = search;
+        inner.forget_orders();
     }
 
     /// One execution.

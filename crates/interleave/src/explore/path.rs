@@ -66,6 +66,8 @@ pub(super) struct Path {
     /// Something was left out because of the bound.
     cut: bool,
     analysis: Box<Analysis>,
+    /// How many of the first steps are those of the execution before.
+    kept: usize,
 }
 
 impl Path {
@@ -78,6 +80,7 @@ impl Path {
             cache: cached.then(Keys::default),
             cut: false,
             analysis: Box::default(),
+            kept: 0,
         }
     }
 
@@ -101,7 +104,7 @@ impl Path {
 
     pub(super) fn restart(&mut self) {
         self.nodes.clear();
-        self.depth = 0;
+        (self.depth, self.kept) = (0, 0);
         self.cut = false;
         if let Some(cache) = &mut self.cache {
             cache.clear();
@@ -186,18 +189,19 @@ impl Path {
     /// Goes back to the last node with something left to try.
     pub(super) fn next(&mut self, exec: &Exec) -> bool {
         if self.reduction == Reduction::Dpor {
-            self.analysis.reverse_races(exec, &mut self.nodes);
+            self.analysis.reverse_races(exec, &mut self.nodes, self.kept);
         }
         self.depth = 0;
         while let Some(mut node) = self.nodes.pop() {
-            if self.reduction != Reduction::None {
-                let footprint = exec.footprint(self.nodes.len()).into();
-                node.done.push(Sleeper { tid: node.chosen, footprint });
-            }
             if let Some(next) = members(node.backtrack & !node.tried & !node.asleep).next() {
+                if self.reduction != Reduction::None {
+                    let footprint = exec.footprint(self.nodes.len()).into();
+                    node.done.push(Sleeper { tid: node.chosen, footprint });
+                }
                 node.chosen = next;
                 node.tried |= 1 << next;
                 node.pending = 0;
+                self.kept = self.nodes.len();
                 self.nodes.push(node);
                 return true;
             }

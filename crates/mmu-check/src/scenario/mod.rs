@@ -83,7 +83,12 @@ pub struct Outcome {
 
 /// Explores a cell.
 pub fn explore(cell: &Cell, strategy: Strategy, time: Option<Duration>) -> Outcome {
-    let mut config = Config::new(strategy).failures(3).minimise(200);
+    explore_within(cell, strategy, u64::MAX, time)
+}
+
+/// Explores a cell in at most so many executions.
+pub fn explore_within(cell: &Cell, strategy: Strategy, executions: u64, time: Option<Duration>) -> Outcome {
+    let mut config = Config::new(strategy).failures(3).minimise(200).max_executions(executions);
     if let Some(time) = time {
         config = config.max_time(time);
     }
