@@ -4,7 +4,6 @@
 #[allow(dead_code)]
 mod common;
 
-use common::leaks_on_error;
 use drivers::{Callbacks, DRIVERS, Holds, Kind};
 use mmu_check::Rule;
 use mmu_check::era::{Era, era};
@@ -73,4 +72,34 @@ fn a_leak_on_the_way_out_is_found() {
     let Wrong::Broken(failure) = &leak.wrong else { panic!("{leak}") };
     assert_eq!(Rule::of_failure(failure.kind, &failure.message), Some(Rule::Frames), "{leak}");
     assert_eq!(leak.nth, 1, "the first page is there");
+}
+
+/// A driver that looks at two pages before it binds the first, and forgets the one it has if it does not get the other.
+mod leaks_on_error {
+    use crate::common::{Around, Bind, Close};
+    use drivers::{BindError, Kind, vfio};
+    use interleave::MaySleep;
+    use mmu_notifier::{PAGE_SIZE, PageAddr, Range};
+    use softmm::Foll;
+    use std::sync::Arc;
+
+    pub(crate) static KIND: Kind = Kind {
+        name: "leaks-on-error",
+        open: |cx, mm, device, options| {
+            let inside = (vfio::KIND.open)(cx, mm, device, options)?;
+            let bind: Bind = |cx, driver, range| {
+                let mm = driver.context().mm();
+                let got = |cx: &mut MaySleep<'_>, page| {
+                    let pages = mm.get_user_pages(cx, Range::page(page), Foll::GET.write());
+                    pages.map_err(|source| BindError::Fault { range, source })
+                };
+                let first = got(cx, range.first_page())?;
+                let Ok(next) = PageAddr::new(range.first_page().get() + PAGE_SIZE) else { return Ok(()) };
+                got(cx, next).map(drop).inspect_err(|_| std::mem::forget(first))
+            };
+            let close: Close = |cx, driver| driver.close(cx);
+            Ok(Arc::new(Around { kind: &KIND, inside, bind, close, _beside: None }))
+        },
+        ..vfio::KIND
+    };
 }

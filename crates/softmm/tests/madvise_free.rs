@@ -44,7 +44,7 @@ impl Setup {
     }
 
     /// The page is like any other again: it goes to swap, and what is in it comes back.
-    fn is_kept(self, cx: &mut MaySleep<'_>, value: u64) {
+    fn keeps(self, cx: &mut MaySleep<'_>, value: u64) {
         assert_eq!(self.reclaim(cx), Reclaim::Reclaimed);
         assert_eq!((self.machine.swap().in_use(cx), self.load(cx)), (1, value));
         self.finish(cx);
@@ -85,7 +85,7 @@ fn a_store_through_a_cached_translation_keeps_the_page() {
         let s = Setup::freed(cx, profile);
         s.store(cx, 2);
         assert_eq!(s.reclaim(cx), Reclaim::Mapped, "{}", profile.name);
-        s.is_kept(cx, 2);
+        s.keeps(cx, 2);
     });
 }
 
@@ -103,7 +103,7 @@ fn a_pin_keeps_the_page_and_a_dirty_one_its_contents() {
             drop(pin);
             if dirties {
                 assert_eq!(s.reclaim(cx), Reclaim::Mapped);
-                s.is_kept(cx, 3);
+                s.keeps(cx, 3);
             } else {
                 assert_eq!(s.reclaim(cx), Reclaim::Reclaimed);
                 assert_eq!(s.load(cx), 0, "nobody was told of the device's write");

@@ -4,7 +4,8 @@
 //!
 //! Two times are compared with the program's when it is alone: that of the program (from its exec to the end of its last
 //! process, as the report has it; of a server that of its client) and that of the whole command, with the watcher's start,
-//! end and report. The goal is about the program's. Given are medians of the ratios of neighbouring runs, and beside them
+//! end and report. The goal is about the program's. On a busy machine both are mostly the others' doing; the processor time of
+//! all of it, program, clients and watcher, is not, and is the third. Given are medians of the ratios of neighbouring runs, and beside them
 //! the middle half of the ratios of the program's times, which is how much noise there is.
 
 use std::ffi::OsString;
@@ -12,9 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const ROUNDS: usize = 9;
+const ROUNDS: usize = 7;
 /// How much more a long run does.
-const LONG: usize = 8;
+const LONG: usize = 4;
 
 /// Where the programs keep their files.
 struct Place(PathBuf);
@@ -73,8 +74,8 @@ fn main() {
     std::fs::create_dir_all(&dir).expect("a directory for the programs' files");
     let place = Place(dir);
     println!(
-        "{:<25} {:>8} {:>8} {:>7} {:>9} {:>8} {:>7} {:>9} {:>10}  load",
-        "", "alone", "program", "ratio", "half of it", "command", "ratio", "changes", "per second"
+        "{:<25} {:>8} {:>8} {:>7} {:>9} {:>8} {:>7} {:>7} {:>9} {:>10}  load",
+        "", "alone", "program", "ratio", "half of it", "command", "ratio", "CPU", "changes", "per second"
     );
     for case in CASES {
         if !wanted.is_empty() && !wanted.iter().any(|name| case.name.contains(name.as_str())) {
@@ -102,6 +103,25 @@ fn is_there(program: &str) -> bool {
         .is_ok_and(|s| s.success())
 }
 
+/// What one pair of runs took, in seconds.
+struct Round {
+    alone: f64,
+    program: f64,
+    command: f64,
+    /// Processor time watched by that alone.
+    cpu: f64,
+}
+
+/// Seconds of processor time of all children that were waited for, and of theirs (proc_pid_stat(5)).
+fn processor_time() -> f64 {
+    const TICKS: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The name of the program, which may hold anything, ends with the last parenthesis.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u64 = fields.skip(13).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    ticks as f64 / TICKS
+}
+
 /// What so many quarters of the values are below.
 fn quartile(mut values: Vec<f64>, quarters: usize) -> f64 {
     values.sort_by(f64::total_cmp);
@@ -110,14 +130,18 @@ fn quartile(mut values: Vec<f64>, quarters: usize) -> f64 {
 
 fn measure(case: &Case, place: &Place, length: &str, scale: usize) {
     let json = place.0.join("watch.json");
-    let run = |json: Option<&Path>| (case.run)(place, json, scale).as_secs_f64();
+    let run = |json: Option<&Path>| {
+        let before = processor_time();
+        let took = (case.run)(place, json, scale).as_secs_f64();
+        (took, processor_time() - before)
+    };
     // The first run warms caches.
     run(None);
     let mut rounds = Vec::new();
     let mut report = serde_json::Value::Null;
     for round in 0..ROUNDS {
         // Whoever is second finds warmer caches.
-        let (alone, command) = match round % 2 {
+        let ((alone, cpu), (command, cpu_watched)) = match round % 2 {
             0 => (run(None), run(Some(&json))),
             _ => {
                 let command = run(Some(&json));
@@ -127,24 +151,24 @@ fn measure(case: &Case, place: &Place, length: &str, scale: usize) {
         let text = std::fs::read_to_string(&json).unwrap_or_default();
         report = serde_json::from_str(&text).unwrap_or_default();
         let program = if case.server { command } else { report["seconds"].as_f64().unwrap_or(f64::NAN) };
-        rounds.push((alone, program, command));
+        rounds.push(Round { alone, program, command, cpu: cpu_watched / cpu });
     }
-    let part =
-        |quarters, f: &dyn Fn(&(f64, f64, f64)) -> f64| quartile(rounds.iter().map(f).collect(), quarters);
-    let of = |f: &dyn Fn(&(f64, f64, f64)) -> f64| part(2, f);
+    let part = |quarters, f: &dyn Fn(&Round) -> f64| quartile(rounds.iter().map(f).collect(), quarters);
+    let of = |f: &dyn Fn(&Round) -> f64| part(2, f);
     let changes = report["changes"].as_u64().unwrap_or(0);
     let rate = changes as f64 / report["seconds"].as_f64().unwrap_or(1.0);
     let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!(
-        "{:<25} {:>7.2}s {:>7.2}s {:>6.2}x {:>4.2}-{:<4.2} {:>7.2}s {:>6.2}x {changes:>9} {rate:>10.0}  {}",
+        "{:<25} {:>7.2}s {:>7.2}s {:>6.2}x {:>4.2}-{:<4.2} {:>7.2}s {:>6.2}x {:>6.2}x {changes:>9} {rate:>10.0}  {}",
         format!("{}, {length}", case.name),
-        of(&|r| r.0),
-        of(&|r| r.1),
-        of(&|r| r.1 / r.0),
-        part(1, &|r| r.1 / r.0),
-        part(3, &|r| r.1 / r.0),
-        of(&|r| r.2),
-        of(&|r| r.2 / r.0),
+        of(&|r| r.alone),
+        of(&|r| r.program),
+        of(&|r| r.program / r.alone),
+        part(1, &|r| r.program / r.alone),
+        part(3, &|r| r.program / r.alone),
+        of(&|r| r.command),
+        of(&|r| r.command / r.alone),
+        of(&|r| r.cpu),
         load.split(' ').next().unwrap_or("")
     );
     for cause in report["by_cause"].as_array().into_iter().flatten().take(4) {

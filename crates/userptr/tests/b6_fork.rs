@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::Arc;
 
-use common::memory::{Memory, in_fork};
+use common::memory::{Memory, in_fork, memfd};
 use common::{DEADLINE, cache, get, has, kvm_source, over_both, see, uffd_source};
 use hostmm::capability::Capability;
 use hostmm::primary::{HostMm, Source};
@@ -111,8 +111,7 @@ fn b6_41_a_ring_of_the_parent_in_a_child() {
     }
     testing::in_child("b6_41_a_ring_of_the_parent_in_a_child", DEADLINE, || {
         let device = IoUring::new(4).unwrap();
-        let file =
-            std::fs::File::from(rustix::fs::memfd_create("m", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let file = memfd();
         let memory = Memory::stamped(1, 3);
         let refused = in_fork(|| {
             // A cache of the child's own, over the ring of its parent.

@@ -7,7 +7,7 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::memory::{ANON, Memory};
+use common::memory::{ANON, Memory, memfd};
 use common::{DEADLINE, cache, eventually, get, has, has_uffd, kvm_source, over_both, see, uffd_source};
 use hostmm::capability::Capability;
 use hostmm::primary::{HostMm, Source};
@@ -293,8 +293,7 @@ fn b6_27_every_kind_of_memory() {
         let locked = Memory::stamped(4, 1);
         locked.mlock();
         right(&locked);
-        let file =
-            std::fs::File::from(rustix::fs::memfd_create("m", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let file = memfd();
         file.set_len(4 * PAGE_SIZE).unwrap();
         for flags in [libc::MAP_SHARED, libc::MAP_PRIVATE] {
             right(&Memory::map(0, 4, flags, Some(&file)).unwrap());

@@ -4,18 +4,17 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::memory::{ANON, Memory, in_fork};
-use common::{DEADLINE, NoNotifier};
+use common::memory::{ANON, Memory, in_fork, memfd};
+use common::{DEADLINE, NoNotifier, has_uffd, uffd_source};
 use hostmm::capability::Capability;
 use hostmm::primary::{HostMm, Source};
 use hostmm::testing;
 use interleave::{AtomicBool, AtomicU64, MaySleep, Ordering, scope};
 use mmu_notifier::PAGE_SIZE;
-use userptr::source;
+use userptr::source::{self, AnySource};
 
 #[allow(dead_code, reason = "its main is for `cargo run`")]
 #[path = "../examples/copy.rs"]
@@ -23,10 +22,6 @@ mod copy;
 #[allow(dead_code, reason = "its main is for `cargo run`")]
 #[path = "../examples/kv.rs"]
 mod kv;
-
-fn memfd() -> File {
-    File::from(rustix::fs::memfd_create("values", rustix::fs::MemfdFlags::CLOEXEC).unwrap())
-}
 
 #[test]
 fn a_file_is_copied() {
@@ -160,12 +155,12 @@ fn vm_pin() -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
-fn soak(time: Duration) {
+fn soak<S: Source + 'static>(open: impl FnOnce() -> Arc<HostMm<S>>, time: Duration) {
     let pinned = vm_pin();
-    let cache = kv::cache_of(source::open_mm(1).unwrap()).unwrap();
+    let cache = kv::cache_of(open()).unwrap();
     let seen = serve(&cache, time);
     let stats = cache.stats().unwrap();
-    println!("source {}, {time:?}: {seen:?}, {stats:?}", cache.mm().source());
+    println!("{time:?}: {seen:?}, {stats:?}");
     assert!(seen.gets.into_inner() > 0 && seen.changes.into_inner() > 0);
     assert_eq!((seen.wrong.into_inner(), seen.stale.into_inner()), (0, 0));
     assert!(stats.registered > 0 && stats.hits > 0 && stats.stale + stats.told > 0, "{stats:?}");
@@ -175,13 +170,22 @@ fn soak(time: Duration) {
     assert_eq!(vm_pin(), pinned, "a pin was leaked");
 }
 
+fn best() -> Arc<HostMm<AnySource>> {
+    source::open_mm(1).unwrap()
+}
+
 #[test]
 fn a_store_serves_beside_threads_that_churn() {
     if !testing::require(Capability::IoUring) {
         return;
     }
     let test = "a_store_serves_beside_threads_that_churn";
-    testing::in_child(test, DEADLINE, || soak(Duration::from_secs(3)));
+    let time = Duration::from_secs(3);
+    testing::in_child(test, DEADLINE, || soak(best, time));
+    if has_uffd() {
+        let mm = || Arc::new(HostMm::new(uffd_source(), 1).unwrap());
+        testing::in_child(&format!("{test}#uffd"), DEADLINE, || soak(mm, time));
+    }
     testing::in_child(&format!("{test}#control"), DEADLINE, || {
         let mm = Arc::new(HostMm::new(NoNotifier, 1).unwrap());
         let seen = serve(&kv::cache_of(mm).unwrap(), Duration::from_secs(2));
@@ -199,5 +203,5 @@ fn a_store_serves_for_a_minute() {
     }
     let seconds = std::env::var("USERPTR_SOAK_SECONDS").map_or(60, |s| s.parse().unwrap());
     let deadline = Duration::from_secs(seconds) + DEADLINE;
-    testing::in_child("a_store_serves_for_a_minute", deadline, || soak(Duration::from_secs(seconds)));
+    testing::in_child("a_store_serves_for_a_minute", deadline, || soak(best, Duration::from_secs(seconds)));
 }

@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use common::memory::Memory;
+use common::memory::{Memory, memfd};
 use common::{Cache, DEADLINE, cache, eventually, kvm_source, over_both, see, uffd_source};
 use hostmm::primary::Source;
 use hostmm::testing;
@@ -19,10 +19,6 @@ use mmu_notifier::Access;
 use userptr::CacheError;
 use userptr::cache::{Options, OwnedLease, VecLease};
 use userptr::device::io_uring::IoUring;
-
-fn memfd() -> File {
-    File::from(rustix::fs::memfd_create("data", rustix::fs::MemfdFlags::CLOEXEC).unwrap())
-}
 
 #[test]
 fn an_owned_lease_outlives_its_handle_and_moves_between_threads() {

@@ -330,6 +330,15 @@ fn no_order_of_lookup_and_replacement_shows_the_past() {
 }
 
 #[test]
+fn no_order_of_late_callbacks_shows_the_past() {
+    for how in [How::KvmCalls, How::UffdCalls] {
+        for before in [true, false] {
+            holds(&explored(2, |cx| lookups_beside_a_replacement(cx, how, before, strict)));
+        }
+    }
+}
+
+#[test]
 fn no_order_of_unmapping_and_mapping_by_two_threads_shows_the_past() {
     for how in [How::Blocks, How::Kvm, How::Uffd] {
         holds(&explored(3, |cx| a_lookup_of_memory_that_another_thread_is_giving_back(cx, how)));

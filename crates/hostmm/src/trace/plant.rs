@@ -133,13 +133,13 @@ enum Scratch {
     Page(u64),
     /// Below the stack of a program that has not begun, with what lies there. It saves two calls, and every call is two
     /// switches to the program and back.
-    Stack(u64, [u8; SCRATCH]),
+    Stack(u64, Vec<u8>),
 }
 
 impl Scratch {
     fn get(thread: &mut Borrowed, memory: &File, after_exec: bool) -> Result<Scratch, PlantError> {
         if after_exec && let Some(at) = thread.sp().checked_sub(2 * SCRATCH as u64) {
-            let (at, mut there) = (at & !63, [0; SCRATCH]);
+            let (at, mut there) = (at & !63, vec![0; SCRATCH]);
             memory.read_exact_at(&mut there, at).map_err(|e| PlantError::Here("reading its stack", e))?;
             return Ok(Scratch::Stack(at, there));
         }

@@ -46,7 +46,7 @@ pub(super) const DONTNEED_TWO: Path = Path {
 /// The device's user lets the binding go at the same time.
 pub(super) const UNBIND: Path = Path { name: "dontneed-unbind", user: User::Unbinds, ..DONTNEED };
 
-/// The page is given up, taken away if nobody wrote it since, and used again.
+/// The page is given up, taken away if nobody wrote it since, and used again. A kernel without MADV_FREE swaps it out.
 pub(super) const FREE: Path = Path {
     name: "free",
     kernel: "madvise_free_single_vma, try_to_unmap, then a fault",

@@ -116,7 +116,6 @@ pub static PATHS: &[Path] = &[
     swap::AGE,
     mapping::MUNMAP,
     mapping::DONTNEED,
-    mapping::FREE,
     mapping::MREMAP,
     mapping::MPROTECT,
     file::WRITEBACK,

@@ -71,6 +71,24 @@ fn a_full_table_of_descriptors_is_no_obstacle_and_stays_full() {
 }
 
 #[test]
+fn our_own_soft_limit_of_descriptors_is_none() {
+    if !able("our_own_soft_limit_of_descriptors_is_none") {
+        return;
+    }
+    let file = crate::run::tempfile(Path::new("limit"), &[]);
+    let work = "i=0; while [ $i -lt 60 ]; do sleep 2 & i=$((i + 1)); done; wait; ulimit -S -n";
+    let script =
+        format!("ulimit -S -n 50; exec {USERPTR} watch --follow --json --output \"$0\" -- sh -c '{work}'");
+    let output = run(Command::new("sh").args(["-c", &script]).arg(&file));
+    assert_eq!(output.stdout, b"50\n", "the program has the limit that we were given: {output:?}");
+    let json: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let _ = std::fs::remove_file(file);
+    // Each of them by fork, then by exec.
+    assert_eq!(json["processes"].as_array().map(Vec::len), Some(121));
+    assert_eq!(json["unwatched"], Value::Array(Vec::new()));
+}
+
+#[test]
 fn an_unprivileged_program_is_watched_like_any_other() {
     if !able("an_unprivileged_program_is_watched_like_any_other") {
         return;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! softmm, with its news delivered as the live sources deliver theirs: the twins of `hostmm::kvm` and `hostmm::uffd` for
-//! exploration. A subscriber's own callback never comes over them, which is as late as it can be, so all rests on the
-//! counters.
+//! exploration. A subscriber's own callback comes from a thread of the source, at any time after the counters, or never,
+//! which is as late as it can be.
 //!
 //! ```text
 //! kvm    start of a change: the buckets of its pages, then the total; the page tables change
@@ -12,7 +12,7 @@
 
 use std::sync::Arc;
 
-use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Ordering, Scope, Sleep, WaitQueue};
+use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering, Scope, Sleep, WaitQueue};
 use mmu_notifier::primary::{
     After, Gone, GupError, IdentityError, Invalidate, PageIdentity, PrimaryMmu, SeqMoved, SetSeq,
     SubscribeError, Subscription, Unheard,
@@ -29,12 +29,16 @@ pub(crate) enum How {
     Blocks,
     /// The same, and `read_retry` says "nothing has changed": as if nobody asked.
     Unasked,
-    /// As the kvm source.
+    /// As the kvm source, and nobody is called.
     Kvm,
+    /// As the kvm source, with callbacks.
+    KvmCalls,
     /// A fault of it: the total moves before the bucket, so that an era can stand for a bucket of its past.
     KvmTotalFirst,
-    /// As the uffd source; needs [`Told::start`].
+    /// As the uffd source, and nobody is called.
     Uffd,
+    /// As the uffd source, with callbacks.
+    UffdCalls,
     /// A fault of it: the event is read, and its changer let go, before the epoch says so.
     UffdReadsFirst,
     /// A fault of it: a strict check does not ask whether a change is in flight.
@@ -45,11 +49,20 @@ pub(crate) enum How {
 
 impl How {
     fn is_kvm(self) -> bool {
-        matches!(self, How::Kvm | How::KvmTotalFirst)
+        matches!(self, How::Kvm | How::KvmCalls | How::KvmTotalFirst)
     }
 
-    pub(crate) fn is_uffd(self) -> bool {
-        matches!(self, How::Uffd | How::UffdReadsFirst | How::UffdNoProbe)
+    fn is_uffd(self) -> bool {
+        matches!(self, How::Uffd | How::UffdCalls | How::UffdReadsFirst | How::UffdNoProbe)
+    }
+
+    fn calls(self) -> bool {
+        matches!(self, How::KvmCalls | How::UffdCalls)
+    }
+
+    /// Does the source have a thread?
+    pub(crate) fn has_monitor(self) -> bool {
+        self.is_uffd() || self.calls()
     }
 }
 
@@ -65,6 +78,14 @@ fn mask(range: Range) -> u64 {
 }
 
 static EVENTS: LockClass = LockClass::new("modelled_events");
+static CALLEES: LockClass = LockClass::new("modelled_callees");
+static CALLEE: LockClass = LockClass::new("modelled_callee");
+
+/// Whom to call back. Its lock is held while the callback runs, and taken to end it.
+struct Callee {
+    range: Range,
+    callback: Mutex<Option<Arc<dyn Invalidate>>>,
+}
 
 /// What a source keeps.
 struct News {
@@ -77,8 +98,9 @@ struct News {
     epoch: AtomicU64,
     /// uffd: buckets of which a change has begun and its event is not read (the kernel's `mmap_changing`).
     in_flight: AtomicU64,
-    /// uffd: buckets of which there are events to read.
+    /// Buckets of which there are events to read (uffd), or records (kvm).
     events: AtomicU64,
+    callees: Mutex<Vec<Arc<Callee>>>,
     stop: AtomicBool,
     wait: WaitQueue,
 }
@@ -92,6 +114,7 @@ impl News {
             epoch: AtomicU64::new(2),
             in_flight: AtomicU64::new(0),
             events: AtomicU64::new(0),
+            callees: Mutex::new(&CALLEES, Vec::new()),
             stop: AtomicBool::new(false),
             wait: WaitQueue::new(&EVENTS),
         }
@@ -116,9 +139,13 @@ impl News {
             counter.fetch_add(1, Ordering::SeqCst);
         };
         match self.how {
-            How::Kvm => {
+            How::Kvm | How::KvmCalls => {
                 buckets(range).for_each(|bucket| count(&self.of[bucket]));
                 count(&self.total);
+                if self.how.calls() {
+                    self.events.fetch_or(mask(range), Ordering::SeqCst);
+                    self.wait.wake_all();
+                }
             }
             How::KvmTotalFirst => {
                 count(&self.total);
@@ -131,26 +158,47 @@ impl News {
         }
     }
 
-    /// One batch of events.
-    fn hear(&self) {
-        let read = || {
-            let read = self.events.swap(0, Ordering::SeqCst);
-            self.wait.wake_all();
-            read
-        };
-        let early = (self.how == How::UffdReadsFirst).then(read);
+    /// Reads what there is. Of which buckets.
+    fn read(&self) -> u64 {
+        let read = self.events.swap(0, Ordering::SeqCst);
+        self.wait.wake_all();
+        read
+    }
+
+    /// One batch.
+    fn hear(&self, cx: &mut MaySleep<'_>) {
+        if !self.how.is_uffd() {
+            let read = self.read();
+            return self.call(cx, read);
+        }
+        let early = (self.how == How::UffdReadsFirst).then(|| self.read());
         let even = self.epoch.fetch_add(1, Ordering::SeqCst) + 2;
-        let read = early.unwrap_or_else(read);
+        let read = early.unwrap_or_else(|| self.read());
         for bucket in (0..BUCKETS).filter(|bucket| read >> bucket & 1 == 1) {
             self.of[bucket].store(even, Ordering::SeqCst);
         }
         self.epoch.store(even, Ordering::SeqCst);
         self.wait.wake_all();
+        self.call(cx, read);
+    }
+
+    fn call(&self, cx: &mut MaySleep<'_>, read: u64) {
+        let callees = if self.how.calls() { self.callees.lock(cx).clone() } else { Vec::new() };
+        for callee in callees.iter().filter(|callee| mask(callee.range) & read != 0) {
+            if let Some(callback) = &*callee.callback.lock(cx) {
+                let inv = Invalidation::of_unknown_kind(callee.range);
+                // A range that blocks cannot be refused.
+                let _ = callback.invalidate(Sleep::May(cx), &inv, SetSeq::already_moved());
+            }
+        }
     }
 }
 
-/// The source's own ear: told of every change first of all.
-struct Ear(Arc<News>);
+/// The callback of softmm: the source's own ear, or what is in place of a subscriber's callback that does not come.
+struct Ear {
+    how: How,
+    news: Option<Arc<News>>,
+}
 
 impl Invalidate for Ear {
     fn invalidate(
@@ -159,22 +207,10 @@ impl Invalidate for Ear {
         inv: &Invalidation,
         seq: SetSeq<'_>,
     ) -> Result<SeqMoved, WouldBlock> {
-        self.0.begins(inv.range);
-        Ok(seq.set())
-    }
-}
-
-/// In place of a callback that does not come.
-struct Silent(How);
-
-impl Invalidate for Silent {
-    fn invalidate(
-        &self,
-        _: Sleep<'_, '_>,
-        _: &Invalidation,
-        seq: SetSeq<'_>,
-    ) -> Result<SeqMoved, WouldBlock> {
-        Ok(if self.0 == How::Never { seq.skip_against_the_rules() } else { seq.set() })
+        if let Some(news) = &self.news {
+            news.begins(inv.range);
+        }
+        Ok(if self.how == How::Never { seq.skip_against_the_rules() } else { seq.set() })
     }
 }
 
@@ -190,8 +226,9 @@ pub(crate) struct Told {
 impl Told {
     pub(crate) fn new(cx: &mut MaySleep<'_>, mm: &Arc<Mm>, how: How) -> Arc<Told> {
         let news = Arc::new(News::new(how));
-        let ear = (how.is_kvm() || how.is_uffd())
-            .then(|| mm.subscribe(cx, Range::ALL, Arc::new(Ear(Arc::clone(&news)))).unwrap());
+        let ear = Ear { how, news: Some(Arc::clone(&news)) };
+        let ear =
+            (how.is_kvm() || how.is_uffd()).then(|| mm.subscribe(cx, Range::ALL, Arc::new(ear)).unwrap());
         Arc::new(Told { mm: Arc::clone(mm), how, news, _ear: ear })
     }
 
@@ -210,7 +247,7 @@ impl Told {
 
     /// Starts the thread that reads events until [`stop`](Told::stop), where the source has one.
     pub(crate) fn start<'s>(&'s self, threads: &Scope<'s, '_>) {
-        if self.how.is_uffd() {
+        if self.how.has_monitor() {
             threads.spawn("monitor", |cx| self.monitor(cx));
         }
     }
@@ -221,7 +258,7 @@ impl Told {
         while !stopped() {
             news.wait.wait_event(cx, || stopped() || news.events.load(Ordering::SeqCst) != 0);
             if news.events.load(Ordering::SeqCst) != 0 {
-                news.hear();
+                news.hear(cx);
             }
         }
     }
@@ -236,6 +273,19 @@ impl Told {
 pub(crate) struct ToldSubscription {
     inner: MmSubscription,
     news: Arc<News>,
+    callee: Option<Arc<Callee>>,
+}
+
+impl Drop for ToldSubscription {
+    /// As a fence: a callback that runs has returned.
+    fn drop(&mut self) {
+        if let Some(callee) = self.callee.take() {
+            MaySleep::enter(|cx| {
+                *callee.callback.lock(cx) = None;
+                self.news.callees.lock(cx).retain(|other| !Arc::ptr_eq(other, &callee));
+            });
+        }
+    }
 }
 
 /// A point in the life of a range: softmm's own, and what the source has counted of it (kvm) or its epoch (uffd).
@@ -269,7 +319,11 @@ impl Subscription for ToldSubscription {
     fn read_retry(&self, seq: ToldSeq) -> bool {
         match self.news.how {
             How::Unasked => false,
-            How::Uffd | How::UffdReadsFirst if self.news.in_flight.load(Ordering::SeqCst) != 0 => true,
+            How::Uffd | How::UffdCalls | How::UffdReadsFirst
+                if self.news.in_flight.load(Ordering::SeqCst) != 0 =>
+            {
+                true
+            }
             _ => self.read_retry_ordered(seq),
         }
     }
@@ -307,9 +361,21 @@ impl PrimaryMmu for Told {
         range: Range,
         callback: Arc<dyn Invalidate>,
     ) -> Result<ToldSubscription, SubscribeError> {
-        let comes = matches!(self.how, How::Blocks | How::Unasked);
-        let callback = if comes { callback } else { Arc::new(Silent(self.how)) };
-        Ok(ToldSubscription { inner: self.mm.subscribe(cx, range, callback)?, news: Arc::clone(&self.news) })
+        let news = Arc::clone(&self.news);
+        if matches!(self.how, How::Blocks | How::Unasked) {
+            return Ok(ToldSubscription {
+                inner: self.mm.subscribe(cx, range, callback)?,
+                news,
+                callee: None,
+            });
+        }
+        let inner = self.mm.subscribe(cx, range, Arc::new(Ear { how: self.how, news: None }))?;
+        let callee = self
+            .how
+            .calls()
+            .then(|| Arc::new(Callee { range, callback: Mutex::new(&CALLEE, Some(callback)) }));
+        self.news.callees.lock(cx).extend(callee.clone());
+        Ok(ToldSubscription { inner, news, callee })
     }
 
     fn fault_in(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<(), GupError> {

@@ -110,8 +110,8 @@ fn explored(scenario: Scenario, holds: Holds, how: How) -> Report {
         let config = Config::new(strategy).max_time(Duration::from_secs(seconds));
         explore(&config.minimise(50), |cx| scenario(cx, holds, how))
     };
-    if how.is_uffd() {
-        return run(Strategy::CachedPreemptions(2), if how == How::Uffd { 4 } else { 60 });
+    if how.has_monitor() {
+        return run(Strategy::CachedPreemptions(2), if how == How::UffdReadsFirst { 60 } else { 2 });
     }
     let first = run(Strategy::Preemptions(1), 30);
     if first.failures.is_empty() {
@@ -122,11 +122,13 @@ fn explored(scenario: Scenario, holds: Holds, how: How) -> Report {
 }
 
 /// What holds nothing lives by callbacks that the change waits for.
-const SOURCES: [(Holds, How); 4] = [
+const SOURCES: [(Holds, How); 6] = [
     (Holds::Nothing, How::Blocks),
     (Holds::Pins, How::Blocks),
     (Holds::Pins, How::Kvm),
+    (Holds::Pins, How::KvmCalls),
     (Holds::Pins, How::Uffd),
+    (Holds::Pins, How::UffdCalls),
 ];
 
 #[test]
