@@ -89,7 +89,7 @@ fn a_wrong_softmm_is_noticed_and_the_script_gets_short() {
         for (name, profile, longest) in wrong {
             // What any machine can do, so that the scripts are the same everywhere.
             let find = |seed| compare(subject, profile, &random(seed, 80, |_| false)).unwrap().difference;
-            let found = (0..200).find_map(find).unwrap_or_else(|| panic!("{name} was not noticed"));
+            let found = (0..600).find_map(find).unwrap_or_else(|| panic!("{name} was not noticed"));
             assert!(found.script.len() <= longest, "{name}: {found}");
             let right = compare(subject, right, &found.script).unwrap();
             assert_eq!(right.difference, None, "{name}: the difference is the profile's");
@@ -120,6 +120,12 @@ fn a_wrong_path_is_noticed_by_a_script() {
                 KernelProfile { longterm_refuses_files: false, ..right },
                 Some(Capability::DiskFile),
             ),
+            (
+                "dirty pages of files are written and dropped",
+                KernelProfile { reclaim_writes_files: true, ..right },
+                Some(Capability::Zram),
+            ),
+            ("no MADV_FREE", KernelProfile { madvise_free: false, ..right }, Some(Capability::Zram)),
             (
                 "no pair",
                 KernelProfile { unmap: KernelProfile::V4_12.unmap, ..right },

@@ -22,7 +22,8 @@
 //!
 //! A pin does not keep the pte, it keeps the page: it is unmapped, and stays in the cache.
 //!
-//! What is not here: shmem's pages take no slot of [`crate::swap`], so that their swap space is never full.
+//! What is not here: shmem's pages take no slot of [`crate::swap`], so that their swap space is never full; fault-around maps a
+//! dirty page that reclaim has left in the cache, which Linux passes over until it is written (PG_reclaim).
 //!
 //! Locks: page lock (trylock) over i_mmap for reading over ptl; the caller has a reference. **No mmap_lock**, and any
 //! thread that allocates may be the caller (direct reclaim).

@@ -154,7 +154,7 @@ pub(super) fn freed() -> Vec<Path> {
         path(
             "MADV_FREE: discarded unless written since, and no swap entry either way",
             &["free"],
-            12,
+            11,
             vec![
                 anon(4, 6),
                 Op::Store(Parent, 4, 1),
@@ -185,7 +185,7 @@ pub(super) fn freed() -> Vec<Path> {
         path(
             "MADV_FREE of forked pages and of a pinned one",
             &["free", "fork"],
-            10,
+            11,
             vec![
                 anon(4, 4),
                 Op::Store(Parent, 4, 1),
@@ -216,7 +216,7 @@ pub(super) fn file_reclaim() -> Vec<Path> {
         path(
             "reclaim of a file's pages: dirty ones stay in the cache, and fsync finds them there",
             &["file-reclaim"],
-            9,
+            8,
             vec![
                 Op::Disk,
                 Op::Sync,
@@ -228,6 +228,8 @@ pub(super) fn file_reclaim() -> Vec<Path> {
                 Op::Load(Parent, 4),
                 Op::Store(Parent, 5, 1),
                 Op::PageOut(Parent, 5),
+                // It is still there, and dirty.
+                Op::Load(Parent, 5),
                 Op::Sync,
                 Op::Store(Parent, 5, 2),
                 Op::Load(Parent, 10),
@@ -245,7 +247,7 @@ pub(super) fn file_reclaim() -> Vec<Path> {
         path(
             "reclaim of shmem: swapped out, and fault-around passes over it",
             &["file-reclaim"],
-            6,
+            8,
             vec![
                 file(4, 8, SharedFile(0)),
                 file(14, 8, PrivateFile(0)),
