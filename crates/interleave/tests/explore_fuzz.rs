@@ -374,10 +374,6 @@ fn check(program: &[Vec<Do>], totals: &mut Totals) -> Option<String> {
         ("preemptions", Strategy::CachedPreemptions(40), true),
     ];
     for (name, strategy, hashed) in modes {
-        // The dearest two; what they check is checked by all the others, too.
-        if ["preemptions", "plain, contended points"].contains(&name) && !totals.programs.is_multiple_of(4) {
-            continue;
-        }
         let (got, report) = outcomes(program, &config(strategy), hashed);
         totals.add(name, report.executions);
         if !report.exhausted || got != expected {
