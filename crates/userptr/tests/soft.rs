@@ -272,11 +272,12 @@ impl PrimaryMmu for Told {
 
 /// One thread looks up and lets the device read, while another replaces the memory. The device must never show what was
 /// there before a replacement that was complete when the lookup began.
-fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>, how: How, registered_before: bool) {
+fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>, how: How, registered_before: bool, threads: usize) {
     let machine = Machine::new(softmm::Config::default());
     let user = machine.new_mm().unwrap();
     let mm = Arc::new(Told { mm: user.clone(), how });
-    let cache = RegistrationCache::new(mm, Pinned { mappings: 4 }, options(2)).unwrap();
+    let cache =
+        RegistrationCache::new(mm, Pinned { mappings: 4 }, Options { threads, ..options(2) }).unwrap();
     let range = pages(0, 1);
     let look = || {
         let lease = cache.get(range.start() as usize, PAGE_SIZE as usize, Access::Write).ok()?;
@@ -308,18 +309,21 @@ fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>, how: How, registered_befo
     assert_eq!(machine.frames().free_frames(), machine.frames().total_frames(), "a pin was leaked");
 }
 
-fn explored(how: How, registered_before: bool) -> Report {
-    let config = Config::new(Strategy::CachedPreemptions(2)).max_time(Duration::from_secs(4));
-    explore(&config, |cx| lookups_beside_a_replacement(cx, how, registered_before))
+/// `threads`: how many have lease slots of their own.
+fn explored(how: How, registered_before: bool, threads: usize) -> Report {
+    let config = Config::new(Strategy::CachedPreemptions(2)).max_time(Duration::from_secs(3));
+    explore(&config, |cx| lookups_beside_a_replacement(cx, how, registered_before, threads))
 }
 
 #[test]
 fn no_order_of_lookup_and_replacement_shows_the_past() {
     for how in [How::Blocks, How::Late] {
         for registered_before in [true, false] {
-            let report = explored(how, registered_before);
-            report.assert_ok();
-            assert!(report.executions > 100, "only {}", report.executions);
+            for threads in [4, 0] {
+                let report = explored(how, registered_before, threads);
+                report.assert_ok();
+                assert!(report.executions > 100, "only {}", report.executions);
+            }
         }
     }
 }
@@ -327,6 +331,6 @@ fn no_order_of_lookup_and_replacement_shows_the_past() {
 #[test]
 fn without_a_notifier_an_order_shows_the_past() {
     for registered_before in [true, false] {
-        assert!(!explored(How::Never, registered_before).failures.is_empty(), "the control");
+        assert!(!explored(How::Never, registered_before, 4).failures.is_empty(), "the control");
     }
 }

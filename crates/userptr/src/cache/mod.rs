@@ -38,7 +38,6 @@ mod session;
 mod slab;
 mod stats;
 mod table;
-mod thread;
 
 use std::sync::Arc;
 
@@ -155,8 +154,8 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     #[inline(always)]
     pub fn lookup(&self, addr: usize, len: usize, access: Access) -> Option<Lease<'_, M, D>> {
         let want = Range::enclosing(addr as u64, len as u64).ok()?;
-        let held = self.core.hit(want, access, Check::Strict)?;
-        Some(Lease::of_hit(&self.core, held, addr as u64, len as u64))
+        let found = self.core.hit(want, access, Check::Strict)?;
+        Some(Lease::of_hit(&self.core, found, addr as u64, len as u64))
     }
 
     #[inline(always)]
@@ -169,16 +168,22 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     ) -> Result<Lease<'_, M, D>, CacheError> {
         let want = Range::enclosing(addr as u64, len as u64)?;
         match self.core.hit(want, access, check) {
-            Some(held) => Ok(Lease::of_hit(&self.core, held, addr as u64, len as u64)),
-            None => self.miss(want, addr as u64, len as u64, access),
+            Some(found) => Ok(Lease::of_hit(&self.core, found, addr as u64, len as u64)),
+            None => match self.miss(want, access) {
+                Ok(held) => Ok(Lease::of_new(&self.core, held, addr as u64, len as u64)),
+                Err(error) => Err(*error),
+            },
         }
     }
 
+    /// Neither returns nor gets what the caller returns: a hit has that in registers.
     #[cold]
     #[inline(never)]
-    fn miss(&self, want: Range, addr: u64, len: u64, access: Access) -> Result<Lease<'_, M, D>, CacheError> {
-        let held = MaySleep::try_enter(|cx| self.core.register(cx, want, access))??;
-        Ok(Lease::of_new(&self.core, held, addr, len))
+    fn miss(&self, want: Range, access: Access) -> Result<core::Leased<'_, M, D>, Box<CacheError>> {
+        match MaySleep::try_enter(|cx| self.core.register(cx, want, access)) {
+            Ok(registered) => registered.map_err(Box::new),
+            Err(atomic) => Err(Box::new(atomic.into())),
+        }
     }
 
     /// A lease of memory that the program reads: it cannot be freed or written while the lease lives.
