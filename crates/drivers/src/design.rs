@@ -14,7 +14,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::Callback;
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Kind, OpenError, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::site::changed;
@@ -97,6 +97,19 @@ impl Gpu {
     /// `begin` runs before pages are got, without a lock; `agrees` runs under the mutex before they are used, with what `begin`
     /// returned; `ready` runs under the mutex before the request is queued.
     pub(crate) fn submit<S>(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        ops: &[DeviceOp],
+        begin: impl FnOnce(&mut MaySleep<'_>) -> S,
+        agrees: impl FnOnce(&mut MaySleep<'_>, S, Range) -> bool,
+        ready: impl FnOnce(&mut MaySleep<'_>, Binding) -> bool,
+    ) -> Result<RequestId, SubmitError> {
+        let execbuf = |cx: &mut MaySleep<'_>| self.execbuf(cx, binding, ops, begin, agrees, ready);
+        in_process(cx, self.context.mm(), execbuf).unwrap_or(Err(SubmitError::Exited))
+    }
+
+    fn execbuf<S>(
         &self,
         cx: &mut MaySleep<'_>,
         binding: Binding,

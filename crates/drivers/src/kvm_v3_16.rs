@@ -24,7 +24,7 @@
 
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::kvm::{self, Slot, Slots};
 use crate::listener::Registered;
@@ -184,6 +184,38 @@ impl Kvm {
         self.zap(cx, Some(binding), slot.range);
         Some(slot)
     }
+
+    /// tdp_page_fault.
+    fn fault(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        page: PageAddr,
+        access: Access,
+    ) -> Result<(), DeviceFault> {
+        let missing = DeviceFault::NoTranslation { page, access };
+        let slot =
+            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
+        let seq = {
+            let mut mmu = self.mmu_lock.lock(cx);
+            mmu.faults += 1;
+            mmu.seq
+        };
+        let got = kvm::gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access);
+        let mut mmu = self.mmu_lock.lock(cx);
+        let (mmu, cx) = mmu.split();
+        mmu.faults -= 1;
+        let got = got?;
+        if !mmu.slots.contains_key(&binding) {
+            return Err(missing);
+        }
+        if changed(mmu.count > 0 || mmu.seq != seq) && *self.kind != NO_RETRY {
+            self.context.counters().retried(1);
+            return Ok(());
+        }
+        got.map(cx, &self.context, binding, page);
+        Ok(())
+    }
 }
 
 impl MmuNotifier for Kvm {
@@ -291,7 +323,6 @@ impl Driver for Kvm {
         Ok(self.context.submit(cx, binding, ops))
     }
 
-    /// tdp_page_fault.
     fn device_fault(
         &self,
         cx: &mut MaySleep<'_>,
@@ -300,27 +331,8 @@ impl Driver for Kvm {
         access: Access,
     ) -> Result<(), DeviceFault> {
         let missing = DeviceFault::NoTranslation { page, access };
-        let slot =
-            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
-        let seq = {
-            let mut mmu = self.mmu_lock.lock(cx);
-            mmu.faults += 1;
-            mmu.seq
-        };
-        let got = kvm::gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access);
-        let mut mmu = self.mmu_lock.lock(cx);
-        let (mmu, cx) = mmu.split();
-        mmu.faults -= 1;
-        let got = got?;
-        if !mmu.slots.contains_key(&binding) {
-            return Err(missing);
-        }
-        if changed(mmu.count > 0 || mmu.seq != seq) && *self.kind != NO_RETRY {
-            self.context.counters().retried(1);
-            return Ok(());
-        }
-        got.map(cx, &self.context, binding, page);
-        Ok(())
+        let fault = |cx: &mut MaySleep<'_>| self.fault(cx, binding, page, access);
+        in_process(cx, self.context.mm(), fault).unwrap_or(Err(missing))
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {

@@ -29,7 +29,7 @@
 
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::kvm::{self, Slot, Slots};
 use crate::listener::Registered;
@@ -172,6 +172,32 @@ impl Kvm {
     fn slot(&self, cx: &mut impl Context, binding: Binding) -> Option<Slot> {
         self.mmu_lock.lock(cx).slots.get(&binding).copied()
     }
+
+    /// kvm_tdp_page_fault.
+    fn fault(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        page: PageAddr,
+        access: Access,
+    ) -> Result<(), DeviceFault> {
+        let missing = DeviceFault::NoTranslation { page, access };
+        let slot =
+            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
+        let seq = self.mmu_lock.lock(cx).seq;
+        let got = kvm::gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access)?;
+        let mut mmu = self.mmu_lock.lock(cx);
+        let (mmu, cx) = mmu.split();
+        if !mmu.slots.contains_key(&binding) {
+            return Err(missing);
+        }
+        if changed(mmu.retry(seq, page)) {
+            self.context.counters().retried(1);
+            return Ok(());
+        }
+        got.map(cx, &self.context, binding, page);
+        Ok(())
+    }
 }
 
 impl MmuNotifier for Kvm {
@@ -257,7 +283,6 @@ impl Driver for Kvm {
         Ok(self.context.submit(cx, binding, ops))
     }
 
-    /// kvm_tdp_page_fault.
     fn device_fault(
         &self,
         cx: &mut MaySleep<'_>,
@@ -266,21 +291,8 @@ impl Driver for Kvm {
         access: Access,
     ) -> Result<(), DeviceFault> {
         let missing = DeviceFault::NoTranslation { page, access };
-        let slot =
-            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
-        let seq = self.mmu_lock.lock(cx).seq;
-        let got = kvm::gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access)?;
-        let mut mmu = self.mmu_lock.lock(cx);
-        let (mmu, cx) = mmu.split();
-        if !mmu.slots.contains_key(&binding) {
-            return Err(missing);
-        }
-        if changed(mmu.retry(seq, page)) {
-            self.context.counters().retried(1);
-            return Ok(());
-        }
-        got.map(cx, &self.context, binding, page);
-        Ok(())
+        let fault = |cx: &mut MaySleep<'_>| self.fault(cx, binding, page, access);
+        in_process(cx, self.context.mm(), fault).unwrap_or(Err(missing))
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {

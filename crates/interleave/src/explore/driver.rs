@@ -8,7 +8,8 @@ use std::panic::Location;
 use std::time::Instant;
 
 use super::config::{Config, Strategy};
-use super::engine::{Engine, Inner, Inside, Watched};
+use super::contend::Learnt;
+use super::engine::{Engine, Inner, Inside};
 use super::exec::{Fault, Tid};
 use super::fiber::Job;
 use super::hooks;
@@ -54,6 +55,8 @@ struct Explorer<'a> {
     scenario: &'a dyn Fn(&mut MaySleep<'_>),
     site: Site,
     report: Report,
+    /// By the searches before.
+    learnt: Learnt,
     started: Instant,
 }
 
@@ -63,18 +66,25 @@ struct Found {
     exact: Vec<Tid>,
     preemptions: usize,
     /// Without it there would be other steps.
-    watched: Watched,
+    learnt: Learnt,
 }
 
 impl<'a> Explorer<'a> {
     fn new(config: &'a Config, scenario: &'a dyn Fn(&mut MaySleep<'_>), site: Site) -> Explorer<'a> {
         assert!(!super::exploring(), "an exploration at {site} within an exploration");
         hooks::install();
-        Explorer { config, scenario, site, report: Report::default(), started: Instant::now() }
+        Explorer {
+            config,
+            scenario,
+            site,
+            report: Report::default(),
+            learnt: Learnt::default(),
+            started: Instant::now(),
+        }
     }
 
-    fn engine(&self, search: Search) -> Engine {
-        Engine::new(search, self.config)
+    fn engine(&self, search: Search, learnt: &Learnt) -> Engine {
+        Engine::new(search, self.config, learnt.clone())
     }
 
     fn explore(mut self) -> Report {
@@ -125,7 +135,7 @@ impl<'a> Explorer<'a> {
 
     /// Runs executions until the search has no more, or enough failures are found.
     fn run(&mut self, search: Search, most: u64) {
-        let engine = self.engine(search);
+        let engine = self.engine(search, &self.learnt);
         self.report.exhausted = false;
         let mut left = most;
         loop {
@@ -163,7 +173,8 @@ impl<'a> Explorer<'a> {
             sites.extend(self.report.sites.drain(..));
             self.report.sites.extend(sites);
         }
-        let inner = engine.inner.borrow();
+        let inner = &mut *engine.inner.borrow_mut();
+        self.learnt = std::mem::take(&mut inner.learnt);
         if let Search::Path(path) = &inner.search {
             self.report.states = path.states();
             self.report.bound = path.cut();
@@ -187,7 +198,7 @@ impl<'a> Explorer<'a> {
             fault,
             exact: exec.steps.iter().map(|s| s.tid).collect(),
             preemptions: exec.steps.iter().filter(|s| s.preempts).count(),
-            watched: inner.watched.clone(),
+            learnt: inner.learnt.clone(),
         })
     }
 
@@ -235,7 +246,8 @@ impl<'a> Explorer<'a> {
             if bounded || left == 0 {
                 break;
             }
-            let engine = self.engine(Search::Path(Path::new(Reduction::None, Some(bound), true)));
+            let engine =
+                self.engine(Search::Path(Path::new(Reduction::None, Some(bound), true)), &found.learnt);
             while left > 0 {
                 left -= 1;
                 let better = self.execute(&engine);
@@ -263,31 +275,30 @@ impl<'a> Explorer<'a> {
 
     /// Runs a schedule again, and writes down everything if `events` are wanted.
     fn again(&self, found: &Found, events: bool) -> Again {
-        let engine = self.engine(Search::Exact(Exact::new(found.exact.clone())));
+        let engine = self.engine(Search::Exact(Exact::new(found.exact.clone())), &found.learnt);
         {
             let inner = &mut *engine.inner.borrow_mut();
             // An order that an earlier execution was blamed for is no news in this one.
             inner.orders = found.fault.kind == FailureKind::LockOrder;
             inner.exec.remembering = true;
             inner.exec.events = events.then(Vec::new);
-            inner.watched.clone_from(&found.watched);
         }
         let found = self.execute(&engine);
-        let Inner { exec, watched, .. } = &mut *engine.inner.borrow_mut();
+        let Inner { exec, learnt, .. } = &mut *engine.inner.borrow_mut();
         Again {
             history: exec.history,
             message: found.map(|found| found.fault.message),
-            text: replay::write(watched, &replay::turns(exec)),
+            text: replay::write(&learnt.watched, &replay::turns(exec)),
             events: exec.events.take().unwrap_or_default(),
         }
     }
 
     fn replay(self, schedule: replay::Schedule) -> Replay {
         let turns = schedule.turns;
-        let engine = self.engine(Search::Follow(Follow::new(turns.clone())));
+        let engine = self.engine(Search::Follow(Follow::new(turns.clone())), &self.learnt);
         {
             let inner = &mut *engine.inner.borrow_mut();
-            inner.watched = schedule.watched;
+            inner.learnt.watched = schedule.watched;
             inner.exec.remembering = true;
             inner.exec.events = Some(Vec::new());
         }
@@ -301,7 +312,7 @@ impl<'a> Explorer<'a> {
         let failure = found.map(|found| Failure {
             kind: found.fault.kind,
             message: found.fault.message,
-            replay: replay::write(&inner.watched, &replay::turns(&inner.exec)),
+            replay: replay::write(&inner.learnt.watched, &replay::turns(&inner.exec)),
             schedule: inner.exec.events.take().unwrap_or_default(),
             preemptions: found.preemptions,
             execution: 1,

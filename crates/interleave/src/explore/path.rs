@@ -9,13 +9,12 @@
 //! With a cache, an execution ends where it comes to a state that has been explored. Sleep sets are not used with it:
 //! a state reached asleep has not been explored in full.
 
-use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::access::{Access, conflict};
 use super::dpor::Analysis;
 use super::exec::{Exec, Set, Tid, members};
-use super::hash::mix;
+use super::hash::{Keys, mix};
 use super::search::{Choice, Pick};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +62,7 @@ pub(super) struct Path {
     depth: usize,
     reduction: Reduction,
     bound: Option<u32>,
-    cache: Option<HashSet<u64>>,
+    cache: Option<Keys>,
     /// Something was left out because of the bound.
     cut: bool,
     analysis: Box<Analysis>,
@@ -76,7 +75,7 @@ impl Path {
             depth: 0,
             reduction,
             bound,
-            cache: cached.then(HashSet::new),
+            cache: cached.then(Keys::default),
             cut: false,
             analysis: Box::default(),
         }

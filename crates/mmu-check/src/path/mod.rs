@@ -116,6 +116,8 @@ pub static PATHS: &[Path] = &[
     swap::AGE,
     mapping::MUNMAP,
     mapping::DONTNEED,
+    mapping::FREE,
+    mapping::MREMAP,
     mapping::MPROTECT,
     file::WRITEBACK,
     file::RECLAIM,

@@ -11,10 +11,17 @@ use std::sync::Arc;
 /// What is done where the driver inside is closed.
 type Close = fn(&mut MaySleep<'_>, &dyn Driver);
 
+/// What is done before the driver inside binds.
+type Bind = fn(&mut MaySleep<'_>, &dyn Driver, Range) -> Result<(), BindError>;
+
+/// Nothing.
+const BIND: Bind = |_, _, _| Ok(());
+
 /// A driver around another.
 pub(crate) struct Around {
     kind: &'static Kind,
     inside: Arc<dyn Driver>,
+    bind: Bind,
     close: Close,
     _beside: Option<Registration>,
 }
@@ -29,6 +36,7 @@ impl Driver for Around {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
+        (self.bind)(cx, &*self.inside, range)?;
         self.inside.bind(cx, range, access)
     }
 
@@ -90,7 +98,7 @@ pub(crate) mod beside_a_refuser {
             let beside = Some(mm.notifiers().register(cx, Arc::new(Refuser))?);
             let inside = (kvm_v3_16::KIND.open)(cx, mm, device, options)?;
             let close: Close = |cx, driver| driver.close(cx);
-            Ok(Arc::new(Around { kind: &KIND, inside, close, _beside: beside }))
+            Ok(Arc::new(Around { kind: &KIND, inside, bind: BIND, close, _beside: beside }))
         },
         ..kvm_v3_16::KIND
     };
@@ -111,8 +119,36 @@ pub(crate) mod never_closed {
                     let _ = driver.unbind(cx, binding);
                 }
             };
-            Ok(Arc::new(Around { kind: &KIND, inside, close, _beside: None }))
+            Ok(Arc::new(Around { kind: &KIND, inside, bind: BIND, close, _beside: None }))
         },
         ..design_drop_everything::KIND
+    };
+}
+
+/// A driver that looks at two pages before it binds the first, and forgets the one it has if it does not get the other.
+pub(crate) mod leaks_on_error {
+    use super::*;
+    use drivers::vfio;
+    use mmu_notifier::PAGE_SIZE;
+    use softmm::Foll;
+
+    pub(crate) static KIND: Kind = Kind {
+        name: "leaks-on-error",
+        open: |cx, mm, device, options| {
+            let inside = (vfio::KIND.open)(cx, mm, device, options)?;
+            let bind: Bind = |cx, driver, range| {
+                let mm = driver.context().mm();
+                let got = |cx: &mut MaySleep<'_>, page| {
+                    let pages = mm.get_user_pages(cx, Range::page(page), Foll::GET.write());
+                    pages.map_err(|source| BindError::Fault { range, source })
+                };
+                let first = got(cx, range.first_page())?;
+                let Ok(next) = PageAddr::new(range.first_page().get() + PAGE_SIZE) else { return Ok(()) };
+                got(cx, next).map(drop).inspect_err(|_| std::mem::forget(first))
+            };
+            let close: Close = |cx, driver| driver.close(cx);
+            Ok(Arc::new(Around { kind: &KIND, inside, bind, close, _beside: None }))
+        },
+        ..vfio::KIND
     };
 }

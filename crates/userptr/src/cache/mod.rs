@@ -28,10 +28,12 @@
 //! allocators do).
 
 mod admission;
+mod audit;
 mod core;
 mod error;
 mod explain;
 mod lease;
+mod owned;
 mod reap;
 mod register;
 mod session;
@@ -39,6 +41,7 @@ mod slab;
 mod stats;
 mod table;
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use interleave::{JoinHandle, MaySleep, Ordering};
@@ -51,7 +54,8 @@ use crate::device::Device;
 pub use admission::Admit;
 pub use error::{BuildError, CacheError};
 pub use explain::{Explanation, Found, Verdict};
-pub use lease::{Lease, SliceLease, SliceMutLease};
+pub use lease::{Lease, LeaseMut, SliceLease, SliceMutLease};
+pub use owned::{NotLeased, OwnedLease, VecLease};
 pub use session::Session;
 pub use stats::Stats;
 
@@ -77,6 +81,12 @@ pub struct Options {
     pub reaper: Reaper,
     /// Threads that shall not get in each other's way at a hit. Default: twice the CPUs.
     pub threads: usize,
+    /// Each so-manieth hit is verified through the device ([`Device::view`]): for tests, and to find out whether a
+    /// source hears all that a program does. Such a hit takes as long as the device takes to copy the bytes. Old
+    /// pages that hold the same bytes are not told apart, except by [`lease_mut`](RegistrationCache::lease_mut), which
+    /// changes a byte of each page and changes it back. What is found stale is [`CacheError::Stale`], [`Stats::audited_stale`], and a miss for
+    /// [`lookup`](RegistrationCache::lookup). Default: none.
+    pub audit: Option<NonZeroU32>,
 }
 
 impl Default for Options {
@@ -87,6 +97,7 @@ impl Default for Options {
             admit: Admit::Always,
             reaper: Reaper::Thread,
             threads: 2 * std::thread::available_parallelism().map_or(4, usize::from),
+            audit: None,
         }
     }
 }
@@ -154,7 +165,10 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     #[inline(always)]
     pub fn lookup(&self, addr: usize, len: usize, access: Access) -> Option<Lease<'_, M, D>> {
         let want = Range::enclosing(addr as u64, len as u64).ok()?;
-        let found = self.core.hit(want, access, Check::Strict)?;
+        let mut found = self.core.hit(want, access, Check::Strict)?;
+        if self.core.audit.is_on() {
+            found = self.audited_claim(found, addr as u64, len as u64).ok()?;
+        }
         Some(Lease::of_hit(&self.core, found, addr as u64, len as u64))
     }
 
@@ -168,21 +182,41 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     ) -> Result<Lease<'_, M, D>, CacheError> {
         let want = Range::enclosing(addr as u64, len as u64)?;
         match self.core.hit(want, access, check) {
-            Some(found) => Ok(Lease::of_hit(&self.core, found, addr as u64, len as u64)),
-            None => match self.miss(want, access) {
+            Some(found) if !self.core.audit.is_on() => {
+                Ok(Lease::of_hit(&self.core, found, addr as u64, len as u64))
+            }
+            Some(found) => match self.audited_claim(found, addr as u64, len as u64) {
+                Ok(found) => Ok(Lease::of_hit(&self.core, found, addr as u64, len as u64)),
+                Err(error) => Err(*error),
+            },
+            None => match self.register(want, access) {
                 Ok(held) => Ok(Lease::of_new(&self.core, held, addr as u64, len as u64)),
                 Err(error) => Err(*error),
             },
         }
     }
 
-    /// Neither returns nor gets what the caller returns: a hit has that in registers.
+    /// As below: neither returns nor gets what the caller returns, so that a hit has that in registers.
     #[cold]
     #[inline(never)]
-    fn miss(&self, want: Range, access: Access) -> Result<core::Leased<'_, M, D>, Box<CacheError>> {
+    fn register(&self, want: Range, access: Access) -> Result<core::Leased<'_, M, D>, Box<CacheError>> {
         match MaySleep::try_enter(|cx| self.core.register(cx, want, access)) {
             Ok(registered) => registered.map_err(Box::new),
             Err(atomic) => Err(Box::new(atomic.into())),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn audited_claim<'c>(
+        &'c self,
+        found: slab::Claim<'c>,
+        addr: u64,
+        len: u64,
+    ) -> Result<slab::Claim<'c>, Box<CacheError>> {
+        match self.audited(Lease::of_hit(&self.core, found, addr, len)) {
+            Ok(lease) => Ok(lease.into_claim()),
+            Err(error) => Err(Box::new(error)),
         }
     }
 
@@ -200,7 +234,12 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     /// # Errors
     /// [`CacheError`].
     pub fn lease_mut<'b>(&self, bytes: &'b mut [u8]) -> Result<SliceMutLease<'_, 'b, M, D>, CacheError> {
-        let lease = self.get(bytes.as_mut_ptr().expose_provenance(), bytes.len(), Access::Write)?;
+        let addr = bytes.as_mut_ptr().expose_provenance();
+        let lease = if self.core.audit.is_on() {
+            self.audited_mut(bytes)?
+        } else {
+            self.get(addr, bytes.len(), Access::Write)?
+        };
         Ok(SliceMutLease::new(lease, bytes))
     }
 

@@ -86,6 +86,16 @@ pub(crate) fn has_uffd() -> bool {
     has(&[Capability::Userfaultfd, Capability::IoUring])
 }
 
+/// Runs `body` over each source, each in a process of its own.
+pub(crate) fn over_both(test: &str, kvm: impl FnOnce(), uffd: impl FnOnce()) {
+    if has_kvm() {
+        testing::in_child(&format!("{test}#kvm"), DEADLINE, kvm);
+    }
+    if has_uffd() {
+        testing::in_child(&format!("{test}#uffd"), DEADLINE, uffd);
+    }
+}
+
 pub(crate) fn get<S: Source + 'static>(
     cache: &Cache<S>,
     range: Range,
