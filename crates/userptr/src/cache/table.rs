@@ -14,7 +14,7 @@
 //! and an index plus one; between a word and the place that its hash asks for, no word is 0.
 
 use interleave::{AtomicU64, AtomicWords, Here, Ordering};
-use mmu_notifier::{PAGE_SHIFT, Range};
+use mmu_notifier::{PAGE_SHIFT, PAGE_SIZE, Range};
 
 /// 4^18 pages are all of user space.
 const LEVELS: usize = 19;
@@ -93,8 +93,12 @@ impl Table {
     /// The first of the [candidates](Self::candidates), which mostly is the one.
     #[inline(always)]
     pub(crate) fn candidate(&self, here: Here, range: Range) -> Option<u32> {
-        let first = level(range);
-        let mut levels = self.levels.load_here(here, Ordering::Acquire) >> first << first;
+        let mut levels = self.levels.load_here(here, Ordering::Acquire);
+        // What contains a page may be on any.
+        if range.len() > PAGE_SIZE {
+            let first = level(range);
+            levels = levels >> first << first;
+        }
         while levels != 0 {
             let level = levels.trailing_zeros();
             levels &= levels - 1;
@@ -272,6 +276,8 @@ mod tests {
                     table.insert(&mut levels, range, index);
                 }
                 let want = pages(want.0, want.1);
+                let first = table.candidates(Here::ask(), want).next();
+                prop_assert_eq!(table.candidate(Here::ask(), want), first);
                 for (index, range) in model.iter().filter(|(_, range)| range.contains(want)) {
                     prop_assert!(table.candidates(Here::ask(), want).any(|i| i == *index), "{want} in {range}");
                 }
