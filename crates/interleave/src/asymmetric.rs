@@ -22,7 +22,9 @@ use rustix::thread::{MembarrierCommand, membarrier};
 
 use crate::world;
 
-/// See the [module](self). All that want to meet use one of them.
+/// A fence that costs one side nothing and the other a system call: a store before [`light`](Self::light) and a load after
+/// it, against a store before [`heavy`](Self::heavy) and a load after it, and one of the two loads sees the other's store.
+/// All that want to meet use one of them.
 #[derive(Debug)]
 pub struct AsymmetricFence {
     /// Registered, so that it will not be refused for want of that.
