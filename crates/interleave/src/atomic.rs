@@ -14,6 +14,7 @@ use std::sync::atomic as plain;
 pub use std::sync::atomic::Ordering;
 
 use crate::birth::{Birth, ObjectKind};
+use crate::here::Here;
 use crate::lockdep::Site;
 use crate::world::{self, OpKind, World};
 
@@ -116,6 +117,28 @@ macro_rules! atomic {
                     return self.value.load(order);
                 }
                 self.access(OpKind::Load, |v| v.load(order))
+            }
+
+            /// As [`load`](Self::load), of a path that has asked where it is.
+            #[track_caller]
+            #[inline(always)]
+            pub fn load_here(&self, here: Here, order: Ordering) -> $value {
+                if here.is_plain() {
+                    debug_assert!(self.birth.is_plain(), "an object born under exploration is used outside it");
+                    return self.value.load(order);
+                }
+                self.load(order)
+            }
+
+            /// As [`store`](Self::store), of a path that has asked where it is.
+            #[track_caller]
+            #[inline(always)]
+            pub fn store_here(&self, here: Here, value: $value, order: Ordering) {
+                if here.is_plain() {
+                    debug_assert!(self.birth.is_plain(), "an object born under exploration is used outside it");
+                    return self.value.store(value, order);
+                }
+                self.store(value, order);
             }
 
             /// Sets its value.

@@ -10,6 +10,7 @@ use std::sync::atomic as plain;
 use crate::atomic::{Ordering, explored};
 use crate::birth::{Birth, ObjectKind};
 use crate::digest::mix;
+use crate::here::Here;
 use crate::world::OpKind;
 
 /// Words of a cache line.
@@ -57,7 +58,38 @@ impl AtomicWords {
     #[inline(always)]
     pub fn word(&self, index: usize) -> AtomicWord<'_> {
         assert!(index < self.len);
-        AtomicWord { all: self, index, word: &self.lines[index / LINE].0[index % LINE] }
+        // SAFETY: `new` made as many lines as `len` words need, one after the other, and none is ever taken away.
+        let word = unsafe { &*self.lines.as_ptr().cast::<plain::AtomicU64>().add(index) };
+        AtomicWord { all: self, word }
+    }
+
+    /// The eight from `8 * n` on.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    #[inline(always)]
+    pub fn line(&self, n: usize) -> AtomicLine<'_> {
+        assert!(n < self.len / LINE);
+        // SAFETY: `new` made as many lines as `len` words need, and none is ever taken away.
+        AtomicLine { all: self, line: unsafe { self.lines.get_unchecked(n) } }
+    }
+}
+
+/// Eight of [`AtomicWords`] that are a cache line.
+#[derive(Clone, Copy)]
+pub struct AtomicLine<'a> {
+    all: &'a AtomicWords,
+    line: &'a Line,
+}
+
+impl<'a> AtomicLine<'a> {
+    /// One of them.
+    ///
+    /// # Panics
+    /// If `n` is not below eight.
+    #[inline(always)]
+    pub fn word(self, n: usize) -> AtomicWord<'a> {
+        AtomicWord { all: self.all, word: &self.line.0[n] }
     }
 }
 
@@ -65,7 +97,6 @@ impl AtomicWords {
 #[derive(Clone, Copy)]
 pub struct AtomicWord<'a> {
     all: &'a AtomicWords,
-    index: usize,
     word: &'a plain::AtomicU64,
 }
 
@@ -94,8 +125,10 @@ impl AtomicWord<'_> {
         explored(world, self.all.birth, kind, site, counted, told)
     }
 
+    /// What a word that has `value` contributes to the hash of all.
     fn part(self, value: u64) -> u64 {
-        mix(self.index as u64, value)
+        let bytes = std::ptr::from_ref(self.word).addr() - self.all.lines.as_ptr().addr();
+        mix((bytes / size_of::<u64>()) as u64, value)
     }
 
     /// Its value.
@@ -106,6 +139,28 @@ impl AtomicWord<'_> {
             return self.word.load(order);
         }
         self.access(OpKind::Load, |word| word.load(order))
+    }
+
+    /// As [`load`](Self::load), of a path that has asked where it is.
+    #[track_caller]
+    #[inline(always)]
+    pub fn load_here(self, here: Here, order: Ordering) -> u64 {
+        if here.is_plain() {
+            debug_assert!(self.all.birth.is_plain(), "an object born under exploration is used outside it");
+            return self.word.load(order);
+        }
+        self.load(order)
+    }
+
+    /// As [`store`](Self::store), of a path that has asked where it is.
+    #[track_caller]
+    #[inline(always)]
+    pub fn store_here(self, here: Here, value: u64, order: Ordering) {
+        if here.is_plain() {
+            debug_assert!(self.all.birth.is_plain(), "an object born under exploration is used outside it");
+            return self.word.store(value, order);
+        }
+        self.store(value, order);
     }
 
     /// Sets its value.

@@ -32,6 +32,7 @@
 //! | [`WaitQueue`] | wait: [`MaySleep`]; wake: any, without a token | `const_new`, plain only |
 //! | [`OnceCell`] | init: [`MaySleep`]; get: any, without a token | `const_new`, plain only |
 //! | atomics, [`fence`] | any, without a token | `const_new`, plain only |
+//! | [`AsymmetricFence`] | any, without a token | no: it asks the system when it is made |
 //! | [`AtomicWords`] | any, without a token | no: their number is chosen at run time |
 //! | [`RefCount`] | any, without a token | no: it counts the references to an object that goes |
 //! | [`LockMap`] | any | `new`; every world |
@@ -62,6 +63,7 @@
     reason = "this crate is what the others use instead of the standard locks, atomics and threads"
 )]
 
+mod asymmetric;
 pub mod atomic;
 mod atomic_words;
 mod birth;
@@ -69,6 +71,7 @@ mod class;
 mod context;
 mod digest;
 pub mod explore;
+mod here;
 mod lock_map;
 pub mod lockdep;
 mod mutex;
@@ -87,14 +90,16 @@ mod wait_list;
 mod wait_queue;
 mod world;
 
+pub use asymmetric::{AsymmetricFence, NoBarrier};
 pub use atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
-pub use atomic_words::{AtomicWord, AtomicWords};
+pub use atomic_words::{AtomicLine, AtomicWord, AtomicWords};
 pub use class::{LockClass, MAX_SUBCLASSES};
 pub use context::{
     Atomic, AtomicContext, Context, MaySleep, NonBlock, PageContext, Sleep,
     forge_may_sleep_against_the_rules, might_sleep, preempt_disable,
 };
 pub use digest::{Digest, mix};
+pub use here::Here;
 pub use lock_map::{LockMap, LockMapGuard};
 pub use mutex::{Mutex, MutexGuard};
 pub use once::OnceCell;

@@ -252,9 +252,9 @@ pub trait PrimaryMmu: Send + Sync {
         None
     }
 
-    /// A number that has grown when `range` has changed, where a few loads can tell: while it is what
-    /// [`Subscription::count_at`] says of a subscription to this very range, `read_retry` is false. `None` as for `era`.
-    fn count_in(&self, _range: Range) -> Option<u64> {
+    /// What is counted now where [`Count::key`] says, of a [`Count`] that a subscription of this mm gave: while it is what
+    /// the count says, the subscription's `read_retry` is false. A load or two. `None` as for `era`.
+    fn count(&self, _key: u64) -> Option<u64> {
         None
     }
 
@@ -262,6 +262,15 @@ pub trait PrimaryMmu: Send + Sync {
     fn era_ordered(&self) -> Option<u64> {
         self.era()
     }
+}
+
+/// What is counted of a range: see [`Subscription::count_at`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Count {
+    /// Where it is counted, for [`PrimaryMmu::count`]. Never `u64::MAX`.
+    pub key: u64,
+    /// What it is while nothing changes.
+    pub value: u64,
 }
 
 /// One range that is listened to. Dropping it unsubscribes without waiting for a callback that runs.
@@ -283,8 +292,9 @@ pub trait Subscription: Send + Sync {
     /// a load or two.
     fn read_retry(&self, seq: Self::Seq) -> bool;
 
-    /// What [`PrimaryMmu::count_in`] answers about the range while nothing has changed since `seq`, if it counts.
-    fn count_at(&self, _seq: Self::Seq) -> Option<u64> {
+    /// What is counted of the range, and nearly nothing else, while nothing in it has changed since `seq`. `None` where
+    /// that is not counted, or not in a load or two.
+    fn count_at(&self, _seq: Self::Seq) -> Option<Count> {
         None
     }
 

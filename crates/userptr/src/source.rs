@@ -12,7 +12,7 @@ use hostmm::kvm::{self, KvmSource};
 use hostmm::page::{Maps, PageError, PidOrSelf};
 use hostmm::primary::{HostError, HostMm, KvmWatch, LiveWatch, Source};
 use hostmm::uffd::{self, UffdSource};
-use mmu_notifier::primary::{After, Gone, Invalidate, SubscribeError, Unheard};
+use mmu_notifier::primary::{After, Count, Gone, Invalidate, SubscribeError, Unheard};
 use mmu_notifier::{InsideInvalidation, Range};
 
 /// Bytes of the ring that the callbacks of the kvm source are fed from.
@@ -187,9 +187,9 @@ impl Source for AnySource {
     }
 
     #[inline]
-    fn count_in(&self, range: Range) -> Option<u64> {
+    fn count(&self, key: u64) -> Option<u64> {
         match self {
-            AnySource::Kvm(source) => Source::count_in(source, range),
+            AnySource::Kvm(source) => Source::count(source, key),
             AnySource::Uffd(_) | AnySource::None { .. } => None,
         }
     }
@@ -239,7 +239,7 @@ impl LiveWatch for AnyWatch {
         }
     }
 
-    fn count_at(&self, seq: AnySeq) -> Option<u64> {
+    fn count_at(&self, seq: AnySeq) -> Option<Count> {
         match (self, seq) {
             (AnyWatch::Kvm(watch), AnySeq::Kvm(seq)) => LiveWatch::count_at(watch, seq),
             _ => None,

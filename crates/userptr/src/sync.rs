@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What the lease slots are made of. Apart, so that tests/loom.rs can put loom's in their place.
 
-pub(crate) use interleave::{AtomicU64, AtomicWord, AtomicWords, Ordering};
+pub(crate) use interleave::{
+    AsymmetricFence, AtomicLine, AtomicU64, AtomicWord, AtomicWords, Here, NoBarrier, Ordering,
+};
+
+/// Lease slots of one thread: with a count beside them, a pair of cache lines. Loom has fewer.
+pub(crate) const SLOTS: usize = 7;
 
 /// A cell whose users keep the rules of sharing themselves.
 pub(crate) struct Cell<T>(std::cell::UnsafeCell<T>);

@@ -6,7 +6,8 @@
 use std::sync::Arc;
 
 use loom::thread;
-use slab::{Phase, Slab};
+use slab::{Phase, Slab, State, USERS};
+use sync::{Here, Ordering, SLOTS};
 
 #[allow(dead_code, reason = "the cache uses more of it")]
 #[path = "../src/cache/slab.rs"]
@@ -42,6 +43,14 @@ mod sync {
             sc(order);
         }
 
+        pub(crate) fn load_here(&self, _: Here, order: Ordering) -> u64 {
+            self.load(order)
+        }
+
+        pub(crate) fn store_here(&self, _: Here, value: u64, order: Ordering) {
+            self.store(value, order);
+        }
+
         pub(crate) fn fetch_add(&self, value: u64, order: Ordering) -> u64 {
             let before = self.0.fetch_add(value, order);
             sc(order);
@@ -67,17 +76,76 @@ mod sync {
         }
     }
 
+    /// The slots of threads are given out by number, which loom's threads take from here.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Here;
+
+    loom::thread_local! {
+        static NUMBER: std::cell::Cell<usize> = std::cell::Cell::new(usize::MAX);
+    }
+
+    impl Here {
+        pub(crate) fn ask() -> Here {
+            Here
+        }
+
+        pub(crate) fn set_thread(number: usize) {
+            NUMBER.with(|n| n.set(number));
+        }
+
+        pub(crate) fn known_thread(self) -> usize {
+            NUMBER.with(std::cell::Cell::get)
+        }
+
+        pub(crate) fn thread(self) -> Option<usize> {
+            Some(self.known_thread()).filter(|number| *number != usize::MAX)
+        }
+    }
+
+    /// What both sides are promised, said with a full fence on each: membarrier is that for all threads at once.
+    pub(crate) struct AsymmetricFence;
+
+    #[derive(Debug)]
+    pub(crate) struct NoBarrier;
+
+    impl AsymmetricFence {
+        pub(crate) fn new() -> AsymmetricFence {
+            AsymmetricFence
+        }
+
+        pub(crate) fn light(&self) {
+            fence(Ordering::SeqCst);
+        }
+
+        pub(crate) fn heavy(&self) -> Result<(), NoBarrier> {
+            fence(Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    pub(crate) const SLOTS: usize = 2;
+
     pub(crate) struct AtomicWords(Vec<AtomicU64>);
 
     pub(crate) type AtomicWord<'a> = &'a AtomicU64;
+
+    /// Eight of them.
+    #[derive(Clone, Copy)]
+    pub(crate) struct AtomicLine<'a>(&'a [AtomicU64]);
+
+    impl<'a> AtomicLine<'a> {
+        pub(crate) fn word(self, n: usize) -> AtomicWord<'a> {
+            &self.0[n]
+        }
+    }
 
     impl AtomicWords {
         pub(crate) fn new(count: usize, value: u64) -> AtomicWords {
             AtomicWords((0..count).map(|_| AtomicU64::new(value)).collect())
         }
 
-        pub(crate) fn word(&self, index: usize) -> AtomicWord<'_> {
-            &self.0[index]
+        pub(crate) fn line(&self, n: usize) -> AtomicLine<'_> {
+            AtomicLine(&self.0[8 * n..][..8])
         }
     }
 
@@ -100,56 +168,75 @@ mod sync {
 
 type Bodies = Slab<Arc<u64>>;
 
-/// One live entry with a body that holds 7.
-fn one() -> Arc<Bodies> {
-    let slab = Arc::new(Slab::new(1, 1));
-    slab.build(0);
-    slab.publish(0, Arc::new(7), 0);
+/// One live entry with a body that holds 7, whose range a lookup reads beside it, and slots for so many threads.
+fn one(threads: usize) -> Arc<Bodies> {
+    let slab = Arc::new(Slab::new(1, threads));
+    bring_up(&slab, 7);
     slab
 }
 
-/// Reads the body if the entry is alive, as a lookup does.
+fn bring_up(slab: &Bodies, body: u64) {
+    slab.build(0);
+    slab.line(0).word(USERS).store(body, Ordering::Release);
+    slab.publish(0, Arc::new(body), 0);
+}
+
+/// Reads the body if the entry is alive, as a lookup does, and finds the words of the same life.
 fn read(slab: &Bodies) -> Option<u64> {
-    let state = slab.state(0);
-    let held = state.is_live().then(|| slab.lease(0, state, 0))??;
-    Some(**held.body())
+    let (here, line) = (Here::ask(), slab.line(0));
+    let state = State::of(here, line);
+    let word = line.word(USERS).load_here(here, Ordering::Acquire);
+    let claim = state.is_live().then(|| slab.claim(here, 0, line, state))??;
+    let body = **slab.body(&claim);
+    assert_eq!(word, body, "the words are another life's");
+    slab.end(here, claim);
+    Some(body)
 }
 
 /// As who finds it dead: takes it apart when it can.
 fn take(slab: &Bodies) -> bool {
-    let Some(body) = slab.take(0) else { return false };
+    let mut dead = vec![0];
     // Loom's cell reports whoever reads the body beside this.
-    drop(body);
-    slab.free(0);
-    true
+    slab.take(&mut dead, |_, body| drop(body)).expect("there is a fence");
+    if dead.is_empty() {
+        slab.free(0);
+    }
+    dead.is_empty()
 }
 
 #[test]
 fn a_leased_body_is_not_taken_apart() {
-    loom::model(|| {
-        let slab = one();
-        let reader = {
-            let slab = Arc::clone(&slab);
-            thread::spawn(move || assert!(matches!(read(&slab), None | Some(7))))
-        };
-        let state = slab.state(0);
-        assert!(slab.kill(0, state));
-        let taken = take(&slab);
-        reader.join().expect("it does not panic");
-        assert!(taken || take(&slab), "the lease has ended");
-    });
+    // With slots of its own, and without.
+    for threads in [1, 0] {
+        loom::model(move || {
+            let slab = one(threads);
+            let reader = {
+                let slab = Arc::clone(&slab);
+                thread::spawn(move || {
+                    Here::set_thread(0);
+                    assert!(matches!(read(&slab), None | Some(7)));
+                })
+            };
+            let state = slab.state(0);
+            assert!(slab.kill(0, state));
+            let taken = take(&slab);
+            reader.join().expect("it does not panic");
+            assert!(taken || take(&slab), "the lease has ended");
+        });
+    }
 }
 
 #[test]
 fn an_entry_that_is_used_again_is_another() {
     loom::model(|| {
-        let slab = one();
+        let slab = one(1);
         let old = slab.state(0);
         let reader = {
             let slab = Arc::clone(&slab);
             thread::spawn(move || {
+                Here::set_thread(0);
                 // Of the first generation, or not at all: it was seen before.
-                if let Some(held) = slab.lease(0, old, 0) {
+                if let Some(held) = slab.lease(0, old) {
                     assert_eq!(**held.body(), 7);
                 }
                 assert!(matches!(read(&slab), None | Some(7 | 8)));
@@ -157,17 +244,37 @@ fn an_entry_that_is_used_again_is_another() {
         };
         assert!(slab.kill(0, old));
         if take(&slab) {
-            assert_eq!(slab.build(0).generation(), old.generation() + 1);
-            slab.publish(0, Arc::new(8), 0);
+            bring_up(&slab, 8);
+            assert_eq!(slab.state(0).generation(), old.generation() + 1);
         }
         reader.join().expect("it does not panic");
+    });
+}
+
+/// Its reads must be over for whoever takes the entry apart after its slot was claimed again, by the thread that owns it.
+#[test]
+fn a_lease_may_end_in_another_thread_and_its_slot_be_claimed_again() {
+    loom::model(|| {
+        let slab: &'static Bodies = Box::leak(Box::new(Slab::new(2, 1)));
+        bring_up(slab, 7);
+        slab.build(1);
+        slab.publish(1, Arc::new(9), 0);
+        Here::set_thread(0);
+        let (state, other) = (slab.state(0), slab.state(1));
+        let held = slab.lease(0, state).expect("it is alive");
+        let ender = thread::spawn(move || assert_eq!(**held.body(), 7));
+        assert!(slab.kill(0, state));
+        drop(slab.lease(1, other));
+        let taken = take(slab);
+        ender.join().expect("it does not panic");
+        assert!(taken || take(slab));
     });
 }
 
 #[test]
 fn an_entry_dies_once() {
     loom::model(|| {
-        let slab = one();
+        let slab = one(0);
         let killers: Vec<_> = (0..2)
             .map(|_| {
                 let slab = Arc::clone(&slab);
@@ -186,11 +293,11 @@ fn an_entry_dies_once() {
 #[test]
 fn leases_without_a_slot_keep_the_body_too() {
     loom::model(|| {
-        let slab = one();
+        let slab = one(0);
         let state = slab.state(0);
         // Every slot is taken, so that the reader's is counted in the entry.
-        let all: Vec<_> = (0..8).map_while(|_| slab.lease(0, state, 0)).collect();
-        assert_eq!(all.len(), 8);
+        let all: Vec<_> = (0..SLOTS).map_while(|_| slab.lease(0, state)).collect();
+        assert_eq!(all.len(), SLOTS);
         let reader = {
             let slab = Arc::clone(&slab);
             thread::spawn(move || assert!(matches!(read(&slab), None | Some(7))))

@@ -20,7 +20,7 @@ use userptr::{CacheError, Lease};
 type Cache = RegistrationCache<Mm, Pinned>;
 
 fn options(entries: usize) -> Options {
-    Options { entries, reaper: Reaper::Manual, threads: 1, ..Options::default() }
+    Options { entries, reaper: Reaper::Manual, threads: 4, ..Options::default() }
 }
 
 fn get(cache: &Cache, range: Range, access: Access) -> Result<Lease<'_, Mm, Pinned>, CacheError> {
@@ -322,7 +322,7 @@ fn holds(report: &Report) {
 
 #[test]
 fn no_order_of_lookup_and_replacement_shows_the_past() {
-    for how in [How::Blocks, How::Kvm, How::Uffd] {
+    for how in [How::Blocks, How::Kvm, How::KvmEras, How::Uffd] {
         for (before, by) in [(true, strict as Look), (true, ordered), (false, strict)] {
             holds(&explored(2, |cx| lookups_beside_a_replacement(cx, how, before, by)));
         }
@@ -340,7 +340,7 @@ fn no_order_of_late_callbacks_shows_the_past() {
 
 #[test]
 fn no_order_of_unmapping_and_mapping_by_two_threads_shows_the_past() {
-    for how in [How::Blocks, How::Kvm, How::Uffd] {
+    for how in [How::Blocks, How::Kvm, How::KvmEras, How::Uffd] {
         holds(&explored(3, |cx| a_lookup_of_memory_that_another_thread_is_giving_back(cx, how)));
     }
 }

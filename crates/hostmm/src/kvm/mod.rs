@@ -68,7 +68,7 @@ use mmu_notifier::Range;
 use monitor::{Input, Monitor};
 use parts::Parts;
 use perf_rings::PerfRings;
-use shared::{ALIVE, CLOSED, Counters, MONITOR, Shared};
+use shared::{ALIVE, CLOSED, Counters, MONITOR, Near, Shared};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -145,6 +145,8 @@ pub struct KvmSource {
     trusted: Word,
     /// The word that moves last, whatever changes; `None` where no single one does (perf rings).
     any: Option<Word>,
+    /// The words that move with what is near.
+    near: Option<Near>,
 }
 
 /// The mappings that the source lives by. Order of the fields: first no more events, then nobody to hear them.
@@ -230,7 +232,8 @@ impl KvmSource {
         let trusted = shared.state_word(if monitor.is_some() { MONITOR } else { 0 });
         let heads = shared.heads(Kind::Unmap);
         let any = if let [any] = heads[..] { Some(any) } else { None };
-        Ok(KvmSource { shared, monitor, keep: Some(keep), progs, age, trusted, any })
+        let near = shared.near(Kind::Unmap);
+        Ok(KvmSource { shared, monitor, keep: Some(keep), progs, age, trusted, any, near })
     }
 
     /// The count of all changes: if it was loaded, then [`Watch::changed_since`] answered `false`, and later it is the
@@ -242,11 +245,12 @@ impl KvmSource {
         if self.trusted.load() == 0 { None } else { Some(any.load()) }
     }
 
-    /// The count of changes near `range`: a [`Watch`] of this range whose sequence [says the same](Watch::count_at) has
-    /// not changed. `None` as for [`KvmSource::era`], and for ranges of so many parts that only that can tell.
+    /// The count of changes where `key` says: a [`Watch`] that [gave the key](Watch::count_at), with this value, has not
+    /// changed since. `None` as for [`KvmSource::era`].
     #[inline]
-    pub fn count_in(&self, range: Range) -> Option<u64> {
-        if self.trusted.load() == 0 { None } else { self.shared.local_sum(Kind::Unmap, range) }
+    pub fn count(&self, key: u64) -> Option<u64> {
+        let near = self.near.as_ref()?;
+        if self.trusted.load() == 0 { None } else { Some(near.count(key)) }
     }
 
     /// A watch of `range`. It outlives the source, and then says that it is gone.

@@ -6,7 +6,7 @@
 use super::error::Gone;
 use super::layout::{Kind, LOST, Layout};
 use super::subscription::Subs;
-use crate::sys::map::{Mapping, Word};
+use crate::sys::map::{Mapping, Word, WordRing};
 use crate::sys::perf::Ring;
 use crate::sys::wipe::WipePage;
 use interleave::{AtomicU64, Ordering};
@@ -31,6 +31,31 @@ pub(crate) enum Counters {
     Bpf { map: Mapping, layout: Layout },
     /// In the heads of the rings, one per CPU.
     Perf { rings: Vec<Ring>, cpus: Vec<u32> },
+}
+
+/// Granules of which a key may speak. With more of them a look at the one word that counts everything is cheaper.
+const KEY_GRANULES: u64 = 4;
+/// Of a key, those that say which granule is the first. Granules are at least pages, so that there is room.
+const KEY_BITS: u32 = 52;
+
+/// Where the counts of ranges are, without a look at the layout. Whoever has it keeps the [`Shared`] that it is of.
+#[derive(Debug)]
+pub(super) struct Near {
+    wide: Word,
+    buckets: WordRing,
+}
+
+impl Near {
+    /// The sum of the words that a [key](Shared::key) names.
+    #[inline]
+    pub(super) fn count(&self, key: u64) -> u64 {
+        let count = self.wide.load().wrapping_add(self.buckets.at(key).load());
+        // A bucket's number is counted around, whatever is above it.
+        match key >> KEY_BITS {
+            0 => count,
+            more => (1..=more).fold(count, |n, next| n.wrapping_add(self.buckets.at(key + next).load())),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -116,12 +141,21 @@ impl Shared {
         }
     }
 
-    /// The sum of [`Shared::local`]'s words, where there are any.
-    #[inline]
-    pub(crate) fn local_sum(&self, kind: Kind, range: Range) -> Option<u64> {
+    /// Where [`Shared::local`]'s words are, ready to be asked; `None` where only the heads can tell.
+    pub(super) fn near(&self, kind: Kind) -> Option<Near> {
         let Counters::Bpf { map, layout } = &*self.counters else { return None };
-        let words = layout.words(kind, range)?.filter_map(|at| map.word(at as usize));
-        Some(words.fold(0, |n, word| n.wrapping_add(word.load())))
+        let count = layout.buckets?.count as usize;
+        let wide = map.word(Layout::wide(kind) as usize)?;
+        Some(Near { wide, buckets: map.words(layout.table(kind) as usize, count)? })
+    }
+
+    /// Which words [`Shared::local`] names, for [`Near::count`]; `None` where they are many.
+    pub(super) fn key(&self, range: Range) -> Option<u64> {
+        let Counters::Bpf { layout, .. } = &*self.counters else { return None };
+        let shift = layout.buckets?.granule_shift;
+        let (first, last) = (range.start() >> shift, (range.end() - 1) >> shift);
+        let more = last - first;
+        (more < KEY_GRANULES).then_some(more << KEY_BITS | first)
     }
 
     /// The words whose sum moves when something in `range` does; empty where only the heads can tell.

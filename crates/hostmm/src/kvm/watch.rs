@@ -29,6 +29,7 @@ use super::layout::Kind;
 use super::shared::{ALIVE, Shared};
 use crate::sys::map::Word;
 use mmu_notifier::Range;
+use mmu_notifier::primary::Count;
 use std::sync::Arc;
 
 /// A point in the history of one [`Watch`]. Only that watch understands it.
@@ -144,11 +145,13 @@ impl Watch {
         self.state.load() == 0 || self.unmap.moved(seq)
     }
 
-    /// What [`KvmSource::count_in`](super::KvmSource::count_in) answers about the range for as long as nothing has changed
-    /// since `seq`. `None` where it does not count.
-    #[inline]
-    pub fn count_at(&self, seq: Seq) -> Option<u64> {
-        if self.unmap.rings || self.unmap.rest.is_empty() { None } else { Some(seq.local) }
+    /// What [`KvmSource::count`](super::KvmSource::count) answers for as long as nothing has changed since `seq`. `None`
+    /// where that is not counted, or in many words.
+    pub fn count_at(&self, seq: Seq) -> Option<Count> {
+        if self.unmap.rings || self.unmap.rest.is_empty() {
+            return None;
+        }
+        Some(Count { key: self.shared.key(self.range)?, value: seq.local })
     }
 
     /// As [`Watch::snapshot`], of the ageing of the range; `Ok(None)` if the source was opened without ageing.

@@ -19,8 +19,8 @@ use std::sync::Arc;
 
 use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::primary::{
-    Gone, GupError, IdentityError, Invalidate, PageIdentity, Pin, PrimaryMmu, SubscribeError, Subscription,
-    Unheard,
+    Count, Gone, GupError, IdentityError, Invalidate, PageIdentity, Pin, PrimaryMmu, SubscribeError,
+    Subscription, Unheard,
 };
 use mmu_notifier::{Access, InsideInvalidation, PageAddr, Pfn, Range};
 
@@ -153,8 +153,8 @@ impl<S: Source> PrimaryMmu for HostMm<S> {
     }
 
     #[inline]
-    fn count_in(&self, range: Range) -> Option<u64> {
-        self.source.count_in(range)
+    fn count(&self, key: u64) -> Option<u64> {
+        self.source.count(key)
     }
 
     #[inline]
@@ -250,7 +250,7 @@ impl<W: LiveWatch> Subscription for HostSubscription<W> {
         self.watch.changed_since_ordered(seq)
     }
 
-    fn count_at(&self, seq: W::Seq) -> Option<u64> {
+    fn count_at(&self, seq: W::Seq) -> Option<Count> {
         self.watch.count_at(seq)
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use interleave::{MaySleep, Sleep};
 use mmu_notifier::primary::{
-    After, CountedBefore, Delivery, Gone, Invalidate, SetSeq, SubscribeError, Unheard,
+    After, Count, CountedBefore, Delivery, Gone, Invalidate, SetSeq, SubscribeError, Unheard,
 };
 use mmu_notifier::{InsideInvalidation, Invalidation, Range};
 
@@ -47,8 +47,8 @@ pub trait Source: Send + Sync {
         None
     }
 
-    /// As [`PrimaryMmu::count_in`](mmu_notifier::primary::PrimaryMmu::count_in).
-    fn count_in(&self, _: Range) -> Option<u64> {
+    /// As [`PrimaryMmu::count`](mmu_notifier::primary::PrimaryMmu::count).
+    fn count(&self, _: u64) -> Option<u64> {
         None
     }
 
@@ -81,7 +81,7 @@ pub trait LiveWatch: Send + Sync {
     }
 
     /// As [`Subscription::count_at`](mmu_notifier::primary::Subscription::count_at).
-    fn count_at(&self, _: Self::Seq) -> Option<u64> {
+    fn count_at(&self, _: Self::Seq) -> Option<Count> {
         None
     }
 
@@ -152,8 +152,8 @@ impl Source for kvm::KvmSource {
     }
 
     #[inline]
-    fn count_in(&self, range: Range) -> Option<u64> {
-        kvm::KvmSource::count_in(self, range)
+    fn count(&self, key: u64) -> Option<u64> {
+        kvm::KvmSource::count(self, key)
     }
 }
 
@@ -176,7 +176,7 @@ impl LiveWatch for KvmWatch {
         self.watch.changed_since(seq)
     }
 
-    fn count_at(&self, seq: kvm::Seq) -> Option<u64> {
+    fn count_at(&self, seq: kvm::Seq) -> Option<Count> {
         self.watch.count_at(seq)
     }
 

@@ -119,7 +119,30 @@ impl Word {
     }
 }
 
+/// A power of two of such words, one after the other. The same invariant.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WordRing {
+    first: Word,
+    mask: usize,
+}
+
+impl WordRing {
+    /// The `n`th, counted around.
+    #[inline]
+    pub(crate) fn at(self, n: u64) -> Word {
+        // SAFETY: `Mapping::words` found as many words as the mask can name inside the mapping.
+        Word(unsafe { self.first.0.add(n as usize & self.mask) })
+    }
+}
+
 impl Mapping {
+    /// The `count` words, a power of two, from `offset` on; see [`Mapping::word`].
+    pub(crate) fn words(&self, offset: usize, count: usize) -> Option<WordRing> {
+        let last = offset.checked_add(8 * count.checked_sub(1)?)?;
+        let first = self.word(last).and_then(|_| self.word(offset))?;
+        count.is_power_of_two().then_some(WordRing { first, mask: count - 1 })
+    }
+
     /// The word at `offset` bytes, which must be a multiple of 8 inside the mapping.
     pub(crate) fn word(&self, offset: usize) -> Option<Word> {
         if !offset.is_multiple_of(8) || offset.checked_add(8)? > self.len {

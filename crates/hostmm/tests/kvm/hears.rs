@@ -215,3 +215,29 @@ fn two_sources_at_once() {
         assert!(wb.changed_since(sb) && wc.changed_since(sc));
     });
 }
+
+#[test]
+fn what_is_counted_of_a_range_moves_with_it() {
+    live("hears::what_is_counted_of_a_range_moves_with_it", || {
+        let source = open(Prefer::Bpf);
+        let m = Memory::touched(128 * PAGE);
+        // The first page behind a boundary of granules, which are 16 pages.
+        let start = m.range().start() as usize / PAGE;
+        let on = start.next_multiple_of(16) - start;
+        for (first, pages, touched) in [(on, 1, on), (on + 15, 2, on + 16), (on + 8, 48, on + 55)] {
+            let watch = source.watch(m.part(first, pages)).unwrap();
+            // Another program's change may come between any two lines: those who meet it ask again.
+            let counted = (0..100).find_map(|_| {
+                let count = watch.count_at(watch.snapshot().unwrap()).unwrap();
+                (source.count(count.key) == Some(count.value)).then_some(count)
+            });
+            let count = counted.expect("a moment in which nothing changes");
+            let last = m.part(touched, 1);
+            // SAFETY: a part of our own mapping.
+            unsafe { libc::madvise(last.start() as *mut _, last.len() as usize, libc::MADV_DONTNEED) };
+            assert_ne!(source.count(count.key), Some(count.value), "page {touched} of {pages} at {first}");
+        }
+        let many = source.watch(m.part(on, 80)).unwrap();
+        assert_eq!(many.count_at(many.snapshot().unwrap()), None, "in many words");
+    });
+}

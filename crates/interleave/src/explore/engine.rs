@@ -253,6 +253,11 @@ impl Engine {
         }
     }
 
+    /// The calling virtual thread, by its place among those of the execution.
+    pub(crate) fn thread(&self) -> usize {
+        self.inner.borrow().exec.current
+    }
+
     fn panicked(&self, payload: &(dyn std::any::Any + Send)) {
         let message = hooks::message(payload);
         let inner = &mut *self.inner.borrow_mut();

@@ -65,7 +65,8 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
         let (addr, len) = (bytes.as_mut_ptr().expose_provenance(), bytes.len());
         let want = Range::enclosing(addr as u64, len as u64)?;
         let Some(held) = self.core.hit(want, Access::Write, Check::Strict) else {
-            return self.miss(want, addr as u64, len as u64, Access::Write);
+            let held = self.register(want, Access::Write).map_err(|error| *error)?;
+            return Ok(Lease::of_new(&self.core, held, addr as u64, len as u64));
         };
         let lease = Lease::of_hit(&self.core, held, addr as u64, len as u64);
         if !self.core.audit.is_due() {

@@ -8,16 +8,17 @@
 
 use std::sync::Arc;
 
-use interleave::{AtomicBool, AtomicU64, AtomicWord, LockClass, Mutex, Ordering, WaitQueue};
-use mmu_notifier::primary::{PrimaryMmu, Subscription};
+use interleave::{
+    AtomicBool, AtomicLine, AtomicU64, AtomicWord, Here, LockClass, Mutex, Ordering, WaitQueue,
+};
+use mmu_notifier::primary::{Count, PrimaryMmu, Subscription};
 use mmu_notifier::{Access, IntervalIndex, Key, Range};
 
 use super::Options;
 use super::audit::Audit;
-use super::slab::{Held, Phase, Slab, State};
+use super::slab::{Claim, Held, Phase, Slab, State, USERS};
 use super::stats::Counters;
 use super::table::{Levels, Table};
-use super::thread;
 use crate::device::Device;
 
 pub(super) static BOOKS: LockClass = LockClass::new("userptr_books");
@@ -46,39 +47,39 @@ pub(super) const WRITE: u64 = 1;
 
 /// What anybody may read of an entry at any time, beside its state in one cache line. Of a leased entry the range and
 /// the stamp are its own: they are set before it comes alive, and again after it is taken apart.
-pub(super) struct Head<'c, T> {
-    slab: &'c Slab<T>,
-    index: u32,
-}
+#[derive(Clone, Copy)]
+pub(super) struct Head<'c>(AtomicLine<'c>);
 
 /// The words of a head.
 const START: usize = 0;
 const END: usize = 1;
-/// The mm's era when its sequence last stood.
-const STAMP: usize = 2;
+/// Where the mm counts the range, or [`NEVER`].
+const KEY: usize = 2;
 /// Leased since the clock's hand passed.
 const USED: usize = 3;
 /// The next entry in the list of the dead, plus one.
 const NEXT: usize = 4;
 
-/// What the mm counts in the range while it has not changed.
-const COUNT: usize = 5;
+/// With a key what is counted there while the range has not changed; without one the mm's era when it last had not.
+const STAMP: usize = 5;
 
-/// No era, and no count.
+/// No key, and no era.
 const NEVER: u64 = u64::MAX;
 
-impl<'c, T> Head<'c, T> {
+impl<'c> Head<'c> {
     #[inline(always)]
     fn word(&self, word: usize) -> AtomicWord<'c> {
-        self.slab.user_word(self.index, word)
+        self.0.word(USERS + word)
     }
 
     /// By the owner of an entry that is being built; `count`: see [`Subscription::count_at`].
-    pub(super) fn set(&self, range: Range, count: Option<u64>) {
-        self.word(COUNT).store(count.unwrap_or(NEVER), Ordering::Relaxed);
-        self.word(START).store(range.start(), Ordering::Relaxed);
-        self.word(END).store(range.end(), Ordering::Relaxed);
-        self.word(STAMP).store(NEVER, Ordering::Relaxed);
+    pub(super) fn set(&self, range: Range, count: Option<Count>) {
+        let Count { key, value } = count.unwrap_or(Count { key: NEVER, value: NEVER });
+        self.word(KEY).store(key, Ordering::Relaxed);
+        self.word(STAMP).store(value, Ordering::Relaxed);
+        // Release: a reader who finds them here finds the state of this life, or a later one.
+        self.word(START).store(range.start(), Ordering::Release);
+        self.word(END).store(range.end(), Ordering::Release);
         self.word(USED).store(1, Ordering::Relaxed);
     }
 
@@ -86,21 +87,18 @@ impl<'c, T> Head<'c, T> {
         self.word(END).load(Ordering::Relaxed) - self.word(START).load(Ordering::Relaxed)
     }
 
-    fn range(&self) -> Option<Range> {
-        Range::new(self.word(START).load(Ordering::Relaxed), self.bytes()).ok()
-    }
-
+    /// Between two looks at the state that say the same it is the entry's own.
     #[inline(always)]
-    fn contains(&self, range: Range) -> bool {
-        self.word(START).load(Ordering::Relaxed) <= range.start()
-            && range.end() <= self.word(END).load(Ordering::Relaxed)
+    fn range(&self, here: Here) -> (u64, u64) {
+        let start = self.word(START).load_here(here, Ordering::Acquire);
+        (start, self.word(END).load_here(here, Ordering::Acquire))
     }
 
     /// Written only if it changes: threads that use one entry share the line.
     #[inline(always)]
-    pub(super) fn touch(&self) {
-        if self.word(USED).load(Ordering::Relaxed) == 0 {
-            self.word(USED).store(1, Ordering::Relaxed);
+    pub(super) fn touch(&self, here: Here) {
+        if self.word(USED).load_here(here, Ordering::Relaxed) == 0 {
+            self.word(USED).store_here(here, 1, Ordering::Relaxed);
         }
     }
 
@@ -206,95 +204,124 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
 
     /// The words of an entry that anybody may read.
     #[inline(always)]
-    pub(super) fn head(&self, index: u32) -> Head<'_, Registration<M, D>> {
-        Head { slab: &self.slab, index }
+    pub(super) fn head(&self, index: u32) -> Head<'_> {
+        Head(self.slab.line(index))
     }
 
     /// A lease of a registration that contains `want`, allows `access`, and has not changed.
     #[inline(always)]
-    pub(super) fn hit(&self, want: Range, access: Access, check: Check) -> Option<Leased<'_, M, D>> {
-        let thread = thread::number();
-        for index in self.table.candidates(want) {
-            if let Some(held) = self.try_lease(index, want, access, thread, check) {
-                return Some(held);
-            }
+    pub(super) fn hit(&self, want: Range, access: Access, check: Check) -> Option<Claim<'_>> {
+        let here = Here::ask();
+        if !here.is_plain() {
+            return self.hit_among(want, access, check);
         }
-        None
+        // Once more from the beginning if it is another: so that nothing must be kept for that.
+        let index = self.table.candidate(here, want)?;
+        let found = self.try_claim(here, index, want, access, check);
+        if found.is_some() { found } else { self.hit_among(want, access, check) }
     }
 
-    #[inline(always)]
+    #[cold]
+    #[inline(never)]
+    fn hit_among(&self, want: Range, access: Access, check: Check) -> Option<Claim<'_>> {
+        let here = Here::ask();
+        let mut candidates = self.table.candidates(here, want);
+        candidates.find_map(|index| self.try_claim(here, index, want, access, check))
+    }
+
+    /// A lease of this very entry.
     pub(super) fn try_lease(
         &self,
         index: u32,
         want: Range,
         access: Access,
-        thread: usize,
         check: Check,
     ) -> Option<Leased<'_, M, D>> {
-        let (state, head) = (self.slab.state(index), self.head(index));
-        if !state.is_live() || !head.contains(want) {
+        self.try_claim(Here::ask(), index, want, access, check).map(|claim| self.slab.keep(claim))
+    }
+
+    #[inline(always)]
+    fn try_claim(
+        &self,
+        here: Here,
+        index: u32,
+        want: Range,
+        access: Access,
+        check: Check,
+    ) -> Option<Claim<'_>> {
+        let line = self.slab.line(index);
+        let (state, head) = (State::of(here, line), Head(line));
+        let (start, end) = head.range(here);
+        if !state.is_live() || want.start() < start || end < want.end() {
             return None;
         }
         if access == Access::Write && !state.has(WRITE) {
             return None;
         }
-        let Some(held) = self.slab.lease(index, state, thread) else {
-            self.counters.in_vain.add(1);
+        // The state is looked at once more, so that the range was this life's.
+        let Some(found) = self.slab.claim(here, index, line, state) else {
+            self.in_vain();
             return None;
         };
-        // Before the lease it may have been another entry's.
-        if !head.contains(want) {
-            self.counters.in_vain.add(1);
-            return None;
+        if self.stands(here, head, check) {
+            head.touch(here);
+            return Some(found);
         }
-        if self.has_changed(&held, check) {
-            drop(held);
-            self.stale(index, state);
-            return None;
-        }
-        head.touch();
-        Some(held)
+        self.doubted(found, state, check)
     }
 
-    /// The source's check, of an entry that is leased. Where nothing at all has changed since it was last in order, its
-    /// registration need not be looked at.
+    /// A lease was taken and is no hit.
+    #[cold]
+    #[inline(never)]
+    fn in_vain(&self) {
+        self.counters.in_vain.add(1);
+    }
+
+    /// Has an entry that is leased not changed, as far as can be said without its registration? As long as the mm counts
+    /// of the range what it counted when that was registered. Where it does not count so, as long as nothing at all has
+    /// changed since the range was last found in order, which must be written down in the entry, whose line threads
+    /// share, after every change anywhere.
     #[inline(always)]
-    fn has_changed(&self, held: &Leased<'_, M, D>, check: Check) -> bool {
-        let era = match check {
+    fn stands(&self, here: Here, head: Head<'_>, check: Check) -> bool {
+        let key = head.word(KEY).load_here(here, Ordering::Relaxed);
+        let stamp = head.word(STAMP).load_here(here, Ordering::Relaxed);
+        if key != NEVER {
+            return self.mm.count(key) == Some(stamp);
+        }
+        stamp != NEVER && self.era(check) == Some(stamp)
+    }
+
+    #[inline(always)]
+    fn era(&self, check: Check) -> Option<u64> {
+        match check {
             Check::Strict => self.mm.era(),
             Check::Ordered => self.mm.era_ordered(),
-        };
-        match era {
-            Some(era) if self.head(held.index()).word(STAMP).load(Ordering::Relaxed) == era => false,
-            Some(era) if self.counts_as_before(held.index()) => {
-                // The era was read before the count. The lease keeps the entry from being another.
-                self.head(held.index()).word(STAMP).store(era, Ordering::Relaxed);
-                false
-            }
-            _ => self.has_changed_since(held, check, era),
         }
     }
 
-    /// Where the mm is busy elsewhere: still without a look at the registration.
+    /// The source's own check, of an entry that is leased.
     #[inline(never)]
-    fn counts_as_before(&self, index: u32) -> bool {
-        let head = self.head(index);
-        let expected = head.word(COUNT).load(Ordering::Relaxed);
-        expected != NEVER && head.range().is_some_and(|range| self.mm.count_in(range) == Some(expected))
-    }
-
-    #[inline(never)]
-    fn has_changed_since(&self, held: &Leased<'_, M, D>, check: Check, era: Option<u64>) -> bool {
-        let registration = held.body();
-        let changed = registration.watched.as_ref().is_none_or(|w| match check {
+    fn doubted<'c>(&'c self, found: Claim<'c>, seen: State, check: Check) -> Option<Claim<'c>> {
+        let index = found.index();
+        let era = self.era(check);
+        let changed = self.slab.body(&found).watched.as_ref().is_none_or(|w| match check {
             Check::Strict => w.subscription.read_retry(w.seq),
             Check::Ordered => w.subscription.read_retry_ordered(w.seq),
         });
-        // The era was read before the sequence, as the mm wants it. The lease keeps the entry from being another.
-        if let (false, Some(era)) = (changed, era) {
-            self.head(held.index()).word(STAMP).store(era, Ordering::Relaxed);
+        if changed {
+            self.slab.end(Here::ask(), found);
+            self.stale(index, seen);
+            return None;
         }
-        changed
+        let head = self.head(index);
+        // The era was read before the sequence, as the mm wants it. The lease keeps the entry from being another.
+        if let Some(era) = era
+            && head.word(KEY).load(Ordering::Relaxed) == NEVER
+        {
+            head.word(STAMP).store(era, Ordering::Relaxed);
+        }
+        head.touch(Here::ask());
+        Some(found)
     }
 
     /// Found to be out of date at a lookup.
@@ -346,15 +373,16 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         self.dead.load(Ordering::Relaxed) != 0
     }
 
-    /// A lease has ended.
+    /// A lease has ended, of the entry with these words.
     #[inline(always)]
-    pub(super) fn ended(&self, index: u32) {
-        if self.slab.state(index).phase() == Phase::Dead {
+    pub(super) fn ended(&self, here: Here, line: AtomicLine<'_>) {
+        if State::of(here, line).phase() == Phase::Dead {
             self.ended_of_the_dead();
         }
     }
 
     #[cold]
+    #[inline(never)]
     fn ended_of_the_dead(&self) {
         if self.at_home() {
             self.kicked.store(true, Ordering::Release);

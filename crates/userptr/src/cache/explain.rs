@@ -8,7 +8,7 @@ use mmu_notifier::primary::{PrimaryMmu, Subscription};
 use mmu_notifier::{Access, Range};
 
 use super::core::Core;
-use super::{CacheError, RegistrationCache, thread};
+use super::{CacheError, RegistrationCache};
 use crate::device::Device;
 
 /// What a lookup would find.
@@ -78,7 +78,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
                 continue;
             }
             self.counters.in_vain.add(1);
-            let Some(held) = self.slab.lease(index, state, thread::number()) else { continue };
+            let Some(held) = self.slab.lease(index, state) else { continue };
             let body = held.body();
             let changed = body.watched.as_ref().is_none_or(|w| w.subscription.read_retry(w.seq));
             found.push(Found { range: registered, rights: body.rights, changed, leased });

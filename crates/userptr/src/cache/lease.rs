@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases: the right to use a registration until they are dropped.
 
+use interleave::{AtomicLine, Here};
 use mmu_notifier::Access;
 use mmu_notifier::primary::{PrimaryMmu, Subscription};
 
 use super::core::{Core, Leased, Registration, WRITE};
+use super::slab::{Claim, State};
 use crate::device::{Device, DeviceAddr};
 
 /// A registration that contains the bytes asked for, until it is dropped. May be sent to and dropped in any thread.
@@ -13,34 +15,62 @@ use crate::device::{Device, DeviceAddr};
 /// goes on with the old pages until the lease is dropped ([`is_current`](Lease::is_current)).
 #[must_use]
 pub struct Lease<'c, M: PrimaryMmu, D: Device<M>> {
-    /// Released first.
-    held: Leased<'c, M, D>,
-    end: End<'c, M, D>,
+    core: &'c Core<M, D>,
+    /// The words of the entry.
+    line: AtomicLine<'c>,
+    /// `None` once it has ended.
+    claim: Option<Claim<'c>>,
     addr: u64,
     len: u64,
+    until: Until,
+}
+
+/// How long a registration stays. (A whole word, for the reason that the claim is made of such.)
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(usize)]
+enum Until {
+    /// Something changes, or its place is wanted.
+    Changed,
+    /// This lease ends.
+    Lease,
 }
 
 impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     /// Of something that was found.
     #[inline(always)]
-    pub(super) fn of_hit(core: &'c Core<M, D>, held: Leased<'c, M, D>, addr: u64, len: u64) -> Self {
-        let end = End { core, index: held.index(), alone: false };
-        Lease { held, end, addr, len }
+    pub(super) fn of_hit(core: &'c Core<M, D>, found: Claim<'c>, addr: u64, len: u64) -> Self {
+        Lease {
+            core,
+            line: core.slab.line(found.index()),
+            claim: Some(found),
+            addr,
+            len,
+            until: Until::Changed,
+        }
     }
 
     /// Of something that may be for this lease only.
     pub(super) fn of_new(core: &'c Core<M, D>, held: Leased<'c, M, D>, addr: u64, len: u64) -> Self {
-        let end = End { core, index: held.index(), alone: held.body().watched.is_none() };
-        Lease { held, end, addr, len }
+        let until = if held.body().watched.is_some() { Until::Changed } else { Until::Lease };
+        let mut lease = Lease::of_hit(core, held.claim(), addr, len);
+        lease.until = until;
+        lease
     }
 
-    #[inline(always)]
     fn registration(&self) -> &Registration<M, D> {
-        self.held.body()
+        self.core.slab.body(self.claim())
+    }
+
+    fn claim(&self) -> &Claim<'c> {
+        self.claim.as_ref().unwrap_or_else(|| unreachable!("it ends when it is dropped"))
+    }
+
+    pub(super) fn into_claim(mut self) -> Claim<'c> {
+        self.claim.take().unwrap_or_else(|| unreachable!("it ends when it is dropped"))
     }
 
     pub(super) fn index(&self) -> u32 {
-        self.held.index()
+        self.claim().index()
     }
 
     /// The first byte asked for.
@@ -58,7 +88,7 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     #[inline]
     pub fn rights(&self) -> Access {
         // A hit need not have looked at the registration; the mark says the same.
-        let write = self.end.core.slab.state(self.held.index()).has(WRITE);
+        let write = State::of(Here::ask(), self.line).has(WRITE);
         if write { Access::Write } else { Access::Read }
     }
 
@@ -74,7 +104,7 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
 
     /// The device address of the first byte asked for.
     pub fn device_addr(&self) -> DeviceAddr {
-        let base = self.end.core.device.address(self.mapping());
+        let base = self.core.device.address(self.mapping());
         DeviceAddr(base.0 + (self.addr - self.registration().range.start()))
     }
 
@@ -89,22 +119,35 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     }
 }
 
-/// What is to be done when a lease has been released: apart, so that to drop a lease is inlined.
-struct End<'c, M: PrimaryMmu, D: Device<M>> {
-    core: &'c Core<M, D>,
-    index: u32,
-    /// The registration is for this lease and no more.
-    alone: bool,
+impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
+    #[inline(always)]
+    fn end(&self, here: Here, line: AtomicLine<'_>, claim: Claim<'_>, until: Until) {
+        let index = claim.index();
+        self.slab.end(here, claim);
+        match until {
+            // After the end: a reaper that was faster than it must look again.
+            Until::Changed => self.ended(here, line),
+            Until::Lease => self.end_one_shot(index),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn end_explored(&self, line: AtomicLine<'_>, claim: Claim<'_>, until: Until) {
+        self.end(Here::ask(), line, claim, until);
+    }
 }
 
-impl<M: PrimaryMmu, D: Device<M>> Drop for End<'_, M, D> {
+impl<M: PrimaryMmu, D: Device<M>> Drop for Lease<'_, M, D> {
+    /// Parts are given on, never `self`: what nobody has the address of need not be in memory.
     #[inline(always)]
     fn drop(&mut self) {
-        if self.alone {
-            self.core.end_one_shot(self.index);
+        let Some(claim) = self.claim.take() else { return };
+        let here = Here::ask();
+        if here.is_plain() {
+            self.core.end(here, self.line, claim, self.until);
         } else {
-            // After the release: a reaper that was faster than it must look again.
-            self.core.ended(self.index);
+            self.core.end_explored(self.line, claim, self.until);
         }
     }
 }

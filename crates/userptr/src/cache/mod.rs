@@ -40,7 +40,6 @@ mod session;
 mod slab;
 mod stats;
 mod table;
-mod thread;
 
 use std::num::NonZeroU32;
 use std::sync::Arc;
@@ -166,9 +165,11 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     #[inline(always)]
     pub fn lookup(&self, addr: usize, len: usize, access: Access) -> Option<Lease<'_, M, D>> {
         let want = Range::enclosing(addr as u64, len as u64).ok()?;
-        let held = self.core.hit(want, access, Check::Strict)?;
-        let lease = Lease::of_hit(&self.core, held, addr as u64, len as u64);
-        if self.core.audit.is_on() { self.audited(lease).ok() } else { Some(lease) }
+        let mut found = self.core.hit(want, access, Check::Strict)?;
+        if self.core.audit.is_on() {
+            found = self.audited_claim(found, addr as u64, len as u64).ok()?;
+        }
+        Some(Lease::of_hit(&self.core, found, addr as u64, len as u64))
     }
 
     #[inline(always)]
@@ -181,19 +182,42 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     ) -> Result<Lease<'_, M, D>, CacheError> {
         let want = Range::enclosing(addr as u64, len as u64)?;
         match self.core.hit(want, access, check) {
-            Some(held) => {
-                let lease = Lease::of_hit(&self.core, held, addr as u64, len as u64);
-                if self.core.audit.is_on() { self.audited(lease) } else { Ok(lease) }
+            Some(found) if !self.core.audit.is_on() => {
+                Ok(Lease::of_hit(&self.core, found, addr as u64, len as u64))
             }
-            None => self.miss(want, addr as u64, len as u64, access),
+            Some(found) => match self.audited_claim(found, addr as u64, len as u64) {
+                Ok(found) => Ok(Lease::of_hit(&self.core, found, addr as u64, len as u64)),
+                Err(error) => Err(*error),
+            },
+            None => match self.register(want, access) {
+                Ok(held) => Ok(Lease::of_new(&self.core, held, addr as u64, len as u64)),
+                Err(error) => Err(*error),
+            },
+        }
+    }
+
+    /// As below: neither returns nor gets what the caller returns, so that a hit has that in registers.
+    #[cold]
+    #[inline(never)]
+    fn register(&self, want: Range, access: Access) -> Result<core::Leased<'_, M, D>, Box<CacheError>> {
+        match MaySleep::try_enter(|cx| self.core.register(cx, want, access)) {
+            Ok(registered) => registered.map_err(Box::new),
+            Err(atomic) => Err(Box::new(atomic.into())),
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn miss(&self, want: Range, addr: u64, len: u64, access: Access) -> Result<Lease<'_, M, D>, CacheError> {
-        let held = MaySleep::try_enter(|cx| self.core.register(cx, want, access))??;
-        Ok(Lease::of_new(&self.core, held, addr, len))
+    fn audited_claim<'c>(
+        &'c self,
+        found: slab::Claim<'c>,
+        addr: u64,
+        len: u64,
+    ) -> Result<slab::Claim<'c>, Box<CacheError>> {
+        match self.audited(Lease::of_hit(&self.core, found, addr, len)) {
+            Ok(lease) => Ok(lease.into_claim()),
+            Err(error) => Err(Box::new(error)),
+        }
     }
 
     /// A lease of memory that the program reads: it cannot be freed or written while the lease lives.

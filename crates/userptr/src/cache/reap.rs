@@ -28,24 +28,21 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         let mut books = self.books.lock(cx);
         let mut leased = std::mem::take(&mut books.leased);
         leased.extend(self.take_dead());
-        leased.retain(|&index| {
+        for &index in &leased {
             // Struck off first: a lookup that finds it later finds it dead.
-            if let Some((key, range)) = books.keys[index as usize] {
+            if let Some((key, range)) = books.keys[index as usize].take() {
                 let books = &mut *books;
                 self.table.remove(&mut books.levels, range, index, |i| {
                     books.keys[i as usize].map_or(range, |(_, range)| range)
                 });
                 books.ranges.remove(key);
-                books.keys[index as usize] = None;
             }
-            match self.slab.take(index) {
-                Some(registration) => {
-                    gone.push((index, registration));
-                    false
-                }
-                None => true,
-            }
-        });
+        }
+        if let Err(refused) =
+            self.slab.take(&mut leased, |index, registration| gone.push((index, registration)))
+        {
+            tracing::error!("dead registrations stay with the device: {refused}");
+        }
         books.leased = leased;
         books.going += gone.len();
         drop(books);
@@ -75,6 +72,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     /// The one lease of a registration that nobody else finds has ended. Where the caller may not sleep, somebody else
     /// lets it go.
     #[cold]
+    #[inline(never)]
     pub(super) fn end_one_shot(&self, index: u32) {
         if self.at_home() && self.kill(index, self.slab.state(index)) {
             let _ = MaySleep::try_enter(|cx| self.reap(cx));

@@ -21,9 +21,9 @@ use interleave::{MaySleep, Ordering, Sleep, fence};
 use mmu_notifier::primary::{Invalidate, PrimaryMmu, SeqMoved, SetSeq, Subscription};
 use mmu_notifier::{Access, Gone, Invalidation, Range, WouldBlock};
 
+use super::Reaper;
 use super::core::{Check, Core, Leased, Registration, WRITE, Watched};
 use super::error::CacheError;
-use super::{Reaper, thread};
 use crate::device::{Device, DeviceError};
 
 /// Changes that are followed before the range is registered for one lease: somebody changes it all the time, or others'
@@ -98,7 +98,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         let held = books
             .ranges
             .overlaps(want)
-            .find_map(|(_, _, index)| self.try_lease(*index, want, access, thread::number(), Check::Ordered));
+            .find_map(|(_, _, index)| self.try_lease(*index, want, access, Check::Ordered));
         drop(books);
         let held = held?;
         // The strict question may wait for an event to be read: not with the books open.
@@ -196,9 +196,10 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
     ) -> Attempt<'_, M, D> {
         let (range, rights) = (registration.range, registration.rights);
         let mut books = self.books.lock(cx);
-        let other = books.ranges.overlaps(range).find_map(|(_, _, index)| {
-            self.try_lease(*index, range, rights, thread::number(), Check::Ordered)
-        });
+        let other = books
+            .ranges
+            .overlaps(range)
+            .find_map(|(_, _, index)| self.try_lease(*index, range, rights, Check::Ordered));
         if let Some(other) = other {
             drop(books);
             self.unmap(cx, registration.mapping, rights);
@@ -232,7 +233,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         self.table.insert(&mut books.levels, range, index);
         drop(books);
         self.counters.registered.add(1);
-        let Some(held) = self.slab.lease(index, state, thread::number()) else {
+        let Some(held) = self.slab.lease(index, state) else {
             self.counters.in_vain.add(1);
             return Attempt::Changed;
         };
@@ -268,7 +269,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
                         let state = self.slab.publish(reserved.index, registration, marks);
                         self.counters.one_shot.add(1);
                         self.counters.fresh.add(1);
-                        match self.slab.lease(reserved.index, state, thread::number()) {
+                        match self.slab.lease(reserved.index, state) {
                             Some(held) => return Ok(held),
                             None => unreachable!("nobody else knows of the entry"),
                         }
@@ -345,7 +346,7 @@ impl<M: PrimaryMmu, D: Device<M>> Invalidate for Changed<M, D> {
             return Ok(moved);
         }
         core.counters.in_vain.add(1);
-        let Some(held) = core.slab.lease(self.index, state, thread::number()) else { return Ok(moved) };
+        let Some(held) = core.slab.lease_shared(self.index, state) else { return Ok(moved) };
         // A source that tells late also tells of changes from before the registration.
         let concerned =
             held.body().watched.as_ref().is_some_and(|w| w.subscription.read_retry_ordered(w.seq));

@@ -7,34 +7,38 @@
 //!
 //! ```text
 //! reader                                  taker
-//!   slot = index          (SeqCst RMW)      state = Dead         (SeqCst RMW)
-//!   state == Live(gen)?   (SeqCst)          any slot == index?   (SeqCst)
+//!   slot = index          (Release)         state = Dead         (SeqCst RMW)
+//!   light fence                             heavy fence
+//!   state == Live(gen)?   (Acquire)         any slot == index?   (Acquire)
 //!   no: slot = 0, miss                      yes: later
 //!   yes: reads the body                     no: takes the body
 //!   slot = 0              (Release)
 //! ```
 //!
-//! Threads have slots of their own (as hazard pointers), so that threads which use the same entry share no line that
-//! any of them writes. A thread that finds its slots taken uses others', and at last a count in the entry.
+//! The [fence](interleave::AsymmetricFence) costs the reader nothing where the system can make it so; the taker passes
+//! one for as many entries as he takes at a time.
+//!
+//! Each thread has slots that nobody else claims (as hazard pointers), up to as many threads as the slab was made for:
+//! a claim is a plain store, and threads that use the same entry share no line that any of them writes. A thread
+//! without slots, or with more leases than slots, claims one of those that all share, by compare-exchange, and at last a
+//! count in the entry. A lease may end in any thread: it alone writes a slot that is taken.
 //!
 //! Invariants:
 //! * the body is written by the owner of an entry in `Free` or `Building`, and read under a lease or by the taker;
 //! * Free -> Building -> Live -> Dead -> Free; Building -> Free. Each entry has one owner, except while it is Live:
 //!   whoever makes it Dead is the owner. A change to Free adds one to the generation;
-//! * a slot holds an entry's index plus one in its low half, and how many leases it has given in its high half. The
-//!   latter costs nothing and is what statistics are made of.
+//! * a slot holds an entry's index plus one, or 0; a line of slots counts the leases that were given there, which is what
+//!   statistics are made of.
 //!
 //! What a hit reads of an entry is one cache line of words, apart from the bodies: its state, and what the user
 //! keeps beside it.
 
-use crate::sync::{AtomicU64, AtomicWord, AtomicWords, Cell, Ordering};
+use crate::sync::{
+    AsymmetricFence, AtomicLine, AtomicU64, AtomicWord, AtomicWords, Cell, Here, NoBarrier, Ordering, SLOTS,
+};
 
-/// Slots in one cache-line pair.
-const LINE: usize = 8;
-/// The low half of a slot.
-const INDEX: u64 = 0xffff_ffff;
-/// The lease is counted in the entry.
-const COUNTED: u32 = u32::MAX;
+/// The low half of [`GIVEN`].
+const LASTING: u64 = 0xffff_ffff;
 
 /// Where an entry is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +55,12 @@ pub(crate) struct State(u64);
 
 impl State {
     const PHASES: [Phase; 4] = [Phase::Free, Phase::Building, Phase::Live, Phase::Dead];
+
+    /// Of the entry with these words.
+    #[inline(always)]
+    pub(crate) fn of(here: Here, line: AtomicLine<'_>) -> State {
+        State(line.word(STATE).load_here(here, Ordering::Acquire))
+    }
 
     #[inline]
     pub(crate) fn phase(self) -> Phase {
@@ -93,18 +103,26 @@ const STATE: usize = 0;
 /// Leases that found no slot: those that last in the low half, all that were given in the high half.
 const GIVEN: usize = 1;
 /// Those from here on are the user's.
-const USERS: usize = 2;
-/// How many are the user's.
-pub(crate) const USER_WORDS: usize = WORDS - USERS;
+pub(crate) const USERS: usize = 2;
 
-/// Slots of one thread, as far as threads can be told apart.
+/// Slots of one thread, or of all: a pair of cache lines.
 #[repr(align(128))]
-struct Line([AtomicU64; LINE]);
+struct Line {
+    slots: [AtomicU64; SLOTS],
+    /// Leases given.
+    given: AtomicU64,
+}
 
 pub(crate) struct Slab<T> {
     words: AtomicWords,
     bodies: Box<[Cell<Option<T>>]>,
+    /// Line `n` is claimed by thread `n` only.
     lines: Box<[Line]>,
+    /// Claimed by everybody.
+    shared: Line,
+    /// Stands for the slot of a lease that is counted in its entry.
+    counted: AtomicU64,
+    fence: AsymmetricFence,
 }
 
 // SAFETY: a body is handed to one thread at a time for writing and to any number for reading, by the protocol above.
@@ -112,22 +130,33 @@ unsafe impl<T: Send + Sync> Sync for Slab<T> {}
 // SAFETY: nothing in it belongs to a thread.
 unsafe impl<T: Send> Send for Slab<T> {}
 
-/// A lease. Neither copied nor forgotten by this crate: an entry whose lease is lost is never taken apart.
+/// A lease, until it is [ended](Slab::end); lost, its entry is never taken apart. It has no destructor, and is two words
+/// that functions pass in registers: on the way to a hit nothing of it is ever in memory.
+#[must_use]
+pub(crate) struct Claim<'s> {
+    index: usize,
+    slot: &'s AtomicU64,
+}
+
+/// A lease that ends when it is dropped.
 #[must_use]
 pub(crate) struct Held<'s, T> {
     slab: &'s Slab<T>,
-    index: u32,
-    slot: u32,
+    /// `None`: somebody else ends it.
+    claim: Option<Claim<'s>>,
 }
 
 impl<T> Slab<T> {
-    /// `capacity` entries, and lease slots for about `threads` threads.
+    /// `capacity` entries, and lease slots of their own for the first `threads` threads.
     pub(crate) fn new(capacity: usize, threads: usize) -> Slab<T> {
-        let line = |_| Line(std::array::from_fn(|_| AtomicU64::new(0)));
+        let line = || Line { slots: std::array::from_fn(|_| AtomicU64::new(0)), given: AtomicU64::new(0) };
         Slab {
             words: AtomicWords::new(capacity * WORDS, 0),
             bodies: (0..capacity).map(|_| Cell::new(None)).collect(),
-            lines: (0..threads.max(1).next_power_of_two()).map(line).collect(),
+            lines: (0..threads).map(|_| line()).collect(),
+            shared: line(),
+            counted: AtomicU64::new(0),
+            fence: AsymmetricFence::new(),
         }
     }
 
@@ -135,82 +164,161 @@ impl<T> Slab<T> {
         self.bodies.len()
     }
 
+    /// All words of an entry. Those from [`USERS`] on are the user's, and anybody may read them at any time.
+    #[inline(always)]
+    pub(crate) fn line(&self, index: u32) -> AtomicLine<'_> {
+        self.words.line(index as usize)
+    }
+
     #[inline(always)]
     fn word(&self, index: u32, word: usize) -> AtomicWord<'_> {
-        self.words.word(index as usize * WORDS + word)
+        self.line(index).word(word)
     }
 
-    /// One of the [`USER_WORDS`] of an entry, which anybody may read at any time.
-    #[inline(always)]
-    pub(crate) fn user_word(&self, index: u32, word: usize) -> AtomicWord<'_> {
-        debug_assert!(word < USER_WORDS);
-        self.word(index, USERS + word)
-    }
-
-    #[inline(always)]
     pub(crate) fn state(&self, index: u32) -> State {
-        State(self.word(index, STATE).load(Ordering::SeqCst))
+        State::of(Here::ask(), self.line(index))
     }
 
-    /// A lease of the entry, if it is still as `seen`, which was Live. `thread` picks the slots to begin with.
+    /// A lease of the entry, which has these words, if it is still as `seen`, which was Live. What the words were between
+    /// the two looks at its state, read with acquire, they are of the same life.
     #[inline(always)]
-    pub(crate) fn lease(&self, index: u32, seen: State, thread: usize) -> Option<Held<'_, T>> {
-        let held = Held { slab: self, index, slot: self.claim(index, thread) };
-        // Dropped, a lease in vain gives its slot back.
-        (self.state(index) == seen).then_some(held)
+    pub(crate) fn claim<'s>(
+        &'s self,
+        here: Here,
+        index: u32,
+        line: AtomicLine<'s>,
+        seen: State,
+    ) -> Option<Claim<'s>> {
+        let slot = self.own_slot(here, here.known_thread(), index);
+        let slot = slot.unwrap_or_else(|| self.another_slot(index));
+        self.confirmed(here, Claim { index: index as usize, slot }, line, seen)
+    }
+
+    /// As [`claim`](Self::claim), for who is in no hurry.
+    pub(crate) fn lease(&self, index: u32, seen: State) -> Option<Held<'_, T>> {
+        self.claim(Here::ask(), index, self.line(index), seen).map(|claim| self.keep(claim))
+    }
+
+    /// As [`lease`](Self::lease), by a thread that shall not get slots of its own: one that comes seldom.
+    pub(crate) fn lease_shared(&self, index: u32, seen: State) -> Option<Held<'_, T>> {
+        let claim = Claim { index: index as usize, slot: self.shared_slot(index) };
+        self.confirmed(Here::ask(), claim, self.line(index), seen).map(|claim| self.keep(claim))
     }
 
     #[inline(always)]
-    fn claim(&self, index: u32, thread: usize) -> u32 {
-        let mask = self.lines.len() - 1;
-        let first = thread & mask;
-        for (n, slot) in self.lines[first].0.iter().enumerate() {
-            if try_claim(slot, index) {
-                return (first * LINE + n) as u32;
+    fn confirmed<'s>(
+        &'s self,
+        here: Here,
+        claim: Claim<'s>,
+        line: AtomicLine<'s>,
+        seen: State,
+    ) -> Option<Claim<'s>> {
+        self.fence.light();
+        if State::of(here, line) == seen {
+            return Some(claim);
+        }
+        self.end(here, claim);
+        None
+    }
+
+    /// One of those that `thread`, which is the caller, alone claims.
+    #[inline(always)]
+    fn own_slot(&self, here: Here, thread: usize, index: u32) -> Option<&AtomicU64> {
+        let line = self.lines.get(thread)?;
+        for slot in &line.slots {
+            // Acquire and Release: what the last lease in this slot has released, wherever it ended, is carried on for
+            // whoever sees this one.
+            if slot.load_here(here, Ordering::Acquire) == 0 {
+                slot.store_here(here, u64::from(index) + 1, Ordering::Release);
+                let given = line.given.load_here(here, Ordering::Relaxed);
+                line.given.store_here(here, given + 1, Ordering::Relaxed);
+                return Some(slot);
             }
         }
-        self.claim_elsewhere(index, first)
+        None
+    }
+
+    /// For a thread that has no slots, or none left, or does not know yet.
+    #[cold]
+    #[inline(never)]
+    fn another_slot(&self, index: u32) -> &AtomicU64 {
+        let here = Here::ask();
+        let own = here.thread().and_then(|thread| self.own_slot(here, thread, index));
+        own.unwrap_or_else(|| self.shared_slot(index))
+    }
+
+    fn shared_slot(&self, index: u32) -> &AtomicU64 {
+        for slot in &self.shared.slots {
+            if slot.load(Ordering::Relaxed) == 0
+                && slot.compare_exchange(0, u64::from(index) + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            {
+                self.shared.given.fetch_add(1, Ordering::Relaxed);
+                return slot;
+            }
+        }
+        self.word(index, GIVEN).fetch_add(1 << 32 | 1, Ordering::AcqRel);
+        &self.counted
+    }
+
+    /// Ends a lease, in any thread.
+    #[inline(always)]
+    pub(crate) fn end(&self, here: Here, claim: Claim<'_>) {
+        if std::ptr::eq(claim.slot, &raw const self.counted) {
+            return self.end_counted(claim.index());
+        }
+        // Nobody else writes a slot that is taken. Release: what was read under the lease was read before.
+        claim.slot.store_here(here, 0, Ordering::Release);
+    }
+
+    /// From here on it ends by itself.
+    pub(crate) fn keep<'s>(&'s self, claim: Claim<'s>) -> Held<'s, T> {
+        Held { slab: self, claim: Some(claim) }
+    }
+
+    /// What a leased entry holds.
+    ///
+    /// # Panics
+    /// If the lease is of another slab.
+    pub(crate) fn body<'c>(&'c self, claim: &'c Claim<'_>) -> &'c T {
+        let is_ours = |line: &Line| line.slots.iter().any(|slot| std::ptr::eq(slot, claim.slot));
+        let ours = std::ptr::eq(claim.slot, &raw const self.counted) || self.lines().any(is_ours);
+        assert!(ours, "a lease of another slab");
+        let body = self.bodies[claim.index].with(|at| {
+            // SAFETY: the entry was Live after the slot was taken, so whoever makes it Dead finds the slot and leaves
+            // the body in place until the lease ends, which consumes what is borrowed here; until then nobody writes it.
+            unsafe { &*at }
+        });
+        match body {
+            Some(body) => body,
+            None => unreachable!("a Live entry has a body"),
+        }
     }
 
     #[cold]
-    fn claim_elsewhere(&self, index: u32, first: usize) -> u32 {
-        let mask = self.lines.len() - 1;
-        for line in (1..=mask).map(|n| (first + n) & mask) {
-            for (n, slot) in self.lines[line].0.iter().enumerate() {
-                if try_claim(slot, index) {
-                    return (line * LINE + n) as u32;
-                }
-            }
-        }
-        self.word(index, GIVEN).fetch_add(1 << 32 | 1, Ordering::SeqCst);
-        COUNTED
+    #[inline(never)]
+    fn end_counted(&self, index: u32) {
+        self.word(index, GIVEN).fetch_sub(1, Ordering::Release);
     }
 
-    #[inline(always)]
-    fn release(&self, index: u32, slot: u32) {
-        if slot == COUNTED {
-            self.word(index, GIVEN).fetch_sub(1, Ordering::Release);
-        } else {
-            let slot = &self.lines[slot as usize / LINE].0[slot as usize % LINE];
-            // Nobody else writes a slot that is taken. Release: what was read under the lease was read before.
-            slot.store(slot.load(Ordering::Relaxed) & !INDEX, Ordering::Release);
-        }
-    }
-
-    /// Is there a lease? Of a Dead entry `false` is for good.
+    /// Is there a lease? As far as its slot is to be seen: a hint, but for what has been dead since before a heavy fence.
+    /// Of that `false` is for good.
     pub(crate) fn is_leased(&self, index: u32) -> bool {
-        self.word(index, GIVEN).load(Ordering::SeqCst) & INDEX != 0
-            || self.slots().any(|slot| slot.load(Ordering::SeqCst) & INDEX == u64::from(index) + 1)
+        self.word(index, GIVEN).load(Ordering::Acquire) & LASTING != 0
+            || self
+                .lines()
+                .flat_map(|line| &line.slots)
+                .any(|slot| slot.load(Ordering::Acquire) == u64::from(index) + 1)
     }
 
     /// How many leases were given, in vain or not.
     pub(crate) fn leases_given(&self) -> u64 {
-        let counted = (0..self.len() as u32).map(|index| self.word(index, GIVEN).load(Ordering::Relaxed));
-        self.slots().map(|slot| slot.load(Ordering::Relaxed)).chain(counted).map(|given| given >> 32).sum()
+        let counted =
+            (0..self.len() as u32).map(|index| self.word(index, GIVEN).load(Ordering::Relaxed) >> 32);
+        self.lines().map(|line| line.given.load(Ordering::Relaxed)).chain(counted).sum()
     }
 
-    fn slots(&self) -> impl Iterator<Item = &AtomicU64> {
-        self.lines.iter().flat_map(|line| &line.0)
+    fn lines(&self) -> impl Iterator<Item = &Line> {
+        self.lines.iter().chain(std::iter::once(&self.shared))
     }
 
     /// Free -> Building. The caller alone knows of the free entry, and owns it now.
@@ -242,17 +350,33 @@ impl<T> Slab<T> {
         seen.is_live() && word.compare_exchange(seen.0, dead.0, Ordering::SeqCst, Ordering::Relaxed).is_ok()
     }
 
-    /// The body of a Dead entry, once; `None` while it is leased. By the owner.
-    pub(crate) fn take(&self, index: u32) -> Option<T> {
-        let word = self.word(index, STATE);
-        let state = State(word.load(Ordering::SeqCst));
-        assert_eq!(state.phase(), Phase::Dead, "only the owner of a dead entry takes it apart");
-        if self.is_leased(index) {
-            return None;
+    /// Takes the bodies of those of the Dead entries `dead` that nobody leases, once each; the others stay in `dead`. By
+    /// their owner.
+    ///
+    /// # Errors
+    /// [`NoBarrier`]: who leases them cannot be told, and all stay.
+    pub(crate) fn take(&self, dead: &mut Vec<u32>, mut taken: impl FnMut(u32, T)) -> Result<(), NoBarrier> {
+        if dead.is_empty() {
+            return Ok(());
         }
-        // SAFETY: the entry is dead and no slot holds it, so every reader that saw it alive has released its lease
-        // (the slot's Release, our SeqCst load), and none will see it alive. The caller is the one owner.
-        self.bodies[index as usize].with_mut(|at| unsafe { (*at).take() })
+        for index in dead.iter() {
+            let state = State(self.word(*index, STATE).load(Ordering::SeqCst));
+            assert_eq!(state.phase(), Phase::Dead, "only the owner of a dead entry takes it apart");
+        }
+        self.fence.heavy()?;
+        dead.retain(|&index| {
+            if self.is_leased(index) {
+                return true;
+            }
+            // SAFETY: the entry has been dead since before the heavy fence, and no slot holds it: every reader that saw
+            // it alive had written its slot before the fence and has released its lease (the slot's Release, our
+            // Acquire), and none will see it alive. The caller is the one owner.
+            let body = self.bodies[index as usize].with_mut(|at| unsafe { (*at).take() });
+            let body = body.unwrap_or_else(|| unreachable!("a body is taken once"));
+            taken(index, body);
+            false
+        });
+        Ok(())
     }
 
     /// Building or Dead -> Free, by the owner, who has taken the body.
@@ -264,41 +388,29 @@ impl<T> Slab<T> {
     }
 }
 
-#[inline(always)]
-fn try_claim(slot: &AtomicU64, index: u32) -> bool {
-    let free = slot.load(Ordering::Relaxed);
-    if free & INDEX != 0 {
-        return false;
+impl Claim<'_> {
+    #[inline(always)]
+    pub(crate) fn index(&self) -> u32 {
+        self.index as u32
     }
-    let taken = (free + (1 << 32)) | (u64::from(index) + 1);
-    // Release as well: it carries on what the last lease in this slot has released, for whoever sees this one.
-    slot.compare_exchange(free, taken, Ordering::SeqCst, Ordering::Relaxed).is_ok()
 }
 
 impl<'s, T> Held<'s, T> {
-    #[inline(always)]
-    pub(crate) fn index(&self) -> u32 {
-        self.index
+    /// What the entry holds.
+    pub(crate) fn body(&self) -> &T {
+        self.claim.as_ref().map_or_else(|| unreachable!("it is kept"), |claim| self.slab.body(claim))
     }
 
-    /// What the entry holds.
-    #[inline(always)]
-    pub(crate) fn body(&self) -> &T {
-        let body = self.slab.bodies[self.index as usize].with(|at| {
-            // SAFETY: the entry was Live after the slot was taken, so whoever makes it Dead finds the slot and leaves
-            // the body in place until `self` is dropped; until then nobody writes it.
-            unsafe { &*at }
-        });
-        match body {
-            Some(body) => body,
-            None => unreachable!("a Live entry has a body"),
-        }
+    /// Whoever has it from here on ends it.
+    pub(crate) fn claim(mut self) -> Claim<'s> {
+        self.claim.take().unwrap_or_else(|| unreachable!("it is kept"))
     }
 }
 
 impl<T> Drop for Held<'_, T> {
-    #[inline(always)]
     fn drop(&mut self) {
-        self.slab.release(self.index, self.slot);
+        if let Some(claim) = self.claim.take() {
+            self.slab.end(Here::ask(), claim);
+        }
     }
 }

@@ -13,12 +13,14 @@
 //! Invariants: at most three quarters of the words are used, so that a probe ends; a word is 0, or a tag of 40 bits
 //! and an index plus one; between a word and the place that its hash asks for, no word is 0.
 
-use interleave::{AtomicU64, AtomicWords, Ordering};
-use mmu_notifier::{PAGE_SHIFT, Range};
+use interleave::{AtomicU64, AtomicWords, Here, Ordering};
+use mmu_notifier::{PAGE_SHIFT, PAGE_SIZE, Range};
 
 /// 4^18 pages are all of user space.
 const LEVELS: usize = 19;
 const INDEX_BITS: u32 = 24;
+/// How far from its home a word is looked for in a hurry.
+const NEAR: usize = 7;
 /// Entries that a table can name.
 pub(crate) const MAX_ENTRIES: usize = (1 << INDEX_BITS) - 2;
 
@@ -41,11 +43,11 @@ fn level(range: Range) -> u32 {
     (u64::BITS - (pages - 1).leading_zeros()).div_ceil(2)
 }
 
-/// A well-mixed hash of a block: its high bits say where, its low 40 are the tag.
+/// A hash of a block: its high bits say where, its low 40 are the tag. To multiply by an odd number keeps apart what
+/// differs in the low 40 bits, which are the level and all of a block's that an address has: equal tags are equal blocks.
 #[inline(always)]
 fn hash(block: u64, level: u32) -> u64 {
-    let x = (block << 5 | u64::from(level)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (x ^ x >> 29).wrapping_mul(0xbf58_476d_1ce4_e5b9)
+    (block << 5 | u64::from(level)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
 #[inline(always)]
@@ -53,8 +55,14 @@ fn word(hash: u64, index: u32) -> u64 {
     hash << INDEX_BITS | (u64::from(index) + 1)
 }
 
+#[inline(always)]
 fn tag(word: u64) -> u64 {
     word >> INDEX_BITS
+}
+
+#[inline(always)]
+fn index(word: u64) -> u32 {
+    (word as u32 & ((1 << INDEX_BITS) - 1)) - 1
 }
 
 impl Table {
@@ -76,10 +84,46 @@ impl Table {
 
     /// The entries that could contain `range`, and some that do not.
     #[inline(always)]
-    pub(crate) fn candidates(&self, range: Range) -> Candidates<'_> {
+    pub(crate) fn candidates(&self, here: Here, range: Range) -> Candidates<'_> {
         let first = level(range);
-        let levels = self.levels.load(Ordering::Acquire) >> first << first;
-        Candidates { table: self, page: range.start() >> PAGE_SHIFT, levels, hash: 0, at: 0, left: 0 }
+        let levels = self.levels.load_here(here, Ordering::Acquire) >> first << first;
+        Candidates { table: self, here, page: range.start() >> PAGE_SHIFT, levels, hash: 0, at: 0, left: 0 }
+    }
+
+    /// The first of the [candidates](Self::candidates), which mostly is the one.
+    #[inline(always)]
+    pub(crate) fn candidate(&self, here: Here, range: Range) -> Option<u32> {
+        let mut levels = self.levels.load_here(here, Ordering::Acquire);
+        // What contains a page may be on any.
+        if range.len() > PAGE_SIZE {
+            let first = level(range);
+            levels = levels >> first << first;
+        }
+        while levels != 0 {
+            let level = levels.trailing_zeros();
+            levels &= levels - 1;
+            let hash = hash(range.start() >> PAGE_SHIFT >> (2 * level), level);
+            let home = self.home(hash);
+            for at in home..=home + NEAR {
+                let found = self.words.word(at & self.mask).load_here(here, Ordering::Acquire);
+                if found == 0 {
+                    break;
+                }
+                if tag(found ^ word(hash, 0)) == 0 {
+                    return Some(index(found));
+                }
+                if at == home + NEAR {
+                    return self.far(range);
+                }
+            }
+        }
+        None
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn far(&self, range: Range) -> Option<u32> {
+        self.candidates(Here::ask(), range).next()
     }
 
     fn blocks(range: Range) -> impl Iterator<Item = u64> {
@@ -137,7 +181,7 @@ impl Table {
             if found == 0 {
                 break;
             }
-            let range = range_of((found as u32 & ((1 << INDEX_BITS) - 1)) - 1);
+            let range = range_of(index(found));
             let home = Self::blocks(range)
                 .find(|hash| tag(word(*hash, 0)) == tag(found))
                 .map_or(at, |hash| self.home(hash));
@@ -155,6 +199,7 @@ impl Table {
 /// See [`Table::candidates`].
 pub(crate) struct Candidates<'t> {
     table: &'t Table,
+    here: Here,
     page: u64,
     /// Not yet looked at.
     levels: u64,
@@ -182,13 +227,13 @@ impl Iterator for Candidates<'_> {
                 self.at = self.table.home(self.hash);
                 self.left = self.table.mask + 1;
             }
-            let found = self.table.words.word(self.at).load(Ordering::Acquire);
+            let found = self.table.words.word(self.at).load_here(self.here, Ordering::Acquire);
             self.at = (self.at + 1) & self.table.mask;
             self.left -= 1;
             if found == 0 {
                 self.left = 0;
             } else if tag(found) == tag(word(self.hash, 0)) {
-                return Some((found as u32 & ((1 << INDEX_BITS) - 1)) - 1);
+                return Some(index(found));
             }
         }
     }
@@ -231,10 +276,12 @@ mod tests {
                     table.insert(&mut levels, range, index);
                 }
                 let want = pages(want.0, want.1);
+                let first = table.candidates(Here::ask(), want).next();
+                prop_assert_eq!(table.candidate(Here::ask(), want), first);
                 for (index, range) in model.iter().filter(|(_, range)| range.contains(want)) {
-                    prop_assert!(table.candidates(want).any(|i| i == *index), "{want} in {range}");
+                    prop_assert!(table.candidates(Here::ask(), want).any(|i| i == *index), "{want} in {range}");
                 }
-                let strangers = table.candidates(want).filter(|i| !model.contains_key(i)).count();
+                let strangers = table.candidates(Here::ask(), want).filter(|i| !model.contains_key(i)).count();
                 prop_assert_eq!(strangers, 0, "a candidate that is not listed");
             }
             for (index, range) in model.clone() {

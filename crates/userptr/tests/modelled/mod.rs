@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering, Scope, Sleep, WaitQueue};
 use mmu_notifier::primary::{
-    After, Gone, GupError, IdentityError, Invalidate, PageIdentity, PrimaryMmu, SeqMoved, SetSeq,
+    After, Count, Gone, GupError, IdentityError, Invalidate, PageIdentity, PrimaryMmu, SeqMoved, SetSeq,
     SubscribeError, Subscription, Unheard,
 };
 use mmu_notifier::{
@@ -33,7 +33,9 @@ pub(crate) enum How {
     Kvm,
     /// As the kvm source, with callbacks.
     KvmCalls,
-    /// A fault of it: the total moves before the bucket, so that an era can stand for a bucket of its past.
+    /// As the kvm source where a range is counted in many words: its eras are kept.
+    KvmEras,
+    /// A fault of that: the total moves before the bucket, so that an era can stand for a bucket of its past.
     KvmTotalFirst,
     /// As the uffd source, and nobody is called.
     Uffd,
@@ -49,7 +51,7 @@ pub(crate) enum How {
 
 impl How {
     fn is_kvm(self) -> bool {
-        matches!(self, How::Kvm | How::KvmCalls | How::KvmTotalFirst)
+        matches!(self, How::Kvm | How::KvmCalls | How::KvmEras | How::KvmTotalFirst)
     }
 
     fn is_uffd(self) -> bool {
@@ -139,7 +141,7 @@ impl News {
             counter.fetch_add(1, Ordering::SeqCst);
         };
         match self.how {
-            How::Kvm | How::KvmCalls => {
+            How::Kvm | How::KvmCalls | How::KvmEras => {
                 buckets(range).for_each(|bucket| count(&self.of[bucket]));
                 count(&self.total);
                 if self.how.calls() {
@@ -328,8 +330,10 @@ impl Subscription for ToldSubscription {
         }
     }
 
-    fn count_at(&self, seq: ToldSeq) -> Option<u64> {
-        self.news.how.is_kvm().then_some(seq.heard)
+    fn count_at(&self, seq: ToldSeq) -> Option<Count> {
+        let range = self.range();
+        let key = range.start() | range.pages();
+        matches!(self.news.how, How::Kvm | How::KvmCalls).then_some(Count { key, value: seq.heard })
     }
 
     fn read_retry_ordered(&self, seq: ToldSeq) -> bool {
@@ -398,8 +402,9 @@ impl PrimaryMmu for Told {
         self.how.is_kvm().then(|| self.news.total.load(Ordering::SeqCst))
     }
 
-    fn count_in(&self, range: Range) -> Option<u64> {
-        self.how.is_kvm().then(|| self.news.sum(range))
+    fn count(&self, key: u64) -> Option<u64> {
+        let (start, pages) = (key & !(PAGE_SIZE - 1), key % PAGE_SIZE);
+        self.how.is_kvm().then(|| self.news.sum(Range::new(start, pages * PAGE_SIZE).unwrap()))
     }
 
     fn era_ordered(&self) -> Option<u64> {
