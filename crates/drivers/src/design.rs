@@ -14,12 +14,12 @@
 use crate::bindings::Bindings;
 use crate::callbacks::Callback;
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Kind, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::site::changed;
 use interleave::{LockClass, MaySleep, Mutex, MutexGuard};
-use mmu_notifier::{Access, Range};
+use mmu_notifier::{Access, MmuNotifier, Range};
 use softmm::{Foll, Mm, UserPages};
 use std::sync::Arc;
 
@@ -27,16 +27,16 @@ static MUTEX: LockClass = LockClass::new("design mutex");
 
 /// The GPU of a design, and its objects.
 pub(crate) struct Gpu {
-    pub(crate) kind: &'static Kind,
+    kind: &'static Kind,
     cpu: usize,
     pub(crate) context: DeviceContext,
-    pub(crate) objects: Mutex<Objects>,
-    pub(crate) registered: Registered,
+    objects: Mutex<Objects>,
+    registered: Registered,
 }
 
 /// Protected by the design's mutex.
 #[derive(Default)]
-pub(crate) struct Objects {
+struct Objects {
     next_get: u64,
     released: bool,
     map: Bindings<Object>,
@@ -52,23 +52,27 @@ struct Object {
     had_pages: bool,
 }
 
-impl Gpu {
-    pub(crate) fn new(
-        cx: &mut MaySleep<'_>,
-        mm: &Arc<Mm>,
-        device: &Arc<Device>,
-        kind: &'static Kind,
-        options: Options,
-    ) -> Gpu {
-        Gpu {
-            kind,
-            cpu: options.cpu,
-            context: DeviceContext::open(cx, device, mm, kind.name, Root::Own).flushing_at_start(),
-            objects: Mutex::new(&MUTEX, Objects::default()),
-            registered: Registered::not_yet(),
-        }
-    }
+/// The design that `make` builds around a GPU without objects; registers it with `mm`.
+pub(crate) fn open<D: Design + MmuNotifier + 'static>(
+    cx: &mut MaySleep<'_>,
+    mm: &Arc<Mm>,
+    device: &Arc<Device>,
+    kind: &'static Kind,
+    options: Options,
+    make: impl FnOnce(Gpu) -> Arc<D>,
+) -> Result<Arc<D>, OpenError> {
+    let driver = make(Gpu {
+        kind,
+        cpu: options.cpu,
+        context: DeviceContext::open(cx, device, mm, kind.name, Root::Own).flushing_at_start(),
+        objects: Mutex::new(&MUTEX, Objects::default()),
+        registered: Registered::not_yet(),
+    });
+    driver.gpu().registered.register(cx, &driver, options)?;
+    Ok(driver)
+}
 
+impl Gpu {
     pub(crate) fn bind(
         &self,
         cx: &mut MaySleep<'_>,
@@ -93,6 +97,19 @@ impl Gpu {
     /// `begin` runs before pages are got, without a lock; `agrees` runs under the mutex before they are used, with what `begin`
     /// returned; `ready` runs under the mutex before the request is queued.
     pub(crate) fn submit<S>(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        ops: &[DeviceOp],
+        begin: impl FnOnce(&mut MaySleep<'_>) -> S,
+        agrees: impl FnOnce(&mut MaySleep<'_>, S, Range) -> bool,
+        ready: impl FnOnce(&mut MaySleep<'_>, Binding) -> bool,
+    ) -> Result<RequestId, SubmitError> {
+        let execbuf = |cx: &mut MaySleep<'_>| self.execbuf(cx, binding, ops, begin, agrees, ready);
+        in_process(cx, self.context.mm(), execbuf).unwrap_or(Err(SubmitError::Exited))
+    }
+
+    fn execbuf<S>(
         &self,
         cx: &mut MaySleep<'_>,
         binding: Binding,

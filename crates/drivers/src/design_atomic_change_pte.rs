@@ -18,7 +18,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::site::{bump, changed, unbump};
@@ -109,6 +109,47 @@ impl AtomicChangePte {
         }
         state.bound.get(&binding).copied().ok_or(SubmitError::NotBound(binding))
     }
+
+    fn fault(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        page: PageAddr,
+        access: Access,
+    ) -> Result<(), DeviceFault> {
+        let missing = DeviceFault::NoTranslation { page, access };
+        self.bound(cx, binding).map_err(|_| missing)?;
+        let seq = {
+            let mut state = self.state.lock(cx);
+            state.faults += 1;
+            state.seq
+        };
+        let mm = self.context.mm();
+        let cpu = &mm.machine().cpus()[self.options.cpu % mm.machine().cpus().len()];
+        let foll = if access == Access::Write { Foll::GET.write() } else { Foll::GET };
+        let got = mm.get_user_pages_fast(cx, cpu, Range::page(page), foll);
+        let mut state = self.state.lock(cx);
+        let (state, cx) = state.split();
+        state.faults -= 1;
+        let got = got.map_err(|source| DeviceFault::Refused { page, source })?;
+        if state.released || !state.bound.contains_key(&binding) {
+            return Err(missing);
+        }
+        if changed(state.count > 0 || state.seq != seq) {
+            self.context.counters().retried(1);
+            return Ok(());
+        }
+        let writable = access == Access::Write;
+        if state.pins.get(&(binding, page)).is_some_and(|pinned| pinned.writable) {
+            return Ok(()); // Another fault was faster, and got at least as much.
+        }
+        if let Some(frame) = got.frames().next() {
+            // No flush: a TLB entry of this page that allows less walks again, and one of another page went with its pin.
+            self.context.map(cx, binding, page, frame, writable);
+        }
+        state.pins.insert((binding, page), Pinned { page: got, writable });
+        Ok(())
+    }
 }
 
 impl MmuNotifier for AtomicChangePte {
@@ -198,37 +239,8 @@ impl Driver for AtomicChangePte {
         access: Access,
     ) -> Result<(), DeviceFault> {
         let missing = DeviceFault::NoTranslation { page, access };
-        self.bound(cx, binding).map_err(|_| missing)?;
-        let seq = {
-            let mut state = self.state.lock(cx);
-            state.faults += 1;
-            state.seq
-        };
-        let mm = self.context.mm();
-        let cpu = &mm.machine().cpus()[self.options.cpu % mm.machine().cpus().len()];
-        let foll = if access == Access::Write { Foll::GET.write() } else { Foll::GET };
-        let got = mm.get_user_pages_fast(cx, cpu, Range::page(page), foll);
-        let mut state = self.state.lock(cx);
-        let (state, cx) = state.split();
-        state.faults -= 1;
-        let got = got.map_err(|source| DeviceFault::Refused { page, source })?;
-        if state.released || !state.bound.contains_key(&binding) {
-            return Err(missing);
-        }
-        if changed(state.count > 0 || state.seq != seq) {
-            self.context.counters().retried(1);
-            return Ok(());
-        }
-        let writable = access == Access::Write;
-        if state.pins.get(&(binding, page)).is_some_and(|pinned| pinned.writable) {
-            return Ok(()); // Another fault was faster, and got at least as much.
-        }
-        if let Some(frame) = got.frames().next() {
-            // No flush: a TLB entry of this page that allows less walks again, and one of another page went with its pin.
-            self.context.map(cx, binding, page, frame, writable);
-        }
-        state.pins.insert((binding, page), Pinned { page: got, writable });
-        Ok(())
+        let fault = |cx: &mut MaySleep<'_>| self.fault(cx, binding, page, access);
+        in_process(cx, self.context.mm(), fault).unwrap_or(Err(missing))
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {

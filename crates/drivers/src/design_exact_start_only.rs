@@ -10,13 +10,12 @@
 //! Lock order: that of the common part (design.rs).
 
 use crate::callbacks::{Callback, Callbacks};
-use crate::design::{Design, Gpu};
-use crate::device::{Binding, Device, DeviceOp};
-use crate::driver::{Holds, Kind, OpenError, Options, SubmitError};
+use crate::design::{self, Design, Gpu};
+use crate::device::{Binding, DeviceOp};
+use crate::driver::{Holds, Kind, SubmitError};
 use crate::engine::RequestId;
 use interleave::{MaySleep, Sleep};
 use mmu_notifier::{Invalidation, MmuNotifier, Ops, WouldBlock};
-use softmm::Mm;
 use std::sync::Arc;
 
 /// What it is.
@@ -27,28 +26,13 @@ pub static KIND: Kind = Kind {
     holds: Holds::Pages,
     callbacks: Callbacks::of(&[Callback::Start, Callback::Release]),
     reads: true,
-    open: |cx, mm, device, options| Ok(ExactStartOnly::open(cx, mm, device, options)?),
+    open: |cx, mm, device, options| {
+        Ok(design::open(cx, mm, device, &KIND, options, |gpu| Arc::new(ExactStartOnly(gpu)))?)
+    },
 };
 
 /// See the module.
 pub struct ExactStartOnly(Gpu);
-
-impl ExactStartOnly {
-    /// Registers with `mm`.
-    ///
-    /// # Errors
-    /// [`OpenError`].
-    pub fn open(
-        cx: &mut MaySleep<'_>,
-        mm: &Arc<Mm>,
-        device: &Arc<Device>,
-        options: Options,
-    ) -> Result<Arc<ExactStartOnly>, OpenError> {
-        let driver = Arc::new(ExactStartOnly(Gpu::new(cx, mm, device, &KIND, options)));
-        driver.0.registered.register(cx, &driver, options)?;
-        Ok(driver)
-    }
-}
 
 impl MmuNotifier for ExactStartOnly {
     fn ops(&self) -> Ops {

@@ -13,15 +13,14 @@
 //! Lock order: that of the common part (design.rs); ptl > design flags.
 
 use crate::callbacks::{Callback, Callbacks};
-use crate::design::{Design, Gpu};
-use crate::device::{Binding, Device, DeviceOp};
-use crate::driver::{Holds, Kind, OpenError, Options, SubmitError};
+use crate::design::{self, Design, Gpu};
+use crate::device::{Binding, DeviceOp};
+use crate::driver::{Holds, Kind, SubmitError};
 use crate::engine::RequestId;
 use crate::sequence::Sequence;
-use crate::work::WorkQueue;
+use crate::work::{WorkMode, WorkQueue};
 use interleave::{Atomic, LockClass, MaySleep, Sleep, SpinLock};
 use mmu_notifier::{Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
-use softmm::Mm;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
@@ -36,7 +35,10 @@ pub static KIND: Kind = Kind {
     holds: Holds::Pages,
     callbacks: Callbacks::of(&[Callback::Start, Callback::End, Callback::ChangePte, Callback::Release]),
     reads: true,
-    open: |cx, mm, device, options| Ok(FlagChangePte::open(cx, mm, device, options)?),
+    open: |cx, mm, device, options| {
+        let make = |gpu| FlagChangePte::new(gpu, options.work);
+        Ok(design::open(cx, mm, device, &KIND, options, make)?)
+    },
 };
 
 /// See the module.
@@ -57,26 +59,14 @@ struct Flags {
 }
 
 impl FlagChangePte {
-    /// Registers with `mm`.
-    ///
-    /// # Errors
-    /// [`OpenError`].
-    pub fn open(
-        cx: &mut MaySleep<'_>,
-        mm: &Arc<Mm>,
-        device: &Arc<Device>,
-        options: Options,
-    ) -> Result<Arc<FlagChangePte>, OpenError> {
-        let gpu = Gpu::new(cx, mm, device, &KIND, options);
-        let driver = Arc::new_cyclic(|me| FlagChangePte {
+    fn new(gpu: Gpu, work: WorkMode) -> Arc<FlagChangePte> {
+        Arc::new_cyclic(|me| FlagChangePte {
             me: me.clone(),
             gpu,
             sequence: Sequence::new(),
             flags: SpinLock::new(&FLAGS, Flags::default()),
-            work: WorkQueue::new("design unbind", &UNBIND_WORK, options.work),
-        });
-        driver.gpu.registered.register(cx, &driver, options)?;
-        Ok(driver)
+            work: WorkQueue::new("design unbind", &UNBIND_WORK, work),
+        })
     }
 
     /// Drops what is marked.

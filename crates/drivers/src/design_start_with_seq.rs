@@ -13,14 +13,13 @@
 //! Lock order: that of the common part (design.rs); the count's spin lock is a leaf.
 
 use crate::callbacks::{Callback, Callbacks};
-use crate::design::{Design, Gpu};
-use crate::device::{Binding, Device, DeviceOp};
-use crate::driver::{Holds, Kind, OpenError, Options, SubmitError};
+use crate::design::{self, Design, Gpu};
+use crate::device::{Binding, DeviceOp};
+use crate::driver::{Holds, Kind, SubmitError};
 use crate::engine::RequestId;
 use crate::sequence::Sequence;
 use interleave::{MaySleep, Sleep};
 use mmu_notifier::{Invalidation, MmuNotifier, Ops, WouldBlock};
-use softmm::Mm;
 use std::sync::Arc;
 
 /// What it is.
@@ -31,31 +30,16 @@ pub static KIND: Kind = Kind {
     holds: Holds::Pages,
     callbacks: Callbacks::of(&[Callback::Start, Callback::End, Callback::Release]),
     reads: true,
-    open: |cx, mm, device, options| Ok(StartWithSeq::open(cx, mm, device, options)?),
+    open: |cx, mm, device, options| {
+        let make = |gpu| Arc::new(StartWithSeq { gpu, sequence: Sequence::new() });
+        Ok(design::open(cx, mm, device, &KIND, options, make)?)
+    },
 };
 
 /// See the module.
 pub struct StartWithSeq {
     gpu: Gpu,
     sequence: Sequence,
-}
-
-impl StartWithSeq {
-    /// Registers with `mm`.
-    ///
-    /// # Errors
-    /// [`OpenError`].
-    pub fn open(
-        cx: &mut MaySleep<'_>,
-        mm: &Arc<Mm>,
-        device: &Arc<Device>,
-        options: Options,
-    ) -> Result<Arc<StartWithSeq>, OpenError> {
-        let gpu = Gpu::new(cx, mm, device, &KIND, options);
-        let driver = Arc::new(StartWithSeq { gpu, sequence: Sequence::new() });
-        driver.gpu.registered.register(cx, &driver, options)?;
-        Ok(driver)
-    }
 }
 
 impl MmuNotifier for StartWithSeq {

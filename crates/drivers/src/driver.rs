@@ -257,6 +257,21 @@ pub trait Driver: Send + Sync {
     }
 }
 
+/// Runs `f` as a thread of the process does that has made a system call: it is a user of the address space (mm_users), which is torn
+/// down after it if it was the last. `None`: it is being torn down already, so no such thread is left.
+///
+/// Not with a lock held that a callback takes: the last user calls release.
+pub(crate) fn in_process<R>(
+    cx: &mut MaySleep<'_>,
+    mm: &Arc<Mm>,
+    f: impl FnOnce(&mut MaySleep<'_>) -> R,
+) -> Option<R> {
+    let user = mm.mmget()?;
+    let result = f(cx);
+    user.mmput(cx);
+    Some(result)
+}
+
 /// Checks the operations of a request against the binding.
 ///
 /// # Errors

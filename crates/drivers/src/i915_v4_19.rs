@@ -29,7 +29,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::site::changed;
@@ -254,6 +254,30 @@ impl I915 {
         drop(state);
         self.mn.lock(cx).detach(object.binding);
     }
+
+    /// i915_gem_do_execbuffer.
+    fn execbuf(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        ops: &[DeviceOp],
+    ) -> Result<RequestId, SubmitError> {
+        let gem = self.struct_mutex.lock(cx);
+        let object = gem.objects.get(&binding).ok_or(SubmitError::NotBound(binding))?;
+        check_ops(self.context.mm(), object.range, object.access, ops)?;
+        let mut state = object.mm_lock.lock(cx);
+        if state.pages.is_none() {
+            self.get_pages(cx, object, &mut state)?;
+        }
+        let fresh = !std::mem::replace(&mut state.bound, true);
+        if let Some(pages) = state.pages.as_ref().filter(|_| fresh) {
+            for (page, frame) in object.range.iter_pages().zip(pages.frames()) {
+                self.context.map(cx, binding, page, frame, object.access == Access::Write);
+            }
+        }
+        state.dirty |= ops.iter().any(|op| op.access() == Access::Write);
+        Ok(self.context.submit(cx, binding, ops))
+    }
 }
 
 impl MmuNotifier for I915 {
@@ -326,21 +350,8 @@ impl Driver for I915 {
         binding: Binding,
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
-        let gem = self.struct_mutex.lock(cx);
-        let object = gem.objects.get(&binding).ok_or(SubmitError::NotBound(binding))?;
-        check_ops(self.context.mm(), object.range, object.access, ops)?;
-        let mut state = object.mm_lock.lock(cx);
-        if state.pages.is_none() {
-            self.get_pages(cx, object, &mut state)?;
-        }
-        let fresh = !std::mem::replace(&mut state.bound, true);
-        if let Some(pages) = state.pages.as_ref().filter(|_| fresh) {
-            for (page, frame) in object.range.iter_pages().zip(pages.frames()) {
-                self.context.map(cx, binding, page, frame, object.access == Access::Write);
-            }
-        }
-        state.dirty |= ops.iter().any(|op| op.access() == Access::Write);
-        Ok(self.context.submit(cx, binding, ops))
+        let execbuf = |cx: &mut MaySleep<'_>| self.execbuf(cx, binding, ops);
+        in_process(cx, self.context.mm(), execbuf).unwrap_or(Err(SubmitError::Exited))
     }
 
     fn run_work(&self, cx: &mut MaySleep<'_>) -> bool {

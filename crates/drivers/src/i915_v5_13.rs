@@ -23,7 +23,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::listener::{IntervalDriver, IntervalListener};
 use crate::site::changed;
@@ -154,6 +154,39 @@ impl I915 {
         let mut state = handle.object.reservation.lock(cx);
         self.unbind_and_unpin(cx, &handle.object, &mut state);
     }
+
+    /// i915_gem_do_execbuffer.
+    fn execbuf(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        ops: &[DeviceOp],
+    ) -> Result<RequestId, SubmitError> {
+        let handle = self.handles.lock(cx).get(&binding).cloned();
+        let handle = handle.ok_or(SubmitError::NotBound(binding))?;
+        let object = &handle.object;
+        check_ops(self.context.mm(), object.range, object.access, ops)?;
+        let seq = self.submit_init(cx, &handle)?;
+        let mut state = object.reservation.lock(cx);
+        let State { pages, bound, dirty, .. } = &mut *state;
+        let Some((pages, _)) = pages.as_ref().filter(|(_, of)| !changed(*of != seq)) else {
+            return Err(SubmitError::Again);
+        };
+        if !std::mem::replace(bound, true) {
+            for (page, frame) in object.range.iter_pages().zip(pages.frames()) {
+                self.context.map(cx, binding, page, frame, object.access == Access::Write);
+            }
+        }
+        *dirty |= ops.iter().any(|op| op.access() == Access::Write);
+        // i915_gem_object_userptr_submit_done.
+        let mut notifier_lock = self.notifier_lock.lock(cx);
+        let (_, cx) = notifier_lock.split();
+        if handle.notifier.read_retry(seq) {
+            self.context.counters().retried(1);
+            return Err(SubmitError::Again);
+        }
+        Ok(self.context.submit(cx, binding, ops))
+    }
 }
 
 impl IntervalDriver for I915 {
@@ -211,30 +244,8 @@ impl Driver for I915 {
         binding: Binding,
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
-        let handle = self.handles.lock(cx).get(&binding).cloned();
-        let handle = handle.ok_or(SubmitError::NotBound(binding))?;
-        let object = &handle.object;
-        check_ops(self.context.mm(), object.range, object.access, ops)?;
-        let seq = self.submit_init(cx, &handle)?;
-        let mut state = object.reservation.lock(cx);
-        let State { pages, bound, dirty, .. } = &mut *state;
-        let Some((pages, _)) = pages.as_ref().filter(|(_, of)| !changed(*of != seq)) else {
-            return Err(SubmitError::Again);
-        };
-        if !std::mem::replace(bound, true) {
-            for (page, frame) in object.range.iter_pages().zip(pages.frames()) {
-                self.context.map(cx, binding, page, frame, object.access == Access::Write);
-            }
-        }
-        *dirty |= ops.iter().any(|op| op.access() == Access::Write);
-        // i915_gem_object_userptr_submit_done.
-        let mut notifier_lock = self.notifier_lock.lock(cx);
-        let (_, cx) = notifier_lock.split();
-        if handle.notifier.read_retry(seq) {
-            self.context.counters().retried(1);
-            return Err(SubmitError::Again);
-        }
-        Ok(self.context.submit(cx, binding, ops))
+        let execbuf = |cx: &mut MaySleep<'_>| self.execbuf(cx, binding, ops);
+        in_process(cx, self.context.mm(), execbuf).unwrap_or(Err(SubmitError::Exited))
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {

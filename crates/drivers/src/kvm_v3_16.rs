@@ -22,12 +22,11 @@
 //!
 //! Not modelled: SRCU around the memslots; sptes without accessed bit; large sptes; async page faults.
 
-use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
-use crate::kvm_v6_18::{Gup, gup};
+use crate::kvm::{self, Slot, Slots};
 use crate::listener::Registered;
 use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, PageContext, Sleep, SpinLock};
@@ -109,19 +108,13 @@ pub struct Kvm {
 /// Protected by mmu_lock.
 #[derive(Default)]
 struct Mmu {
-    slots: Bindings<Slot>,
+    slots: Slots,
     /// mmu_notifier_count.
     count: u64,
     /// mmu_notifier_seq.
     seq: u64,
     /// Faults that have read the sequence and not yet looked at it again: a bump while there are any has an effect.
     faults: u64,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Slot {
-    range: Range,
-    access: Access,
 }
 
 impl Mmu {
@@ -181,14 +174,7 @@ impl Kvm {
     fn age(&self, cx: &mut Atomic<'_>, range: Range, kind: Callback) -> bool {
         let mut mmu = self.mmu_lock.lock(cx);
         let (_, cx) = mmu.split();
-        let young = self.context.young(cx, range, kind == Callback::ClearFlushYoung);
-        if young && kind == Callback::ClearFlushYoung {
-            self.context.flush(cx, None, range);
-        }
-        if young {
-            self.context.effect(kind);
-        }
-        young
+        kvm::age(cx, &self.context, range, kind)
     }
 
     fn delete_slot(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Option<Slot> {
@@ -197,6 +183,38 @@ impl Kvm {
         let slot = mmu.slots.remove(&binding)?;
         self.zap(cx, Some(binding), slot.range);
         Some(slot)
+    }
+
+    /// tdp_page_fault.
+    fn fault(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        page: PageAddr,
+        access: Access,
+    ) -> Result<(), DeviceFault> {
+        let missing = DeviceFault::NoTranslation { page, access };
+        let slot =
+            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
+        let seq = {
+            let mut mmu = self.mmu_lock.lock(cx);
+            mmu.faults += 1;
+            mmu.seq
+        };
+        let got = kvm::gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access);
+        let mut mmu = self.mmu_lock.lock(cx);
+        let (mmu, cx) = mmu.split();
+        mmu.faults -= 1;
+        let got = got?;
+        if !mmu.slots.contains_key(&binding) {
+            return Err(missing);
+        }
+        if changed(mmu.count > 0 || mmu.seq != seq) && *self.kind != NO_RETRY {
+            self.context.counters().retried(1);
+            return Ok(());
+        }
+        got.map(cx, &self.context, binding, page);
+        Ok(())
     }
 }
 
@@ -305,7 +323,6 @@ impl Driver for Kvm {
         Ok(self.context.submit(cx, binding, ops))
     }
 
-    /// tdp_page_fault.
     fn device_fault(
         &self,
         cx: &mut MaySleep<'_>,
@@ -314,32 +331,8 @@ impl Driver for Kvm {
         access: Access,
     ) -> Result<(), DeviceFault> {
         let missing = DeviceFault::NoTranslation { page, access };
-        let slot =
-            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
-        let seq = {
-            let mut mmu = self.mmu_lock.lock(cx);
-            mmu.faults += 1;
-            mmu.seq
-        };
-        let got = gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access);
-        let mut mmu = self.mmu_lock.lock(cx);
-        let (mmu, cx) = mmu.split();
-        mmu.faults -= 1;
-        let Gup { held, writable } = got?;
-        if !mmu.slots.contains_key(&binding) {
-            return Err(missing);
-        }
-        if changed(mmu.count > 0 || mmu.seq != seq) && *self.kind != NO_RETRY {
-            self.context.counters().retried(1);
-            return Ok(());
-        }
-        if let Some(frame) = held.frames().next() {
-            self.context.map(cx, binding, page, frame, writable);
-        }
-        if writable {
-            held.set_dirty();
-        }
-        Ok(())
+        let fault = |cx: &mut MaySleep<'_>| self.fault(cx, binding, page, access);
+        in_process(cx, self.context.mm(), fault).unwrap_or(Err(missing))
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {

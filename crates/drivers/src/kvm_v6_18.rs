@@ -27,16 +27,16 @@
 //! gfn_to_pfn caches; more than one address space; huge sptes; yielding mmu_lock; the early, lockless look at
 //! the range in progress before step 2, which saves work and decides nothing.
 
-use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
+use crate::kvm::{self, Slot, Slots};
 use crate::listener::Registered;
 use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, Sleep, SpinLock, WaitQueue};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Range, WouldBlock};
-use softmm::{Foll, Mm};
+use softmm::Mm;
 use std::sync::Arc;
 
 static MMU_LOCK: LockClass = LockClass::new("kvm mmu_lock");
@@ -74,16 +74,10 @@ pub struct Kvm {
 /// Protected by mmu_lock.
 #[derive(Default)]
 struct Mmu {
-    slots: Bindings<Slot>,
+    slots: Slots,
     in_progress: u64,
     range: Option<Range>,
     seq: u64,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Slot {
-    range: Range,
-    access: Access,
 }
 
 impl Mmu {
@@ -163,14 +157,7 @@ impl Kvm {
     fn age(&self, cx: &mut Atomic<'_>, range: Range, kind: Callback) -> bool {
         let mut mmu = self.mmu_lock.lock(cx);
         let (_, cx) = mmu.split();
-        let young = self.context.young(cx, range, kind != Callback::TestYoung);
-        if young && kind == Callback::ClearFlushYoung {
-            self.context.flush(cx, None, range);
-        }
-        if young {
-            self.context.effect(kind);
-        }
-        young
+        kvm::age(cx, &self.context, range, kind)
     }
 
     fn delete_slot(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Option<Slot> {
@@ -184,6 +171,32 @@ impl Kvm {
 
     fn slot(&self, cx: &mut impl Context, binding: Binding) -> Option<Slot> {
         self.mmu_lock.lock(cx).slots.get(&binding).copied()
+    }
+
+    /// kvm_tdp_page_fault.
+    fn fault(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        page: PageAddr,
+        access: Access,
+    ) -> Result<(), DeviceFault> {
+        let missing = DeviceFault::NoTranslation { page, access };
+        let slot =
+            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
+        let seq = self.mmu_lock.lock(cx).seq;
+        let got = kvm::gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access)?;
+        let mut mmu = self.mmu_lock.lock(cx);
+        let (mmu, cx) = mmu.split();
+        if !mmu.slots.contains_key(&binding) {
+            return Err(missing);
+        }
+        if changed(mmu.retry(seq, page)) {
+            self.context.counters().retried(1);
+            return Ok(());
+        }
+        got.map(cx, &self.context, binding, page);
+        Ok(())
     }
 }
 
@@ -270,7 +283,6 @@ impl Driver for Kvm {
         Ok(self.context.submit(cx, binding, ops))
     }
 
-    /// kvm_tdp_page_fault.
     fn device_fault(
         &self,
         cx: &mut MaySleep<'_>,
@@ -279,26 +291,8 @@ impl Driver for Kvm {
         access: Access,
     ) -> Result<(), DeviceFault> {
         let missing = DeviceFault::NoTranslation { page, access };
-        let slot =
-            self.slot(cx, binding).filter(|slot| slot.range.contains_addr(page.get())).ok_or(missing)?;
-        let seq = self.mmu_lock.lock(cx).seq;
-        let Gup { held, writable } = gup(cx, self.context.mm(), self.options.cpu, page, access, slot.access)?;
-        let mut mmu = self.mmu_lock.lock(cx);
-        let (mmu, cx) = mmu.split();
-        if !mmu.slots.contains_key(&binding) {
-            return Err(missing);
-        }
-        if changed(mmu.retry(seq, page)) {
-            self.context.counters().retried(1);
-            return Ok(());
-        }
-        if let Some(frame) = held.frames().next() {
-            self.context.map(cx, binding, page, frame, writable);
-        }
-        if writable {
-            held.set_dirty();
-        }
-        Ok(())
+        let fault = |cx: &mut MaySleep<'_>| self.fault(cx, binding, page, access);
+        in_process(cx, self.context.mm(), fault).unwrap_or(Err(missing))
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {
@@ -309,36 +303,4 @@ impl Driver for Kvm {
         self.registered.unregister(cx);
         self.context.forget_requests(cx);
     }
-}
-
-/// A page that a fault holds for a moment.
-pub(crate) struct Gup {
-    pub(crate) held: softmm::UserPages,
-    pub(crate) writable: bool,
-}
-
-/// hva_to_pfn: the page with a reference. A read fault in a slot that may be written takes the page for writing if that needs
-/// no fault, so that the first write does not fault again.
-pub(crate) fn gup(
-    cx: &mut MaySleep<'_>,
-    mm: &Mm,
-    cpu: usize,
-    page: PageAddr,
-    access: Access,
-    most: Access,
-) -> Result<Gup, DeviceFault> {
-    let range = Range::page(page);
-    let cpus = mm.machine().cpus();
-    let cpu = &cpus[cpu % cpus.len()];
-    let foll = if access == Access::Write { Foll::GET.write() } else { Foll::GET };
-    let held = mm
-        .get_user_pages_fast(cx, cpu, range, foll)
-        .map_err(|source| DeviceFault::Refused { page, source })?;
-    if access == Access::Read && most == Access::Write {
-        let again = mm.get_user_pages_fast_only(cx, cpu, range, Foll::GET.write());
-        if !again.is_empty() {
-            return Ok(Gup { held: again, writable: true });
-        }
-    }
-    Ok(Gup { held, writable: access == Access::Write })
 }

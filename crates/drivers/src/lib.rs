@@ -55,6 +55,7 @@ pub mod i915_v3_16;
 pub mod i915_v3_16_ro;
 pub mod i915_v4_19;
 pub mod i915_v5_13;
+mod kvm;
 pub mod kvm_v3_16;
 pub mod kvm_v6_18;
 mod listener;

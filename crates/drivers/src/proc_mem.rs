@@ -12,7 +12,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::Callbacks;
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, check_ops, in_process};
 use crate::engine::{RequestId, refuse};
 use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::{Access, Range};
@@ -63,6 +63,26 @@ impl ProcMem {
             }
         }
     }
+
+    fn access_remote_vm(
+        &self,
+        cx: &mut MaySleep<'_>,
+        binding: Binding,
+        ops: &[DeviceOp],
+    ) -> Result<RequestId, SubmitError> {
+        let known = self.files.lock(cx).open.get(&binding).copied();
+        let (range, access) = known.ok_or(SubmitError::NotBound(binding))?;
+        check_ops(self.context.mm(), range, access, ops)?;
+        let writes = ops.iter().any(|op| op.access() == Access::Write);
+        let foll = if writes { Foll::GET.write().force() } else { Foll::GET.force() };
+        let pages = self.context.mm().get_user_pages(cx, range, foll)?;
+        for (page, frame) in range.iter_pages().zip(pages.frames()) {
+            self.context.map(cx, binding, page, frame, writes);
+        }
+        let request = self.context.submit(cx, binding, ops);
+        self.files.lock(cx).held.insert(request, (binding, pages));
+        Ok(request)
+    }
 }
 
 impl Driver for ProcMem {
@@ -88,18 +108,8 @@ impl Driver for ProcMem {
         binding: Binding,
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
-        let known = self.files.lock(cx).open.get(&binding).copied();
-        let (range, access) = known.ok_or(SubmitError::NotBound(binding))?;
-        check_ops(self.context.mm(), range, access, ops)?;
-        let writes = ops.iter().any(|op| op.access() == Access::Write);
-        let foll = if writes { Foll::GET.write().force() } else { Foll::GET.force() };
-        let pages = self.context.mm().get_user_pages(cx, range, foll)?;
-        for (page, frame) in range.iter_pages().zip(pages.frames()) {
-            self.context.map(cx, binding, page, frame, writes);
-        }
-        let request = self.context.submit(cx, binding, ops);
-        self.files.lock(cx).held.insert(request, (binding, pages));
-        Ok(request)
+        let access_remote_vm = |cx: &mut MaySleep<'_>| self.access_remote_vm(cx, binding, ops);
+        in_process(cx, self.context.mm(), access_remote_vm).unwrap_or(Err(SubmitError::Exited))
     }
 
     fn run(&self, cx: &mut MaySleep<'_>, request: RequestId) -> Result<Vec<u64>, DeviceFault> {

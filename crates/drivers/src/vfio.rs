@@ -14,7 +14,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::Callbacks;
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::{Access, Range};
@@ -65,18 +65,9 @@ impl Vfio {
             dma.pages.set_dirty();
         }
     }
-}
 
-impl Driver for Vfio {
-    fn kind(&self) -> &'static Kind {
-        &KIND
-    }
-
-    fn context(&self) -> &DeviceContext {
-        &self.context
-    }
-
-    fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
+    /// VFIO_IOMMU_MAP_DMA.
+    fn map_dma(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
         let mut iommu = self.iommu.lock(cx);
         if iommu.dma_list.values().any(|dma| dma.range.overlaps(range)) {
             return Err(BindError::Overlaps(range));
@@ -91,6 +82,21 @@ impl Driver for Vfio {
         }
         iommu.dma_list.insert(binding, Dma { range, access, pages });
         Ok(binding)
+    }
+}
+
+impl Driver for Vfio {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn context(&self) -> &DeviceContext {
+        &self.context
+    }
+
+    fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
+        let map_dma = |cx: &mut MaySleep<'_>| self.map_dma(cx, range, access);
+        in_process(cx, self.context.mm(), map_dma).unwrap_or(Err(BindError::Exited(range)))
     }
 
     fn unbind(&self, cx: &mut MaySleep<'_>, binding: Binding) -> Result<(), SubmitError> {

@@ -14,6 +14,8 @@
 //! }
 //! ```
 
+mod guarded;
+
 use std::env;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -24,6 +26,8 @@ use rustix::process::Signal;
 
 use crate::capability::{self, Capability, State};
 use crate::child::{self, End, Errors};
+
+pub use guarded::Guarded;
 
 /// Names, in the child's environment, the test whose body it has to run.
 const CHILD: &str = "USERPTR_TEST_CHILD";

@@ -4,48 +4,15 @@
 #[macro_use]
 mod uffd_support;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-
-use interleave::{AtomicU32, Ordering};
+use hostmm::testing::Guarded;
 use uffd_support::*;
-
-/// The thread that must not; 0: none.
-static FORBIDDEN: AtomicU32 = AtomicU32::const_new(0);
-
-struct Guarded;
-
-fn this_thread() -> u32 {
-    rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned()
-}
-
-fn check() {
-    let forbidden = FORBIDDEN.load(Ordering::Acquire);
-    if forbidden != 0 && this_thread() == forbidden {
-        std::process::abort();
-    }
-}
-
-// SAFETY: System does the work.
-unsafe impl GlobalAlloc for Guarded {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        check();
-        // SAFETY: the caller's promise.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        check();
-        // SAFETY: the caller's promise.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Guarded = Guarded;
 
 live!(the_monitor_neither_allocates_nor_frees, || {
     let source = open();
-    FORBIDDEN.store(source.monitor_tid().cast_unsigned(), Ordering::Release);
+    Guarded::forbid(source.monitor_tid().cast_unsigned());
     with_threads(4, || {
         for _ in 0..500 {
             let r = anon(8);
@@ -63,7 +30,7 @@ live!(the_monitor_neither_allocates_nor_frees, || {
     });
     let stats = source.stats();
     assert!(stats.unmaps >= 2000 && stats.removes >= 2000 && stats.remaps >= 2000, "{stats:?}");
-    FORBIDDEN.store(0, Ordering::Release);
+    Guarded::allow();
 });
 
 live!(the_allocator_under_test_does_abort, || {
@@ -71,7 +38,7 @@ live!(the_allocator_under_test_does_abort, || {
         // SAFETY: the child of this test forks to see itself abort.
         let pid = unsafe { libc::fork() };
         if pid == 0 {
-            FORBIDDEN.store(this_thread(), Ordering::Release);
+            Guarded::forbid(rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned());
             drop(std::hint::black_box(Box::new(1)));
             // SAFETY: ends the child at once.
             unsafe { libc::_exit(0) };

@@ -42,6 +42,7 @@
 mod access;
 mod blame;
 mod config;
+mod contend;
 mod dpor;
 mod driver;
 mod engine;

@@ -343,3 +343,29 @@ fn a_try_lock_sees_both_outcomes() {
         assert_eq!(seen.into_inner(), 3, "{strategy:?}");
     }
 }
+
+#[test]
+fn what_one_thread_uses_costs_no_executions_until_another_comes_to_it() {
+    let late = |cx: &mut MaySleep<'_>| {
+        let (own, flag) = ([0; 3].map(AtomicU32::new), AtomicU32::new(0));
+        two(
+            cx,
+            |_| {
+                flag.store(1, SC);
+                own.iter().for_each(|n| n.store(1, SC));
+                flag.store(2, SC);
+            },
+            // Only between the two stores does it come to what is else the other thread's own.
+            |_| assert!(flag.load(SC) != 1 || own[2].load(SC) == 0, "came too late"),
+        );
+    };
+    let quiet = |cx: &mut MaySleep<'_>| {
+        let (own, flag) = (AtomicU32::new(0), AtomicU32::new(0));
+        two(cx, |_| (0..6).for_each(|n| own.store(n, SC)), |_| flag.store(1, SC));
+    };
+    let executions = |config: Config| explore(&config, quiet).executions;
+    assert_eq!(executions(Config::new(Strategy::Plain).all_points()), 8);
+    assert_eq!(executions(Config::new(Strategy::Plain)), 3);
+    let failure = finds(FailureKind::Panic, Config::new, late);
+    assert!(failure.message.contains("came too late"), "{failure}");
+}

@@ -353,7 +353,8 @@ impl Totals {
 
 /// Wrong outcomes, in words; nothing if the program is too big to enumerate.
 fn check(program: &[Vec<Do>], totals: &mut Totals) -> Option<String> {
-    let (expected, plain) = outcomes(program, &config(Strategy::Plain).max_executions(1_000), false);
+    let (expected, plain) =
+        outcomes(program, &config(Strategy::Plain).all_points().max_executions(1_000), false);
     if !plain.exhausted {
         totals.too_big += 1;
         return None;
@@ -365,6 +366,7 @@ fn check(program: &[Vec<Do>], totals: &mut Totals) -> Option<String> {
         return Some(format!("plain: {failure}"));
     }
     let modes = [
+        ("plain, contended points", Strategy::Plain, false),
         ("sleep", Strategy::Sleep, false),
         ("dpor", Strategy::Dpor, false),
         ("cache without digests", Strategy::ValueCache, false),

@@ -3,7 +3,6 @@
 
 mod common;
 
-use common::{beside_a_refuser, never_closed};
 use drivers::{Callback, Callbacks, Kind};
 use interleave::explore::Strategy;
 use mmu_check::Rule;
@@ -148,4 +147,59 @@ fn a_callback_that_never_has_an_effect_is_seen() {
     };
     assert!(dead(V3_16), "the start has taken the translation away already");
     assert!(!dead(KernelProfile::UNWRAPPED_A));
+}
+
+/// KVM, on an mm that has another notifier, which refuses what must not block.
+mod beside_a_refuser {
+    use crate::common::{Around, BIND, Close};
+    use drivers::{Kind, kvm_v3_16};
+    use interleave::Sleep;
+    use mmu_notifier::{Invalidation, MmuNotifier, Ops, WouldBlock};
+    use std::sync::Arc;
+
+    struct Refuser;
+
+    impl MmuNotifier for Refuser {
+        fn ops(&self) -> Ops {
+            Ops::START
+        }
+
+        fn invalidate_range_start(&self, cx: Sleep<'_, '_>, _: &Invalidation) -> Result<(), WouldBlock> {
+            if matches!(cx, Sleep::May(_)) { Ok(()) } else { Err(WouldBlock) }
+        }
+    }
+
+    pub(crate) static KIND: Kind = Kind {
+        name: "kvm-beside-a-refuser",
+        open: |cx, mm, device, options| {
+            // The list is called from its newest entry on: KVM has started when this one refuses.
+            let beside = Some(mm.notifiers().register(cx, Arc::new(Refuser))?);
+            let inside = (kvm_v3_16::KIND.open)(cx, mm, device, options)?;
+            let close: Close = |cx, driver| driver.close(cx);
+            Ok(Arc::new(Around { kind: &KIND, inside, bind: BIND, close, _beside: beside }))
+        },
+        ..kvm_v3_16::KIND
+    };
+}
+
+/// A design that is told to close and does not.
+mod never_closed {
+    use crate::common::{Around, BIND, Close};
+    use drivers::{Kind, design_drop_everything};
+    use std::sync::Arc;
+
+    pub(crate) static KIND: Kind = Kind {
+        name: "never-closed",
+        open: |cx, mm, device, options| {
+            let inside = (design_drop_everything::KIND.open)(cx, mm, device, options)?;
+            let close: Close = |cx, driver| {
+                // It lets go of its pages, and stays registered.
+                for (binding, ..) in driver.context().entries(cx) {
+                    let _ = driver.unbind(cx, binding);
+                }
+            };
+            Ok(Arc::new(Around { kind: &KIND, inside, bind: BIND, close, _beside: None }))
+        },
+        ..design_drop_everything::KIND
+    };
 }

@@ -157,6 +157,9 @@ pub enum MremapError {
 /// Why a change of a range stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {
+    /// MADV_FREE of a mapping of a file, or where there is no MADV_FREE (-EINVAL).
+    #[error("what is mapped at {0:?} is not anonymous memory that this kernel can free")]
+    NotAnonymous(PageAddr),
     /// Not all of it is mapped (-ENOMEM). mprotect has changed what comes before the hole; madvise everything else.
     #[error("nothing is mapped at {0:?}: what was mapped has been changed as far as the kernel does")]
     Hole(PageAddr),

@@ -82,6 +82,7 @@ struct Frame {
     mapcount: AtomicU32,
     exclusive: AtomicBool,
     dirty: AtomicBool,
+    lazyfree: AtomicBool,
     generation: AtomicU64,
     lock: Mutex<()>,
     /// A page of a file, not anonymous; also after truncate.
@@ -119,6 +120,7 @@ impl Frames {
                     mapcount: AtomicU32::new(0),
                     exclusive: AtomicBool::new(false),
                     dirty: AtomicBool::new(false),
+                    lazyfree: AtomicBool::new(false),
                     generation: AtomicU64::new(0),
                     lock: Mutex::with_digest(&PAGE_LOCK, (), <()>::digest),
                     file: AtomicBool::new(false),
@@ -164,6 +166,7 @@ impl Frames {
         frame.generation.fetch_add(1, Ordering::SeqCst);
         frame.exclusive.store(false, Ordering::SeqCst);
         frame.dirty.store(false, Ordering::SeqCst);
+        frame.lazyfree.store(false, Ordering::SeqCst);
         frame.anon_vma.store(0, Ordering::SeqCst);
         frame.file.store(false, Ordering::SeqCst);
         let before = frame.refcount.swap(1, Ordering::SeqCst);
@@ -314,6 +317,15 @@ impl Frames {
         self.frame(pfn).dirty.store(true, Ordering::SeqCst);
     }
 
+    pub(crate) fn set_lazyfree(&self, pfn: Pfn, lazyfree: bool) {
+        self.frame(pfn).lazyfree.store(lazyfree, Ordering::SeqCst);
+    }
+
+    /// MADV_FREE was the last word on the page: reclaim need not write it (anonymous and not swapbacked).
+    pub fn is_lazyfree(&self, pfn: Pfn) -> bool {
+        self.frame(pfn).lazyfree.load(Ordering::SeqCst)
+    }
+
     /// Do two pages hold the same (pages_identical)?
     pub(crate) fn identical(&self, a: Pfn, b: Pfn) -> bool {
         let same = |(a, b): (&AtomicU64, &AtomicU64)| a.load(Ordering::SeqCst) == b.load(Ordering::SeqCst);
@@ -382,6 +394,19 @@ impl Frames {
             refcount.store(expected, Ordering::SeqCst);
         }
         clean
+    }
+
+    /// May reclaim forget what is in a page that MADV_FREE has given up? Not if it was written since: then it is like any other
+    /// again. The caller holds one reference.
+    ///
+    /// References first, as in [`Frames::freeze`].
+    pub(crate) fn may_discard(&self, pfn: Pfn) -> bool {
+        let unheld = self.refcount(pfn) == 1 + self.mapcount(pfn);
+        if self.dirty(pfn) {
+            self.set_lazyfree(pfn, false);
+            return false;
+        }
+        unheld
     }
 
     /// What a frame holds, for who copies it away.

@@ -58,6 +58,7 @@ pub mod gup;
 pub mod ksm;
 pub mod machine;
 pub mod madvise;
+pub mod madvise_free;
 pub mod mm;
 pub mod mmap;
 pub mod mprotect;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! madvise(2): MADV_DONTNEED, MADV_MERGEABLE, MADV_UNMERGEABLE.
+//! madvise(2): MADV_DONTNEED, MADV_MERGEABLE, MADV_UNMERGEABLE. MADV_FREE is [`crate::madvise_free`].
 //!
 //! MADV_DONTNEED, per vma in the range: S(CLEAR, the part of the vma); zap as in [`crate::munmap`]; E; flush; put.
 //! v4_14 flushes inside S..E once more. v6_18 flushes and puts once, after the last vma. Swap entries are given
@@ -100,7 +100,7 @@ impl Mm {
 }
 
 /// The first page of `range` that no vma covers.
-fn hole(vmas: &VmaTree, range: Range) -> Option<PageAddr> {
+pub(crate) fn hole(vmas: &VmaTree, range: Range) -> Option<PageAddr> {
     let mut at = range.start();
     for vma in vmas.overlapping(range) {
         if vma.range.start() > at {

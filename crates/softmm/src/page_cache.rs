@@ -8,6 +8,7 @@
 //! * The cache holds one reference on each of its pages, and such a page is this file's (`is_page_of`).
 //! * A page of the cache lies below the size of the file, except while truncate runs.
 //! * A page of a regular file that differs from the disk is dirty, or a dirty pte maps it.
+//! * A page of shmem is in the cache or in swap, not in both, but for one that reclaim has locked.
 //!
 //! Sizes and offsets are in pages: partial pages do not exist here.
 //!
@@ -79,7 +80,7 @@ pub struct File {
     pages: SpinLock<BTreeMap<u64, Pfn>>,
     /// Who maps it.
     pub(crate) i_mmap: RwLock<IMmap>,
-    /// Pages that have been written out; others read as zeros.
+    /// Pages that have been written out (shmem: to swap); others read as zeros.
     disk: SpinLock<BTreeMap<u64, Box<[u64]>>>,
     /// What private mappings show where an XIP file has no block (xip_sparse_mutex).
     pub(crate) xip_sparse: Mutex<Option<Pfn>>,
@@ -304,9 +305,14 @@ impl File {
                 // Under i_pages, or the page could come, be written, written out and go since the disk was looked at. (The
                 // kernel puts the page in first, locked and not up to date, and then reads.)
                 let (pages, cx) = pages.split();
-                if let Some(contents) = self.disk.lock(cx).get(&index) {
+                let mut disk = self.disk.lock(cx);
+                if let Some(contents) = disk.get(&index) {
                     self.frames().fill(new, contents);
                 }
+                if self.kind == FileKind::Shmem && disk.remove(&index).is_some() {
+                    self.frames().set_dirty(new);
+                }
+                drop(disk);
                 self.frames().set_mapping(new, self.id, index);
                 pages.insert(index, new);
             }

@@ -265,6 +265,11 @@ impl Ptes<'_> {
         self.entry(page).fetch_and(!Pte::ACCESSED, Ordering::SeqCst) & Pte::ACCESSED != 0
     }
 
+    /// The page counts as never used (clear_young_dirty_ptes). CPUs may keep writing without a mark until their TLB is flushed.
+    pub(crate) fn make_clean_and_old(&mut self, page: PageAddr) {
+        self.entry(page).fetch_and(!(Pte::ACCESSED | Pte::DIRTY), Ordering::SeqCst);
+    }
+
     /// ptep_set_wrprotect: as [`Ptes::set_bits`]. CPUs may keep writing until their TLB is flushed.
     pub(crate) fn write_protect(&mut self, page: PageAddr) {
         self.entry(page).fetch_and(!Pte::WRITE, Ordering::SeqCst);

@@ -146,6 +146,8 @@ pub struct KernelProfile {
     pub unmap_flushes_secondary: bool,
     /// Reclaim leaves pages alone that may be pinned (5.11 and later).
     pub reclaim_spares_pinned: bool,
+    /// Reclaim may write a dirty page of a file (kswapd, in need; not since filesystems have no writepage, 6b0dfabb3555).
+    pub reclaim_writes_files: bool,
     /// clear_young exists (4.2 and later): idle tracking does not flush.
     pub clear_young: bool,
     /// Write faults.
@@ -175,6 +177,8 @@ pub struct KernelProfile {
     pub mprotect_unaccounts: bool,
     /// MADV_DONTNEED flushes inside S..E too (4.14 to 4.18).
     pub dontneed_flushes_inside: bool,
+    /// MADV_FREE exists (4.5 and later).
+    pub madvise_free: bool,
     /// One madvise call flushes and frees once, after the last vma (6.15).
     pub madvise_batches: bool,
     /// The oom reaper.
@@ -210,6 +214,7 @@ impl KernelProfile {
         unmap_defers_flush: false,
         unmap_flushes_secondary: false,
         reclaim_spares_pinned: false,
+        reclaim_writes_files: true,
         clear_young: false,
         reuse: Reuse::SoleMapping,
         force: Force::DropsWrite,
@@ -224,6 +229,7 @@ impl KernelProfile {
         mprotect_upgrades: false,
         mprotect_unaccounts: false,
         dontneed_flushes_inside: false,
+        madvise_free: false,
         madvise_batches: false,
         oom_reaper: OomReaper::None,
         zap_delays_rmap: false,
@@ -267,6 +273,7 @@ impl KernelProfile {
         xip: false,
         unmap_defers_flush: true,
         clear_young: true,
+        madvise_free: true,
         force: Force::DirtyAfterCow,
         oom_reaper: OomReaper::Silent,
         mremap: MremapFlush::AtEndUnlessDirty,
@@ -309,6 +316,7 @@ impl KernelProfile {
         cow_frees_swap_cache: true,
         unmap_asks_young: false,
         reclaim_spares_pinned: true,
+        reclaim_writes_files: false,
         reuse: Reuse::Exclusive,
         force: Force::Exclusive,
         zero_page_unpinned: true,

@@ -22,6 +22,9 @@
 //! Pinned pages: until v5_10 they are unmapped and written like all others, and kept by the reference; v6_18 leaves
 //! them alone before it unmaps, and finds out at each pte if a pin came meanwhile.
 //!
+//! A page that MADV_FREE has given up gets no swap entry: **set** is nothing, and the page is free afterwards. If it has been
+//! written since, or somebody holds a reference, the pte is put back (v4_12 and later).
+//!
 //! What is not here: lists of pages and the choice among them; the caller names the page.
 //!
 //! Locks: page lock (tried for); anon_vma for reading around each walk; S..E; ptl. No mmap_lock, so none that a
@@ -88,7 +91,7 @@ impl Machine {
         if !ignore_references && self.referenced(cx, pfn) {
             return Reclaim::Referenced;
         }
-        if frames.swap_slot(pfn).is_none() {
+        if frames.swap_slot(pfn).is_none() && !frames.is_lazyfree(pfn) {
             if profile.reclaim_spares_pinned && frames.maybe_dma_pinned(pfn) {
                 return Reclaim::Held;
             }
@@ -110,8 +113,9 @@ impl Machine {
         if frames.dirty(pfn) {
             self.swap_out(cx, pfn);
         }
-        // Two: the swap cache's and this one. Whoever takes one more comes too late.
-        if !frames.freeze(pfn, 2) {
+        // This one, and the swap cache's if it is there. Whoever takes one more comes too late.
+        let ours = if frames.swap_slot(pfn).is_some() { 2 } else { 1 };
+        if !frames.freeze(pfn, ours) {
             return Reclaim::Held;
         }
         std::mem::forget(held);
@@ -240,7 +244,10 @@ impl Mm {
         if asks && self.clear_flush_young_notify(ptes, cx, page) {
             return Unmapped::Failed;
         }
-        let Some(slot) = frames.swap_slot(pfn) else { return Unmapped::Failed };
+        let slot = frames.swap_slot(pfn);
+        if slot.is_none() && !frames.is_lazyfree(pfn) {
+            return Unmapped::Failed;
+        }
         let old = if profile.unmap_defers_flush {
             let old = ptes.get_and_clear(page);
             unmapping.unflushed.push(self.clone());
@@ -255,14 +262,19 @@ impl Mm {
         if old.is_dirty() {
             frames.set_dirty(pfn);
         }
-        let exclusive = profile.has_exclusive() && frames.exclusive(pfn);
-        if exclusive && frames.maybe_dma_pinned(pfn) {
+        if let Some(slot) = slot {
+            let exclusive = profile.has_exclusive() && frames.exclusive(pfn);
+            if exclusive && frames.maybe_dma_pinned(pfn) {
+                ptes.set(page, old);
+                return Unmapped::Failed;
+            }
+            machine.swap().duplicate(cx, slot);
+            frames.set_exclusive(pfn, false);
+            ptes.set(page, Pte::swap(slot, exclusive));
+        } else if !frames.may_discard(pfn) {
             ptes.set(page, old);
             return Unmapped::Failed;
         }
-        machine.swap().duplicate(cx, slot);
-        frames.set_exclusive(pfn, false);
-        ptes.set(page, Pte::swap(slot, exclusive));
         frames.remove_rmap(pfn);
         frames.put(pfn, 1);
         match profile.unmap {

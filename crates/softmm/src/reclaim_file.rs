@@ -16,10 +16,13 @@
 //! | v6_18 | S(CLEAR); [ clr' A(everything); ...; put ]; E; flush |
 //!
 //! P comes only for a pte that was changed; S and E also for vmas that hold a private copy or nothing.
-//! Then a dirty page is written out, and the page leaves the cache if nobody else holds it.
+//! Then a dirty page is written out, and the page leaves the cache if nobody else holds it. v6_18 writes nothing: a dirty page of
+//! a disk's file stays in the cache, unmapped, until somebody else has written it. A dirty page of shmem goes to swap in every
+//! version, and is dirty again when it comes back.
 //!
 //! A pin does not keep the pte, it keeps the page: it is unmapped, and stays in the cache.
-//! Shmem pages would go to swap; that is not modelled, so they stay once they are dirty.
+//!
+//! What is not here: shmem's pages take no slot of [`crate::swap`], so that their swap space is never full.
 //!
 //! Locks: page lock (trylock) over i_mmap for reading over ptl; the caller has a reference. **No mmap_lock**, and any
 //! thread that allocates may be the caller (direct reclaim).
@@ -42,7 +45,7 @@ pub enum Reclaimed {
     Referenced,
     /// It has left the cache.
     Freed,
-    /// Unmapped, but still in the cache: somebody holds it, or there is nowhere to write it.
+    /// Unmapped, but still in the cache: somebody holds it, or it is dirty and reclaim does not write it.
     Kept,
 }
 
@@ -95,15 +98,28 @@ impl File {
         if !unmapped {
             return Reclaimed::Referenced;
         }
-        if self.kind().dirty_accounted() {
+        if self.kind().dirty_accounted() && self.machine().profile().reclaim_writes_files {
             self.write_page(cx, index, &page);
         }
-        if self.frames().mapcount(pfn) > 0 || self.frames().dirty(pfn) {
+        if self.frames().mapcount(pfn) > 0 {
+            return Reclaimed::Kept;
+        }
+        let swapped = self.kind() == FileKind::Shmem && self.frames().clear_dirty(pfn);
+        if swapped {
+            self.write_out(cx, index, &page);
+        }
+        if self.frames().dirty(pfn) {
             return Reclaimed::Kept;
         }
         match self.remove_unused(cx, index, page) {
             Ok(()) => Reclaimed::Freed,
-            Err(_) => Reclaimed::Kept,
+            Err(page) => {
+                if swapped {
+                    self.free_blocks(cx, index..index + 1);
+                    self.frames().set_dirty(page.pfn());
+                }
+                Reclaimed::Kept
+            }
         }
     }
 

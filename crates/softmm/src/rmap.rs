@@ -42,6 +42,13 @@ struct Link {
     shift: u64,
 }
 
+impl Link {
+    /// The number of its first page: its place in the tree.
+    fn first(&self) -> u64 {
+        self.range.start().wrapping_add(self.shift)
+    }
+}
+
 impl Digest for Link {
     fn digest(&self) -> u64 {
         (self.id.number(), self.range.start(), self.range.end()).digest()
@@ -52,6 +59,7 @@ impl Digest for Link {
 struct Family {
     /// The first of them. Immutable.
     root: u64,
+    /// By first page, then by age: so the kernel visits them.
     trees: RwLock<BTreeMap<u64, Vec<Link>>>,
 }
 
@@ -147,6 +155,7 @@ impl Mm {
         let links = trees.entry(id).or_default();
         subtract(links, self.id(), vma.range);
         links.push(Link { id: self.id(), mm: self.weak().clone(), range: vma.range, shift: vma.shift() });
+        links.sort_by_key(Link::first);
     }
 
     /// A new page gets its first mapping (page_add_new_anon_rmap). Under the ptl; the vma has an anon_vma.
@@ -185,6 +194,7 @@ fn subtract(links: &mut Vec<Link>, mm: MmId, range: Range) {
         false
     });
     links.append(&mut rest);
+    links.sort_by_key(Link::first);
 }
 
 impl Machine {

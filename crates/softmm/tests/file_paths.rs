@@ -339,10 +339,12 @@ fn reclaim_unmaps_every_mapping_and_frees_what_nobody_holds() {
         t.load(cx, 20);
         assert!(t.file.referenced(cx, 0) && !t.file.referenced(cx, 0), "asking forgets");
         assert_eq!(t.heard(cx), []);
-        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Freed);
+        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Kept, "dirty");
         let heard = [pair(Event::Clear, range(16, 1)), pair(Event::Clear, range(20, 1))];
         assert_eq!(t.heard(cx), heard.concat());
-        assert_eq!(t.in_cache(cx, 0), None);
+        t.file.fsync(cx);
+        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Freed);
+        assert_eq!((t.heard(cx), t.in_cache(cx, 0)), (vec![], None), "nobody has mapped it since");
         assert_eq!((t.load(cx, 16), t.load(cx, 20)), (1, 1), "read back from the disk");
 
         let pin = t.user.get_user_pages(cx, range(16, 1), Foll::PIN.write()).unwrap();
@@ -356,8 +358,16 @@ fn reclaim_unmaps_every_mapping_and_frees_what_nobody_holds() {
         let t = setup(cx, FileKind::Shmem);
         t.map(cx, &t.user, (16, 1), 0, Prot::ReadWrite, MapKind::Shared);
         t.store(cx, 16, 1);
-        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Kept, "nowhere to write it");
-        assert_eq!(t.load(cx, 16), 1);
+        assert_eq!(t.file.reclaim(cx, 0, true), Reclaimed::Freed);
+        assert_eq!(t.file.on_disk(cx, 0).map(|words| words[0]), Some(1), "in swap");
+        assert_eq!((t.load(cx, 16), t.file.on_disk(cx, 0)), (1, None));
+        assert_eq!(
+            t.file.reclaim(cx, 0, true),
+            Reclaimed::Freed,
+            "and out again though nobody has written it"
+        );
+        t.file.punch_hole(cx, 0..1);
+        assert_eq!(t.load(cx, 16), 0);
         t.finish(cx);
     });
 }

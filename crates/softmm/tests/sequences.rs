@@ -214,6 +214,33 @@ const PATHS: &[Path] = &[
         ],
     },
     Path {
+        name: "MADV_FREE",
+        prepare: |_, _| {},
+        run: |cx, s| {
+            let freed = s.user.madvise_free(cx, range(16, 8));
+            assert_eq!(freed.is_ok(), s.machine.profile().madvise_free);
+        },
+        heard: &[
+            ("v3_16..v3_19", ""),
+            ("v4_12..v5_10", "S=16+8 R=16+8 E=16+8 R="),
+            ("v6_18", "S=16+8 E=16+8 R="),
+        ],
+    },
+    Path {
+        name: "reclaim of what MADV_FREE gave up",
+        prepare: |cx, s| {
+            let _ = s.user.madvise_free(cx, range(16, 8));
+        },
+        run: |cx, s| assert_eq!(s.reclaim(cx), Reclaim::Reclaimed),
+        heard: &[
+            ("v3_16..v3_19", "P* P~*"),
+            ("v4_12", "p- p~-"),
+            ("v4_14", "S= R- R- E-"),
+            ("v5_10", "S= R- E-"),
+            ("v6_18", "S= R-all E-"),
+        ],
+    },
+    Path {
         name: "mprotect",
         prepare: |_, _| {},
         run: |cx, s| s.user.mprotect(cx, range(16, 8), Prot::Read).unwrap(),

@@ -1,15 +1,21 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What being watched costs real programs: each runs with and without `userptr watch --follow`, in turn, and medians are
-//! compared. A program that is not installed is skipped. `cargo bench -p userptr-cli --bench watch -- [NAME...]`.
+//! What being watched costs real programs: each runs with and without `userptr watch --follow`, in turn, short and long.
+//! `cargo bench -p userptr-cli --bench watch -- [--short | --long] [NAME...]`. A program that is not installed is skipped.
 //!
-//! A command's time is all of it, the watcher's start and report included; a server's is its client's alone.
+//! Two times are compared with the program's when it is alone: that of the program (from its exec to the end of its last
+//! process, as the report has it; of a server that of its client) and that of the whole command, with the watcher's start,
+//! end and report. The goal is about the program's. On a busy machine both are mostly the others' doing; the processor time of
+//! all of it, program, clients and watcher, is not, and is the third. Given are medians of the ratios of neighbouring runs, and beside them
+//! the middle half of the ratios of the program's times, which is how much noise there is.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 7;
+/// How much more a long run does.
+const LONG: usize = 4;
 
 /// Where the programs keep their files.
 struct Place(PathBuf);
@@ -24,37 +30,66 @@ struct Case {
     name: &'static str,
     needs: &'static [&'static str],
     prepare: fn(&Place),
-    /// Runs it, with `watch` in front, if any; how long it took.
-    run: fn(&Place, Option<&Path>) -> Duration,
+    /// Runs it, with `watch` in front, if there is a file for what is heard; how much it does: 1 or [`LONG`].
+    run: fn(&Place, Option<&Path>, usize) -> Duration,
+    /// What is timed is its client.
+    server: bool,
+}
+
+impl Case {
+    const fn program(
+        name: &'static str,
+        prepare: fn(&Place),
+        run: fn(&Place, Option<&Path>, usize) -> Duration,
+    ) -> Case {
+        Case { name, needs: &[], prepare, run, server: false }
+    }
 }
 
 const CASES: &[Case] = &[
-    Case { name: "sqlite3", needs: &["sqlite3"], prepare: nothing, run: sqlite },
-    Case { name: "git repack", needs: &["git"], prepare: git_clone, run: git },
-    Case { name: "python3 fork", needs: &["python3"], prepare: nothing, run: python },
-    Case { name: "rustc", needs: &["rustc"], prepare: nothing, run: rustc },
-    Case { name: "redis BGSAVE", needs: &["redis-server", "redis-benchmark"], prepare: nothing, run: redis },
-    Case { name: "PostgreSQL pgbench", needs: &["pgbench", "setpriv"], prepare: initdb, run: postgres },
+    Case { needs: &["sqlite3"], ..Case::program("sqlite3", nothing, sqlite) },
+    Case { needs: &["git"], ..Case::program("git gc", git_clone, git_gc) },
+    Case { needs: &["git"], ..Case::program("git repack -adf", git_clone, git_repack) },
+    Case { needs: &["python3"], ..Case::program("python3 fork", nothing, python) },
+    Case { needs: &["rustc"], ..Case::program("rustc", nothing, rustc) },
+    Case {
+        needs: &["redis-server", "redis-benchmark"],
+        server: true,
+        ..Case::program("redis BGSAVE", nothing, redis)
+    },
+    Case {
+        needs: &["pgbench", "setpriv"],
+        server: true,
+        ..Case::program("PostgreSQL pgbench", initdb, postgres)
+    },
 ];
 
 fn nothing(_: &Place) {}
 
 fn main() {
-    let wanted: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let only = |option: &str| args.iter().any(|arg| arg == option);
+    let wanted: Vec<&String> = args.iter().filter(|arg| !arg.starts_with('-')).collect();
     let dir = std::env::temp_dir().join(format!("userptr-watch-bench-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a directory for the programs' files");
     let place = Place(dir);
     println!(
-        "{:<20} {:>9} {:>9} {:>7} {:>12} {:>10}",
-        "", "alone", "watched", "ratio", "invalidations", "per second"
+        "{:<25} {:>8} {:>8} {:>7} {:>9} {:>8} {:>7} {:>7} {:>9} {:>10}  load",
+        "", "alone", "program", "ratio", "half of it", "command", "ratio", "CPU", "changes", "per second"
     );
     for case in CASES {
         if !wanted.is_empty() && !wanted.iter().any(|name| case.name.contains(name.as_str())) {
             continue;
         }
-        match case.needs.iter().find(|program| !is_there(program)) {
-            Some(program) => println!("skipped: {}: {program}: not installed", case.name),
-            None => measure(case, &place),
+        if let Some(program) = case.needs.iter().find(|program| !is_there(program)) {
+            println!("skipped: {}: {program}: not installed", case.name);
+            continue;
+        }
+        (case.prepare)(&place);
+        for (length, scale) in [("short", 1), ("long", LONG)] {
+            if only(&format!("--{length}")) || !(only("--short") || only("--long")) {
+                measure(case, &place, length, scale);
+            }
         }
     }
     let _ = std::fs::remove_dir_all(&place.0);
@@ -68,32 +103,75 @@ fn is_there(program: &str) -> bool {
         .is_ok_and(|s| s.success())
 }
 
-fn measure(case: &Case, place: &Place) {
-    (case.prepare)(place);
+/// What one pair of runs took, in seconds.
+struct Round {
+    alone: f64,
+    program: f64,
+    command: f64,
+    /// Processor time watched by that alone.
+    cpu: f64,
+}
+
+/// Seconds of processor time of all children that were waited for, and of theirs (proc_pid_stat(5)).
+fn processor_time() -> f64 {
+    const TICKS: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // The name of the program, which may hold anything, ends with the last parenthesis.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u64 = fields.skip(13).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    ticks as f64 / TICKS
+}
+
+/// What so many quarters of the values are below.
+fn quartile(mut values: Vec<f64>, quarters: usize) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[(values.len() - 1) * quarters / 4]
+}
+
+fn measure(case: &Case, place: &Place, length: &str, scale: usize) {
     let json = place.0.join("watch.json");
-    // The first run warms caches.
-    (case.run)(place, None);
-    let (mut alone, mut watched) = (Vec::new(), Vec::new());
-    for _ in 0..ROUNDS {
-        alone.push((case.run)(place, None));
-        watched.push((case.run)(place, Some(&json)));
-    }
-    let median = |times: &mut Vec<Duration>| {
-        times.sort();
-        times[times.len() / 2].as_secs_f64()
+    let run = |json: Option<&Path>| {
+        let before = processor_time();
+        let took = (case.run)(place, json, scale).as_secs_f64();
+        (took, processor_time() - before)
     };
-    let (alone, watched) = (median(&mut alone), median(&mut watched));
-    let text = std::fs::read_to_string(&json).unwrap_or_default();
-    let report: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-    let (changes, seconds) =
-        (report["changes"].as_u64().unwrap_or(0), report["seconds"].as_f64().unwrap_or(1.0));
-    let rate = changes as f64 / seconds;
+    // The first run warms caches.
+    run(None);
+    let mut rounds = Vec::new();
+    let mut report = serde_json::Value::Null;
+    for round in 0..ROUNDS {
+        // Whoever is second finds warmer caches.
+        let ((alone, cpu), (command, cpu_watched)) = match round % 2 {
+            0 => (run(None), run(Some(&json))),
+            _ => {
+                let command = run(Some(&json));
+                (run(None), command)
+            }
+        };
+        let text = std::fs::read_to_string(&json).unwrap_or_default();
+        report = serde_json::from_str(&text).unwrap_or_default();
+        let program = if case.server { command } else { report["seconds"].as_f64().unwrap_or(f64::NAN) };
+        rounds.push(Round { alone, program, command, cpu: cpu_watched / cpu });
+    }
+    let part = |quarters, f: &dyn Fn(&Round) -> f64| quartile(rounds.iter().map(f).collect(), quarters);
+    let of = |f: &dyn Fn(&Round) -> f64| part(2, f);
+    let changes = report["changes"].as_u64().unwrap_or(0);
+    let rate = changes as f64 / report["seconds"].as_f64().unwrap_or(1.0);
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     println!(
-        "{:<20} {alone:>8.2}s {watched:>8.2}s {:>6.2}x {changes:>12} {rate:>10.0}",
-        case.name,
-        watched / alone
+        "{:<25} {:>7.2}s {:>7.2}s {:>6.2}x {:>4.2}-{:<4.2} {:>7.2}s {:>6.2}x {:>6.2}x {changes:>9} {rate:>10.0}  {}",
+        format!("{}, {length}", case.name),
+        of(&|r| r.alone),
+        of(&|r| r.program),
+        of(&|r| r.program / r.alone),
+        part(1, &|r| r.program / r.alone),
+        part(3, &|r| r.program / r.alone),
+        of(&|r| r.command),
+        of(&|r| r.command / r.alone),
+        of(&|r| r.cpu),
+        load.split(' ').next().unwrap_or("")
     );
-    for cause in report["by_cause"].as_array().into_iter().flatten().take(6) {
+    for cause in report["by_cause"].as_array().into_iter().flatten().take(4) {
         println!(
             "    {:>9} {:>9} pages  {}",
             cause["count"],
@@ -131,42 +209,68 @@ fn timed(json: Option<&Path>, program: &str, args: &[&str]) -> Duration {
     began.elapsed()
 }
 
-fn sqlite(place: &Place, json: Option<&Path>) -> Duration {
+fn sqlite(place: &Place, json: Option<&Path>, scale: usize) -> Duration {
     let file = place.path("db");
     let _ = std::fs::remove_file(&file);
-    let work = "pragma synchronous=off; create table t(a integer primary key, b text);
-        with recursive n(i) as (select 1 union all select i+1 from n where i<150000)
-        insert into t select i, hex(randomblob(40)) from n; create index x on t(b); select count(*) from t a join t b on a.b=b.b;";
-    timed(json, "sqlite3", &[&file, work])
+    let rows = 150_000 * scale;
+    let work = format!(
+        "pragma synchronous=off; create table t(a integer primary key, b text);
+        with recursive n(i) as (select 1 union all select i+1 from n where i<{rows})
+        insert into t select i, hex(randomblob(40)) from n; create index x on t(b);
+        select count(*) from t a join t b on a.b=b.b;"
+    );
+    timed(json, "sqlite3", &[&file, &work])
 }
 
 fn git_clone(place: &Place) {
     let from = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+    let _ = std::fs::remove_dir_all(place.path("repo"));
     let cloned = Command::new("git").args(["clone", "-q", "--bare", from, &place.path("repo")]).status();
     assert!(cloned.is_ok_and(|s| s.success()), "git clone fails");
 }
 
-fn git(place: &Place, json: Option<&Path>) -> Duration {
-    timed(json, "git", &["-C", &place.path("repo"), "repack", "-a", "-d", "-f", "-q"])
+/// The long one looks for deltas anew.
+fn git_gc(place: &Place, json: Option<&Path>, scale: usize) -> Duration {
+    let repo = place.path("repo");
+    let aggressive = (scale > 1).then_some("--aggressive");
+    let args: Vec<&str> = ["-C", &repo, "gc", "-q"].into_iter().chain(aggressive).collect();
+    timed(json, "git", &args)
 }
 
-fn python(_: &Place, json: Option<&Path>) -> Duration {
-    let work = "
+fn git_repack(place: &Place, json: Option<&Path>, scale: usize) -> Duration {
+    let (repo, window) = (place.path("repo"), format!("--window={}", 10 * scale));
+    timed(json, "git", &["-C", &repo, "repack", "-a", "-d", "-f", "-q", &window])
+}
+
+/// python3 itself: what is found by that name may be a script that looks for it.
+fn interpreter() -> String {
+    let found = Command::new("python3").args(["-c", "import sys; print(sys.executable)"]).output();
+    found.map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned()).unwrap_or_default()
+}
+
+fn python(_: &Place, json: Option<&Path>, scale: usize) -> Duration {
+    let work = format!(
+        "
 import os
 x = [bytearray(100000) for _ in range(400)]
-for i in range(20):
+for i in range({}):
     pid = os.fork()
     if pid == 0:
         sum(i * i for i in range(1000000)); os._exit(0)
     for b in x: b[0] = 1
     os.waitpid(pid, 0)
-";
-    timed(json, "python3", &["-c", work])
+",
+        20 * scale
+    );
+    timed(json, &interpreter(), &["-c", &work])
 }
 
-fn rustc(place: &Place, json: Option<&Path>) -> Duration {
+/// The long one optimises the standard library with it.
+fn rustc(place: &Place, json: Option<&Path>, scale: usize) -> Duration {
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/watch/subject.rs");
-    timed(json, "rustc", &["--edition", "2024", "-O", "-o", &place.path("subject"), source])
+    let lto = if scale > 1 { "lto=fat" } else { "lto=off" };
+    let out = place.path("subject");
+    timed(json, "rustc", &["--edition", "2024", "-C", "opt-level=3", "-C", lto, "-o", &out, source])
 }
 
 /// A server for the time of one client.
@@ -186,7 +290,7 @@ fn when_ready(check: &mut Command) {
     assert!((0..300).any(ready), "the server does not come up");
 }
 
-fn redis(place: &Place, json: Option<&Path>) -> Duration {
+fn redis(place: &Place, json: Option<&Path>, scale: usize) -> Duration {
     const PORT: &str = "46379";
     let dir = place.path("");
     // It answers while it still loads what an earlier run has saved.
@@ -200,7 +304,7 @@ fn redis(place: &Place, json: Option<&Path>) -> Duration {
     };
     bench("50000");
     let began = Instant::now();
-    for _ in 0..2 {
+    for _ in 0..2 * scale {
         timed(None, "redis-cli", &["-p", PORT, "bgsave"]);
         bench("60000");
     }
@@ -228,7 +332,7 @@ fn initdb(place: &Place) {
     timed(None, "setpriv", &args);
 }
 
-fn postgres(place: &Place, json: Option<&Path>) -> Duration {
+fn postgres(place: &Place, json: Option<&Path>, scale: usize) -> Duration {
     const PORT: &str = "46432";
     let (data, program) = (place.path("pg"), postgres_program("postgres"));
     let client = ["-h", "127.0.0.1", "-p", PORT, "-U", "bench"];
@@ -237,5 +341,9 @@ fn postgres(place: &Place, json: Option<&Path>) -> Duration {
     let _server = Server(command(json, "setpriv", &args).spawn().expect("postgres"));
     when_ready(Command::new("psql").args(client).args(["-c", "select 1", "postgres"]));
     timed(None, "pgbench", &[&client[..], &["-i", "-s", "2", "-q", "postgres"]].concat());
-    timed(None, "pgbench", &[&client[..], &["-c", "4", "-t", "1500", "postgres"]].concat())
+    timed(
+        None,
+        "pgbench",
+        &[&client[..], &["-c", "4", "-t", &(1500 * scale).to_string(), "postgres"]].concat(),
+    )
 }

@@ -12,14 +12,14 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-use hostmm::primary::HostMm;
+use hostmm::primary::{HostMm, Source};
 use userptr::cache::{Admit, Options};
 use userptr::device::io_uring::IoUring;
 use userptr::source::{self, AnySource};
 use userptr::{CacheError, RegistrationCache};
 
 /// What registers the values.
-pub(crate) type Cache = RegistrationCache<HostMm<AnySource>, IoUring>;
+pub(crate) type Cache<S = AnySource> = RegistrationCache<HostMm<S>, IoUring>;
 
 /// Where a value is.
 #[derive(Clone, Copy)]
@@ -29,11 +29,11 @@ struct Place {
 }
 
 /// See the module.
-pub(crate) struct Store {
+pub(crate) struct Store<S: Source + 'static = AnySource> {
     file: File,
     end: u64,
     index: HashMap<String, Place>,
-    cache: Arc<Cache>,
+    cache: Arc<Cache<S>>,
 }
 
 /// What the store can fail with.
@@ -51,15 +51,15 @@ pub(crate) enum StoreError {
 }
 
 /// A cache for stores to share.
-pub(crate) fn open_cache() -> Result<Arc<Cache>, Box<dyn Error>> {
+pub(crate) fn cache_of<S: Source + 'static>(mm: Arc<HostMm<S>>) -> Result<Arc<Cache<S>>, Box<dyn Error>> {
     // Small values come and go with the allocator: only what is asked for again is worth a registration.
     let options = Options { admit: Admit::SecondUse { or_bytes: 64 << 10 }, ..Options::default() };
-    Ok(Arc::new(RegistrationCache::new(source::open_mm(1)?, IoUring::new(1024)?, options)?))
+    Ok(Arc::new(RegistrationCache::new(mm, IoUring::new(1024)?, options)?))
 }
 
-impl Store {
+impl<S: Source + 'static> Store<S> {
     /// An empty store in `file`.
-    pub(crate) fn new(file: File, cache: Arc<Cache>) -> Store {
+    pub(crate) fn new(file: File, cache: Arc<Cache<S>>) -> Store<S> {
         Store { file, end: 0, index: HashMap::new(), cache }
     }
 
@@ -91,7 +91,7 @@ impl Store {
     }
 
     /// What registers the values.
-    pub(crate) fn cache(&self) -> &Cache {
+    pub(crate) fn cache(&self) -> &Cache<S> {
         &self.cache
     }
 }
@@ -100,7 +100,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let path = std::env::temp_dir().join(format!("userptr-kv-{}", std::process::id()));
     let file = File::options().read(true).write(true).create_new(true).open(&path)?;
     std::fs::remove_file(&path)?;
-    let mut store = Store::new(file, open_cache()?);
+    let mut store = Store::new(file, cache_of(source::open_mm(1)?)?);
     for n in 0..100_usize {
         store.put(&format!("key {n}"), &vec![n as u8; 1000 * (n + 1)])?;
     }

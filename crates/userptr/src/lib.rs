@@ -30,6 +30,8 @@
 //! |---|---|
 //! | register memory again and again for nanoseconds | [`RegistrationCache`] |
 //! | look up many ranges at once | [`cache::Session`] |
+//! | hold a lease in a thread or a future | [`cache::OwnedLease`], [`cache::VecLease`] |
+//! | have hits verified | [`cache::Options::audit`] |
 //! | have the best source of changes | [`source::open_mm`] |
 //! | bind memory in a device's address spaces, and run batches on it | [`object`] |
 //! | give memory to an io_uring | [`device::io_uring`] |
@@ -38,7 +40,7 @@
 //! Everything is generic over the primary MMU ([`mmu_notifier::PrimaryMmu`]), so that a checker runs the very same code
 //! over a software mm.
 //!
-//! `unsafe` is in the device files, which talk to the kernel, in the lease slots of the cache, and where an object lends
+//! `unsafe` is in the device files, which talk to the kernel, in the leases of the cache, and where an object lends
 //! its bytes or a batch is handed over.
 
 pub mod cache;
@@ -48,3 +50,12 @@ pub mod source;
 mod sync;
 
 pub use cache::{CacheError, Lease, RegistrationCache};
+
+/// The programs in these pages compile.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../../docs/cache.md")]
+    struct Cache;
+    #[doc = include_str!("../../../README.md")]
+    struct Readme;
+}

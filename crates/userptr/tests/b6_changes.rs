@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::memory::{ANON, Memory};
+use common::memory::{ANON, Memory, memfd};
 use common::{
     Cache, DEADLINE, NoNotifier, Raced, cache, get, has, has_kvm, has_uffd, kvm_source, see, uffd_source,
 };
@@ -175,8 +175,7 @@ fn b6_10_over_userfaultfd_what_is_shared_or_of_a_file_is_never_cached() {
     }
     testing::in_child("b6_10_over_userfaultfd_what_is_shared_or_of_a_file_is_never_cached", DEADLINE, || {
         let cache = cache(uffd_source(), Options::default());
-        let file =
-            std::fs::File::from(rustix::fs::memfd_create("m", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let file = memfd();
         file.set_len(PAGE_SIZE).unwrap();
         let kinds = [
             (ANON, None, true),

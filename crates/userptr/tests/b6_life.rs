@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Failure modes of registration caches, by the number that docs/failure-modes.md has for them: what happens around a
-//! registration, from its birth under a limit to its end in a forked child.
+//! registration, from its birth to its end.
 
 mod common;
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::memory::{ANON, Memory, in_fork};
-use common::{DEADLINE, cache, eventually, get, has, has_kvm, has_uffd, kvm_source, see, uffd_source};
+use common::memory::{ANON, Memory, memfd};
+use common::{DEADLINE, cache, eventually, get, has, has_uffd, kvm_source, over_both, see, uffd_source};
 use hostmm::capability::Capability;
 use hostmm::primary::{HostMm, Source};
 use hostmm::testing;
@@ -21,53 +20,6 @@ use userptr::cache::{Options, RegistrationCache};
 use userptr::device::io_uring::{Buffer, IoUring};
 use userptr::device::{Device, DeviceAddr, DeviceError, Hold, Limits};
 use userptr::source::{AnonymousUffd, AnySource};
-
-/// Runs `body` over each source, each in a process of its own.
-fn over_both(test: &str, kvm: impl FnOnce(), uffd: impl FnOnce()) {
-    if has_kvm() {
-        testing::in_child(&format!("{test}#kvm"), DEADLINE, kvm);
-    }
-    if has_uffd() {
-        testing::in_child(&format!("{test}#uffd"), DEADLINE, uffd);
-    }
-}
-
-#[test]
-fn b6_12_a_forked_child_is_refused_and_its_parent_stays_right() {
-    fn body<S: Source + 'static>(source: S) {
-        let cache = cache(source, Options::default());
-        let memory = Memory::stamped(2, 1);
-        let held = get(&cache, memory.page(0)).unwrap();
-        for _ in 0..20 {
-            drop(get(&cache, memory.page(1)).unwrap());
-            let refused = in_fork(|| {
-                let all = matches!(get(&cache, memory.0), Err(CacheError::Forked))
-                    && matches!(
-                        cache
-                            .session()
-                            .and_then(|s| s.get(memory.0.start() as usize, 1, Access::Read))
-                            .map(drop),
-                        Err(CacheError::Forked)
-                    )
-                    && matches!(cache.reap(), Err(CacheError::Forked))
-                    && cache.lookup(memory.0.start() as usize, 1, Access::Read).is_none()
-                    && cache.device().write_at(&std::io::stdout(), 0, &held).is_err();
-                // Its copy of the memory is not listened to: this must not wait for anybody.
-                memory.unmap_here();
-                all
-            });
-            assert!(refused);
-            memory.fill(9);
-            assert_eq!(see(&cache, &held), 9, "fork copies a pinned page for the child");
-            assert_eq!(see(&cache, &get(&cache, memory.page(1)).unwrap()), 9);
-        }
-    }
-    over_both(
-        "b6_12_a_forked_child_is_refused_and_its_parent_stays_right",
-        || body(kvm_source()),
-        || body(uffd_source()),
-    );
-}
 
 #[test]
 fn b6_13_memory_that_goes_while_it_is_leased() {
@@ -341,8 +293,7 @@ fn b6_27_every_kind_of_memory() {
         let locked = Memory::stamped(4, 1);
         locked.mlock();
         right(&locked);
-        let file =
-            std::fs::File::from(rustix::fs::memfd_create("m", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let file = memfd();
         file.set_len(4 * PAGE_SIZE).unwrap();
         for flags in [libc::MAP_SHARED, libc::MAP_PRIVATE] {
             right(&Memory::map(0, 4, flags, Some(&file)).unwrap());
@@ -365,49 +316,6 @@ fn b6_27_every_kind_of_memory() {
         assert!(cache.stats().unwrap().failed == 3);
     }
     over_both("b6_27_every_kind_of_memory", || body(kvm_source()), || body(uffd_source()));
-}
-
-#[test]
-fn b6_29_a_limit_of_locked_memory() {
-    if !has_uffd() {
-        return;
-    }
-    testing::in_child("b6_29_a_limit_of_locked_memory", DEADLINE, || {
-        testing::become_nobody();
-        let limit = Some(64 * PAGE_SIZE);
-        let limits = rustix::process::Rlimit { current: limit, maximum: limit };
-        rustix::process::setrlimit(rustix::process::Resource::Memlock, limits).unwrap();
-        let cache = cache(uffd_source(), Options::default());
-        let memory = Memory::stamped(400, 3);
-        for page in 0..40 {
-            let part = Range::new(memory.0.start() + page * 10 * PAGE_SIZE, 10 * PAGE_SIZE).unwrap();
-            assert_eq!(see(&cache, &get(&cache, part).unwrap()), 3);
-        }
-        let stats = cache.stats().unwrap();
-        assert!(stats.evicted > 20 && stats.failed == 0, "{stats:?}");
-        let too_much = get(&cache, memory.0).map(drop);
-        assert!(matches!(too_much, Err(CacheError::Device(_))), "{too_much:?}");
-    });
-}
-
-#[test]
-fn b6_30_an_idle_program_does_not_keep_freed_memory_pinned() {
-    fn body<S: Source + 'static>(source: S) {
-        let cache = cache(source, Options::default());
-        for _ in 0..3 {
-            let memory = Memory::stamped(1000, 1);
-            drop(get(&cache, memory.0).unwrap());
-            assert!(cache.device().pinned_bytes() >= 1000 * PAGE_SIZE);
-            memory.unmap();
-            // Nothing is asked of the cache.
-            eventually("it is unpinned", || cache.device().pinned_bytes() == 0);
-        }
-    }
-    over_both(
-        "b6_30_an_idle_program_does_not_keep_freed_memory_pinned",
-        || body(kvm_source()),
-        || body(uffd_source()),
-    );
 }
 
 #[test]
@@ -479,29 +387,6 @@ fn b6_37_the_end_of_the_program() {
         std::mem::forget(get(cache, memory.0).unwrap());
     }
     over_both("b6_37_the_end_of_the_program", || body(kvm_source()), || body(uffd_source()));
-}
-
-#[test]
-fn b6_41_a_ring_of_the_parent_in_a_child() {
-    if !has(&[Capability::IoUring, Capability::Userfaultfd]) {
-        return;
-    }
-    testing::in_child("b6_41_a_ring_of_the_parent_in_a_child", DEADLINE, || {
-        let device = IoUring::new(4).unwrap();
-        let file =
-            std::fs::File::from(rustix::fs::memfd_create("m", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-        let memory = Memory::stamped(1, 3);
-        let refused = in_fork(|| {
-            // A cache of the child's own, over the ring of its parent.
-            let mm = Arc::new(HostMm::new(uffd_source(), 1).unwrap());
-            let cache = RegistrationCache::new(mm, device, Options::default()).unwrap();
-            let lease = get(&cache, memory.0).map(drop);
-            let scope = cache.device().scope(|_| ());
-            let _ = file.as_fd();
-            matches!(lease, Err(CacheError::Device(_))) && scope.is_err()
-        });
-        assert!(refused);
-    });
 }
 
 /// Threads that look up while others change the memory, for a while: nothing may be leaked or hang.

@@ -4,15 +4,17 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::memory::{ANON, Memory, in_fork};
+use common::memory::{ANON, Memory, in_fork, memfd};
+use common::{DEADLINE, NoNotifier, has_uffd, uffd_source};
 use hostmm::capability::Capability;
+use hostmm::primary::{HostMm, Source};
 use hostmm::testing;
-use interleave::{AtomicBool, MaySleep, Ordering, scope};
-use mmu_notifier::{Access, PAGE_SIZE};
+use interleave::{AtomicBool, AtomicU64, MaySleep, Ordering, scope};
+use mmu_notifier::PAGE_SIZE;
+use userptr::source::{self, AnySource};
 
 #[allow(dead_code, reason = "its main is for `cargo run`")]
 #[path = "../examples/copy.rs"]
@@ -20,12 +22,6 @@ mod copy;
 #[allow(dead_code, reason = "its main is for `cargo run`")]
 #[path = "../examples/kv.rs"]
 mod kv;
-
-const DEADLINE: Duration = Duration::from_secs(120);
-
-fn memfd() -> File {
-    File::from(rustix::fs::memfd_create("values", rustix::fs::MemfdFlags::CLOEXEC).unwrap())
-}
 
 #[test]
 fn a_file_is_copied() {
@@ -51,20 +47,31 @@ fn value(key: u64, version: u64, len: usize) -> Vec<u8> {
     (0..len as u64).map(|n| (seed.rotate_left((n % 64) as u32) ^ n) as u8).collect()
 }
 
+/// What a soak has seen.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Values read.
+    gets: AtomicU64,
+    /// Values that were not what was put.
+    wrong: AtomicU64,
+    /// Changes of memory that the device was asked about afterwards.
+    changes: AtomicU64,
+    /// Of these, those after which the device saw the past.
+    stale: AtomicU64,
+}
+
+fn count(counter: &AtomicU64, is: bool) {
+    counter.fetch_add(u64::from(is), Ordering::Relaxed);
+}
+
 /// Changes memory that the device knows, in one way after another, as programs do to their own: unmapped, paged out,
 /// truncated, copied by fork. The next lease must show what is there then.
-fn disturb(cache: &kv::Cache, stop: &AtomicBool) {
+fn disturb<S: Source + 'static>(cache: &kv::Cache<S>, seen: &Seen, stop: &AtomicBool) {
     let file = memfd();
-    let get = |memory: &Memory| {
-        let (addr, len) = (memory.0.start() as usize, memory.0.len() as usize);
-        cache.get(addr, len, Access::Write).unwrap()
-    };
     let sees = |memory: &Memory, stamp| {
-        let seen = memfd();
-        cache.device().write_at(&seen, 0, &get(memory)).unwrap();
-        let mut bytes = [0; 8];
-        std::os::unix::fs::FileExt::read_exact_at(&seen, &mut bytes, 0).unwrap();
-        assert_eq!(u64::from_ne_bytes(bytes), stamp, "a stale page");
+        count(&seen.changes, true);
+        let found = common::get(cache, memory.0).map(|lease| common::see(cache, &lease));
+        count(&seen.stale, found.unwrap() != stamp);
     };
     let mut stamp = 1;
     while !stop.load(Ordering::Relaxed) {
@@ -88,40 +95,37 @@ fn disturb(cache: &kv::Cache, stop: &AtomicBool) {
     }
 }
 
-/// Pages of this process that are pinned, in kB.
-fn vm_pin() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
+/// Allocates and frees what is of no interest, so that addresses are used again.
+fn churn(mut seed: u64, stop: &AtomicBool) {
+    let mut kept = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        seed = interleave::mix(seed, 1);
+        kept.push(vec![seed as u8; 1 << (8 + seed % 13)]);
+        if kept.len() > 64 {
+            kept.swap_remove(seed as usize % 64);
+        }
+    }
 }
 
 /// A store is used while other threads allocate and free, and change memory in other ways.
-fn serve(time: Duration) {
-    let pinned = vm_pin();
-    let cache = kv::open_cache().unwrap();
-    let stop = AtomicBool::new(false);
+fn serve<S: Source + 'static>(cache: &Arc<kv::Cache<S>>, time: Duration) -> Seen {
+    // Values from this size on are mapped and unmapped for each use; by itself glibc would soon keep them.
+    // SAFETY: it may be called at any time.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 64 << 10) };
+    let (seen, stop) = (Seen::default(), AtomicBool::new(false));
     MaySleep::enter(|cx| {
         scope(cx, |threads, cx| {
             for n in 0..2_u64 {
                 let stop = &stop;
-                threads.spawn("churn", move |_| {
-                    let (mut kept, mut seed) = (Vec::new(), n);
-                    while !stop.load(Ordering::Relaxed) {
-                        seed = interleave::mix(seed, 1);
-                        kept.push(vec![seed as u8; 1 << (8 + seed % 13)]);
-                        if kept.len() > 64 {
-                            kept.swap_remove(seed as usize % 64);
-                        }
-                    }
-                });
+                threads.spawn("churn", move |_| churn(n, stop));
             }
-            threads.spawn("disturb", |_| disturb(&cache, &stop));
+            threads.spawn("disturb", |_| disturb(cache, &seen, &stop));
             let servers: Vec<_> = (0..2_u64)
                 .map(|n| {
-                    let cache = Arc::clone(&cache);
+                    let (cache, seen) = (Arc::clone(cache), &seen);
                     threads.spawn("server", move |_| {
                         let (mut store, start) = (kv::Store::new(memfd(), cache), Instant::now());
-                        let (mut model, mut seed, mut gets) = (BTreeMap::new(), n, 0);
+                        let (mut model, mut seed) = (BTreeMap::new(), n);
                         while start.elapsed() < time {
                             seed = interleave::mix(seed, 2);
                             let (key, len) = (seed % 50, 1 + (seed >> 8) as usize % (200 << 10));
@@ -130,20 +134,35 @@ fn serve(time: Duration) {
                                 model.insert(key, value(key, seed, len));
                             } else {
                                 let got = store.get(&key.to_string()).unwrap();
-                                assert!(got.as_ref() == model.get(&key), "key {key} is not what was put");
-                                gets += u32::from(got.is_some());
+                                count(&seen.wrong, got.as_ref() != model.get(&key));
+                                count(&seen.gets, got.is_some());
                             }
                         }
-                        gets
                     })
                 })
                 .collect();
-            let gets: u32 = servers.into_iter().map(|server| server.join(cx).unwrap()).sum();
+            servers.into_iter().for_each(|server| server.join(cx).unwrap());
             stop.store(true, Ordering::Relaxed);
-            assert!(gets > 0);
         });
     });
+    seen
+}
+
+/// Pages of this process that are pinned, in kB.
+fn vm_pin() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmPin:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+fn soak<S: Source + 'static>(open: impl FnOnce() -> Arc<HostMm<S>>, time: Duration) {
+    let pinned = vm_pin();
+    let cache = kv::cache_of(open()).unwrap();
+    let seen = serve(&cache, time);
     let stats = cache.stats().unwrap();
+    println!("{time:?}: {seen:?}, {stats:?}");
+    assert!(seen.gets.into_inner() > 0 && seen.changes.into_inner() > 0);
+    assert_eq!((seen.wrong.into_inner(), seen.stale.into_inner()), (0, 0));
     assert!(stats.registered > 0 && stats.hits > 0 && stats.stale + stats.told > 0, "{stats:?}");
     let Some(cache) = Arc::into_inner(cache) else { panic!("the stores are gone") };
     assert!(cache.device().pinned_bytes() <= stats.bytes);
@@ -151,12 +170,28 @@ fn serve(time: Duration) {
     assert_eq!(vm_pin(), pinned, "a pin was leaked");
 }
 
+fn best() -> Arc<HostMm<AnySource>> {
+    source::open_mm(1).unwrap()
+}
+
 #[test]
 fn a_store_serves_beside_threads_that_churn() {
     if !testing::require(Capability::IoUring) {
         return;
     }
-    testing::in_child("a_store_serves_beside_threads_that_churn", DEADLINE, || serve(Duration::from_secs(3)));
+    let test = "a_store_serves_beside_threads_that_churn";
+    let time = Duration::from_secs(3);
+    testing::in_child(test, DEADLINE, || soak(best, time));
+    if has_uffd() {
+        let mm = || Arc::new(HostMm::new(uffd_source(), 1).unwrap());
+        testing::in_child(&format!("{test}#uffd"), DEADLINE, || soak(mm, time));
+    }
+    testing::in_child(&format!("{test}#control"), DEADLINE, || {
+        let mm = Arc::new(HostMm::new(NoNotifier, 1).unwrap());
+        let seen = serve(&kv::cache_of(mm).unwrap(), Duration::from_secs(2));
+        println!("{seen:?}");
+        assert!(seen.wrong.into_inner() > 0 && seen.stale.into_inner() > 0, "the control");
+    });
 }
 
 /// For CI: `cargo test -p userptr --test examples -- --ignored`; `USERPTR_SOAK_SECONDS=600` for longer.
@@ -168,5 +203,5 @@ fn a_store_serves_for_a_minute() {
     }
     let seconds = std::env::var("USERPTR_SOAK_SECONDS").map_or(60, |s| s.parse().unwrap());
     let deadline = Duration::from_secs(seconds) + DEADLINE;
-    testing::in_child("a_store_serves_for_a_minute", deadline, || serve(Duration::from_secs(seconds)));
+    testing::in_child("a_store_serves_for_a_minute", deadline, || soak(best, Duration::from_secs(seconds)));
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The kvm device sees what the program sees after every way in which Linux changes memory, and is told of none.
 
-use std::fs;
 use std::time::Duration;
 
 use hostmm::capability::Capability;
 use hostmm::disturb::{
     After, Arena, Change, DisturbError, Event, Observer, Outcome, Sighting, Via, catalogue,
 };
+use hostmm::page::{Maps, PidOrSelf};
 use hostmm::testing::{in_child, require, scratch, skip, skip_rest};
 use interleave::MaySleep;
 use mmu_notifier::{Access, Range};
@@ -56,15 +56,11 @@ impl Device {
     }
 }
 
-/// May the program write at `addr`?
+/// May the program read and write at `addr`?
 fn is_writable(addr: u64) -> bool {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap();
-    maps.lines().any(|line| {
-        let (range, rest) = line.split_once(' ').unwrap();
-        let (start, end) = range.split_once('-').unwrap();
-        let of = |hex| u64::from_str_radix(hex, 16).unwrap();
-        of(start) <= addr && addr < of(end) && rest.starts_with("rw")
-    })
+    let page = Range::enclosing(addr, 1).unwrap();
+    let vmas = Maps::open(PidOrSelf::Myself).unwrap().in_range(page).unwrap();
+    vmas.iter().any(|vma| vma.read && vma.write)
 }
 
 fn not_today(event: &Event, error: &DisturbError) -> ! {

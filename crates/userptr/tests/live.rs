@@ -3,9 +3,9 @@
 
 mod common;
 
-use std::fs::File;
 use std::os::fd::AsFd;
 
+use common::memory::memfd;
 use common::{DEADLINE, has};
 use hostmm::capability::Capability;
 use hostmm::testing;
@@ -21,7 +21,7 @@ fn a_file_is_read_into_borrowed_memory_and_written_from_it() {
     testing::in_child("a_file_is_read_into_borrowed_memory_and_written_from_it", DEADLINE, || {
         let mm = userptr::source::open_mm(1).unwrap();
         let cache = RegistrationCache::new(mm, IoUring::new(8).unwrap(), Options::default()).unwrap();
-        let file = File::from(rustix::fs::memfd_create("data", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        let file = memfd();
         let data: Vec<u8> = (0..100_000_u32).map(|n| (n * 7) as u8).collect();
         let written = cache.device().write_at(&file, 0, cache.lease(&data).unwrap().lease()).unwrap();
         assert_eq!(written, data.len());

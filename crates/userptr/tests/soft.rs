@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The cache over softmm: the code that runs live, with an mm that can be stopped anywhere.
 
+mod modelled;
+
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
 use interleave::explore::{Config, Report, Strategy, explore};
-use interleave::{AtomicU64, MaySleep, Ordering, Sleep, scope};
-use mmu_notifier::primary::{
-    CountedBefore, GupError, IdentityError, Invalidate, PageIdentity, Pin, PrimaryMmu, SeqMoved, SetSeq,
-    SubscribeError, Unheard,
-};
-use mmu_notifier::{Access, Invalidation, PAGE_SIZE, PageAddr, Range, WouldBlock};
+use interleave::{AtomicU64, MaySleep, Ordering, scope};
+use mmu_notifier::primary::Pin;
+use mmu_notifier::{Access, PAGE_SIZE, PageAddr, Range};
+use modelled::{How, Told, map, pages, small_machine};
 use softmm::{Machine, Mm, MmPin, Placement, Prot};
 use userptr::cache::{Admit, Options, Reaper, RegistrationCache, Verdict};
 use userptr::device::pinned::Pinned;
@@ -18,19 +19,8 @@ use userptr::{CacheError, Lease};
 
 type Cache = RegistrationCache<Mm, Pinned>;
 
-fn pages(first: u64, pages: u64) -> Range {
-    Range::new((0x100 + first) * PAGE_SIZE, pages * PAGE_SIZE).unwrap()
-}
-
 fn options(entries: usize) -> Options {
     Options { entries, reaper: Reaper::Manual, threads: 1, ..Options::default() }
-}
-
-fn map(cx: &mut MaySleep<'_>, mm: &Mm, range: Range, value: u64) {
-    mm.mmap(cx, Placement::Fixed(range), Prot::ReadWrite).unwrap();
-    for page in range.iter_pages() {
-        mm.machine().cpus()[0].store(cx, mm, page.get(), value).unwrap();
-    }
 }
 
 fn get(cache: &Cache, range: Range, access: Access) -> Result<Lease<'_, Mm, Pinned>, CacheError> {
@@ -208,125 +198,183 @@ fn a_registration_that_fails_leaves_nothing() {
     });
 }
 
-/// A mm whose news reach a subscriber in another way.
-struct Told {
-    mm: Arc<Mm>,
-    how: How,
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum How {
-    /// As softmm does: the change waits for the callback.
-    Blocks,
-    /// The sequence moves before the change, and the callback never comes: as late as a live source can be.
-    Late,
-    /// The control: nothing moves and nobody is called.
-    Never,
-}
-
-/// In place of a callback that does not come.
-struct Silent(How);
-
-impl Invalidate for Silent {
-    fn invalidate(
-        &self,
-        _: Sleep<'_, '_>,
-        _: &Invalidation,
-        seq: SetSeq<'_>,
-    ) -> Result<SeqMoved, WouldBlock> {
-        Ok(if self.0 == How::Never { seq.skip_against_the_rules() } else { seq.set() })
-    }
-}
-
-impl PrimaryMmu for Told {
-    type Delivery = CountedBefore;
-    type Subscription = <Mm as PrimaryMmu>::Subscription;
-    type Pin = MmPin;
-
-    fn subscribe(
-        &self,
-        cx: &mut MaySleep<'_>,
-        range: Range,
-        callback: Arc<dyn Invalidate>,
-    ) -> Result<Self::Subscription, SubscribeError> {
-        let callback = if self.how == How::Blocks { callback } else { Arc::new(Silent(self.how)) };
-        self.mm.subscribe(cx, range, callback)
-    }
-
-    fn fault_in(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<(), GupError> {
-        self.mm.fault_in(cx, range, access)
-    }
-
-    fn pin(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<MmPin, GupError> {
-        self.mm.pin(cx, range, access)
-    }
-
-    fn page_identity(&self, cx: &mut MaySleep<'_>, page: PageAddr) -> Result<PageIdentity, IdentityError> {
-        self.mm.page_identity(cx, page)
-    }
-
-    fn cannot_hear(&self) -> &'static [Unheard] {
-        &[]
-    }
-}
-
-/// One thread looks up and lets the device read, while another replaces the memory. The device must never show what was
-/// there before a replacement that was complete when the lookup began.
-fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>, how: How, registered_before: bool) {
-    let machine = Machine::new(softmm::Config::default());
-    let user = machine.new_mm().unwrap();
-    let mm = Arc::new(Told { mm: user.clone(), how });
-    let cache = RegistrationCache::new(mm, Pinned { mappings: 4 }, options(2)).unwrap();
-    let range = pages(0, 1);
-    let look = || {
-        let lease = cache.get(range.start() as usize, PAGE_SIZE as usize, Access::Write).ok()?;
-        Some(see(&machine, lease.mapping(), range.first_page()))
-    };
-    map(cx, &user, range, 1);
-    if registered_before {
-        assert_eq!(look(), Some(1));
-    }
-    let complete = AtomicU64::new(1);
-    scope(cx, |threads, _| {
-        threads.spawn("replacer", |cx| {
-            user.munmap(cx, range);
-            map(cx, &user, range, 2);
-            complete.store(2, Ordering::SeqCst);
-        });
-        threads.spawn("reader", |_| {
-            for _ in 0..2 {
-                let since = complete.load(Ordering::SeqCst);
-                // Nothing is mapped in between, and between munmap and store the page is new, and zero.
-                let Some(seen) = look() else { continue };
-                assert!(seen >= since || (seen == 0 && since < 2), "sees {seen}, {since} was complete");
+#[test]
+fn an_audit_finds_what_nobody_told_of_and_nothing_else() {
+    for (how, stale) in [(How::Blocks, false), (How::Kvm, false), (How::Never, true)] {
+        with_mm(|cx, mm| {
+            let told = Told::new(cx, mm, how);
+            let options = Options { audit: NonZeroU32::new(3), ..options(8) };
+            let cache = RegistrationCache::new(told, Pinned { mappings: 8 }, options).unwrap();
+            map(cx, mm, pages(0, 2), 1);
+            let get = || cache.get(pages(0, 2).start() as usize, 2 * PAGE_SIZE as usize, Access::Write);
+            for _ in 0..6 {
+                drop(get().unwrap());
             }
+            mm.munmap(cx, pages(1, 1));
+            map(cx, mm, pages(1, 1), 1);
+            let found: Vec<_> = (0..4).map(|_| get().map(drop)).collect();
+            let refused = |r: &Result<(), _>| matches!(r, Err(CacheError::Stale { at, .. }) if *at == pages(1, 1).start());
+            // The sixth hit is the second to be looked at.
+            assert_eq!(found.iter().position(refused), stale.then_some(0), "{found:?}");
+            let stats = cache.stats().unwrap();
+            assert_eq!((stats.audited, stats.audited_stale, stats.unaudited), (2, u64::from(stale), 0));
         });
-    });
-    assert_eq!(look(), Some(2));
-    drop(cache);
+    }
+}
+
+/// How a lookup is asked for.
+type Look = fn(&RegistrationCache<Told, Pinned>) -> Result<Lease<'_, Told, Pinned>, CacheError>;
+
+fn strict(cache: &RegistrationCache<Told, Pinned>) -> Result<Lease<'_, Told, Pinned>, CacheError> {
+    cache.get(pages(0, 1).start() as usize, PAGE_SIZE as usize, Access::Write)
+}
+
+fn ordered(cache: &RegistrationCache<Told, Pinned>) -> Result<Lease<'_, Told, Pinned>, CacheError> {
+    cache.get_ordered(pages(0, 1).start() as usize, PAGE_SIZE as usize, Access::Write)
+}
+
+/// A cache over a mm whose page 0 holds 1; afterwards the device must see 2 there, and nothing may be leaked.
+fn with_cache(
+    cx: &mut MaySleep<'_>,
+    how: How,
+    f: impl FnOnce(&mut MaySleep<'_>, &Arc<Mm>, &Arc<Told>, &(dyn Fn(Look) -> Option<u64> + Sync)),
+) {
+    let machine = small_machine();
+    let user = machine.new_mm().unwrap();
+    let told = Told::new(cx, &user, how);
+    let cache = RegistrationCache::new(Arc::clone(&told), Pinned { mappings: 4 }, options(2)).unwrap();
+    let look = |look: Look| {
+        let lease = look(&cache).ok()?;
+        Some(see(&machine, lease.mapping(), pages(0, 1).first_page()))
+    };
+    map(cx, &user, pages(0, 1), 1);
+    f(cx, &user, &told, &look);
+    assert_eq!(look(strict), Some(2), "sees the past, and 2 was complete");
+    drop((cache, told));
     user.mmput(cx);
     assert_eq!(machine.frames().free_frames(), machine.frames().total_frames(), "a pin was leaked");
 }
 
-fn explored(how: How, registered_before: bool) -> Report {
-    let config = Config::new(Strategy::CachedPreemptions(2)).max_time(Duration::from_secs(4));
-    explore(&config, |cx| lookups_beside_a_replacement(cx, how, registered_before))
+/// One thread looks up and lets the device read, while another replaces the memory. The device must never show what was
+/// there before a replacement that was complete when the lookup began.
+fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>, how: How, registered_before: bool, by: Look) {
+    with_cache(cx, how, |cx, user, told, look| {
+        if registered_before {
+            // The second has the era that goes with the registration.
+            assert_eq!((look(by), look(by)), (Some(1), Some(1)));
+        }
+        let complete = AtomicU64::new(1);
+        scope(cx, |threads, cx| {
+            told.start(threads);
+            let replacer = threads.spawn("replacer", |cx| {
+                told.munmap(cx, pages(0, 1));
+                map(cx, user, pages(0, 1), 2);
+                complete.store(2, Ordering::SeqCst);
+            });
+            let reader = threads.spawn("reader", |_| {
+                for _ in 0..2 {
+                    let since = complete.load(Ordering::SeqCst);
+                    // Nothing is mapped in between, and between munmap and store the page is new, and zero.
+                    let Some(seen) = look(by) else { continue };
+                    assert!(seen >= since || (seen == 0 && since < 2), "sees {seen}, {since} was complete");
+                }
+            });
+            replacer.join(cx).unwrap();
+            reader.join(cx).unwrap();
+            told.stop();
+        });
+    });
+}
+
+/// One thread is in munmap, which does not return before its news are read, while another maps the very address and looks
+/// it up. Only a strict lookup is promised to be right.
+fn a_lookup_of_memory_that_another_thread_is_giving_back(cx: &mut MaySleep<'_>, how: How) {
+    with_cache(cx, how, |cx, user, told, look| {
+        assert_eq!(look(strict), Some(1));
+        let mut mapped = false;
+        scope(cx, |threads, cx| {
+            told.start(threads);
+            let unmapper = threads.spawn("unmapper", |cx| told.munmap(cx, pages(0, 1)));
+            mapped = user.mmap(cx, Placement::FixedNoReplace(pages(0, 1)), Prot::ReadWrite).is_ok();
+            if mapped {
+                user.machine().cpus()[0].store(cx, user, pages(0, 1).start(), 2).unwrap();
+                assert_eq!(look(strict), Some(2), "sees what another thread has given back");
+            }
+            unmapper.join(cx).unwrap();
+            told.stop();
+        });
+        if !mapped {
+            map(cx, user, pages(0, 1), 2);
+        }
+    });
+}
+
+fn explored(seconds: u64, scenario: impl Fn(&mut MaySleep<'_>)) -> Report {
+    let config = Config::new(Strategy::CachedPreemptions(2)).max_time(Duration::from_secs(seconds));
+    explore(&config, scenario)
+}
+
+/// Silent, and every order was tried, or as many as there was time for.
+fn holds(report: &Report) {
+    report.assert_ok();
+    assert!(report.exhausted || report.executions > 100, "only {}", report.executions);
 }
 
 #[test]
 fn no_order_of_lookup_and_replacement_shows_the_past() {
-    for how in [How::Blocks, How::Late] {
-        for registered_before in [true, false] {
-            let report = explored(how, registered_before);
-            report.assert_ok();
-            assert!(report.executions > 100, "only {}", report.executions);
+    for how in [How::Blocks, How::Kvm, How::Uffd] {
+        for (before, by) in [(true, strict as Look), (true, ordered), (false, strict)] {
+            holds(&explored(2, |cx| lookups_beside_a_replacement(cx, how, before, by)));
         }
     }
 }
 
 #[test]
-fn without_a_notifier_an_order_shows_the_past() {
-    for registered_before in [true, false] {
-        assert!(!explored(How::Never, registered_before).failures.is_empty(), "the control");
+fn no_order_of_late_callbacks_shows_the_past() {
+    for how in [How::KvmCalls, How::UffdCalls] {
+        for before in [true, false] {
+            holds(&explored(2, |cx| lookups_beside_a_replacement(cx, how, before, strict)));
+        }
     }
+}
+
+#[test]
+fn no_order_of_unmapping_and_mapping_by_two_threads_shows_the_past() {
+    for how in [How::Blocks, How::Kvm, How::Uffd] {
+        holds(&explored(3, |cx| a_lookup_of_memory_that_another_thread_is_giving_back(cx, how)));
+    }
+}
+
+/// Does some order of a lookup and a replacement show the past?
+fn replacement_fails(how: How, registered_before: bool, by: Look) {
+    let report = explored(60, |cx| lookups_beside_a_replacement(cx, how, registered_before, by));
+    let failure = report.failures.first().unwrap_or_else(|| panic!("{how:?} was not found"));
+    assert!(failure.message.contains("was complete"), "{failure}");
+}
+
+#[test]
+fn without_a_notifier_an_order_shows_the_past() {
+    for before in [true, false] {
+        replacement_fails(How::Never, before, strict);
+    }
+}
+
+#[test]
+fn a_total_that_moves_before_its_bucket_is_found() {
+    replacement_fails(How::KvmTotalFirst, true, strict);
+}
+
+#[test]
+fn a_monitor_that_reads_before_it_says_so_is_found() {
+    replacement_fails(How::UffdReadsFirst, true, strict);
+    replacement_fails(How::UffdReadsFirst, true, ordered);
+}
+
+#[test]
+fn a_strict_lookup_that_does_not_probe_is_found() {
+    let report = explored(60, |cx| {
+        a_lookup_of_memory_that_another_thread_is_giving_back(cx, How::UffdNoProbe);
+    });
+    let failure = report.failures.first().expect("the missing probe was not found");
+    assert!(failure.message.contains("given back"), "{failure}");
 }

@@ -58,36 +58,68 @@ pub(crate) enum Records<'a> {
     Perf(Fields),
 }
 
+/// How often a change is made again whose record had no room: other VMs of the machine fill the ring too.
+const ATTEMPTS: u32 = 100;
+
 /// Changes the page several times and demands that counters, bucket and record tell of exactly that.
 pub(crate) fn verify(canary: &Canary, shared: &Shared, mut records: Records<'_>) -> Result<(), OpenError> {
     let range = canary.range();
-    let global = shared.heads(Kind::Unmap);
-    let bucket = shared.local(Kind::Unmap, range).last().copied();
     for how in ["madvise", "munmap", "madvise", "munmap"] {
-        let before: Vec<u64> = global.iter().map(|w| w.load()).collect();
-        let bucket_before = bucket.map(|b| b.load());
-        if how == "madvise" {
-            canary.poke();
-        } else {
-            canary.overlay().map_err(super::error::system("changing the canary page"))?;
-        }
-        if global.iter().map(|w| w.load()).eq(before.iter().copied()) {
-            return Err(OpenError::Canary(format!("{how} of {range:?} did not move the global counter")));
-        }
-        if bucket.is_some_and(|b| Some(b.load()) == bucket_before) {
-            return Err(OpenError::Canary(format!("{how} of {range:?} did not move its bucket")));
-        }
-        let of_canary = |r: &Record| (r.kind, r.start, r.end) == (Kind::Unmap, range.start(), range.end());
-        let heard = match &mut records {
-            Records::None => true,
-            Records::Bpf(ring) => drain(ring)?.iter().any(|r| of_canary(r) && r.ktime_ns != 0),
-            Records::Perf(fields) => perf_records(shared, &before, *fields).iter().any(of_canary),
-        };
-        if !heard {
-            return Err(OpenError::Canary(format!("no record tells of {how} of {range:?}")));
+        let mut attempts = 1..ATTEMPTS;
+        while !is_told(canary, shared, &mut records, how)? {
+            if attempts.next().is_none() {
+                return Err(OpenError::Canary(format!(
+                    "no record tells of {how} of {range:?}: the ring overflows as fast as it is read, or holds what is no record"
+                )));
+            }
         }
     }
     Ok(())
+}
+
+/// Changes it once. `false` if records were lost meanwhile, and with them perhaps the one that matters.
+fn is_told(
+    canary: &Canary,
+    shared: &Shared,
+    records: &mut Records<'_>,
+    how: &str,
+) -> Result<bool, OpenError> {
+    let range = canary.range();
+    let global = shared.heads(Kind::Unmap);
+    let bucket = shared.local(Kind::Unmap, range).last().copied();
+    if let Records::Bpf(ring) = records {
+        drain(ring)?;
+    }
+    let lost = shared.lost();
+    let before: Vec<u64> = global.iter().map(|w| w.load()).collect();
+    let bucket_before = bucket.map(|b| b.load());
+    if how == "madvise" {
+        canary.poke();
+    } else {
+        canary.overlay().map_err(super::error::system("changing the canary page"))?;
+    }
+    if global.iter().map(|w| w.load()).eq(before.iter().copied()) {
+        return Err(OpenError::Canary(format!("{how} of {range:?} did not move the global counter")));
+    }
+    if bucket.is_some_and(|b| Some(b.load()) == bucket_before) {
+        return Err(OpenError::Canary(format!("{how} of {range:?} did not move its bucket")));
+    }
+    let of_canary = |r: &Record| (r.kind, r.start, r.end) == (Kind::Unmap, range.start(), range.end());
+    let (heard, complete) = match records {
+        Records::None => (true, true),
+        Records::Bpf(ring) => {
+            let heard = drain(ring)?.iter().any(|r| of_canary(r) && r.ktime_ns != 0);
+            (heard, shared.lost() == lost)
+        }
+        Records::Perf(fields) => {
+            let (records, complete) = perf_records(shared, &before, *fields);
+            (records.iter().any(of_canary), complete)
+        }
+    };
+    if !heard && complete {
+        return Err(OpenError::Canary(format!("no record tells of {how} of {range:?}")));
+    }
+    Ok(heard)
 }
 
 fn drain(ring: &mut RingReader) -> Result<Vec<Record>, OpenError> {
@@ -101,9 +133,12 @@ fn drain(ring: &mut RingReader) -> Result<Vec<Record>, OpenError> {
     }
 }
 
-/// What was written to the rings since the heads `from`; a ring that was overwritten meanwhile gives nothing.
-fn perf_records(shared: &Shared, from: &[u64], fields: Fields) -> Vec<Record> {
-    let Counters::Perf { rings, .. } = &*shared.counters else { return Vec::new() };
-    let read = |(ring, mut tail)| perf_rings::read(ring, &mut tail, 0, fields).unwrap_or_default();
-    rings.iter().zip(from.iter().copied()).flat_map(read).collect()
+/// What was written to the rings since the heads `from`, and whether it is all: a ring that was overwritten meanwhile
+/// gives nothing.
+fn perf_records(shared: &Shared, from: &[u64], fields: Fields) -> (Vec<Record>, bool) {
+    let Counters::Perf { rings, .. } = &*shared.counters else { return (Vec::new(), true) };
+    let read = |(ring, mut tail)| perf_rings::read(ring, &mut tail, 0, fields);
+    let read: Vec<_> = rings.iter().zip(from.iter().copied()).map(read).collect();
+    let complete = read.iter().all(Option::is_some);
+    (read.into_iter().flatten().flatten().collect(), complete)
 }

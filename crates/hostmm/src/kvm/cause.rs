@@ -9,9 +9,8 @@
 //! system call (a copy on write in read(2)) shows that call. A kernel thread has no such registers: what is there
 //! means nothing, and its reader must know it by its empty stack.
 //!
-//! The stack comes twice: return addresses as far as frame pointers lead, and the words at its top, because the frame
-//! pointer says nothing of a function that was entered last and has made no frame: a system call's wrapper, whose return
-//! address is the call site.
+//! The stack comes twice: return addresses as far as frame pointers lead, which most libraries do not keep, and the words
+//! at its top with the registers that point to it, for whoever has the unwind tables.
 //!
 //! Licence: bpf_get_current_task_btf, bpf_task_pt_regs (Linux 5.15), bpf_probe_read_user and bpf_get_stack are for GPL-compatible programs;
 //! the program says "Dual MIT/GPL". SPDX of the program: MIT OR GPL-2.0-only.
@@ -22,19 +21,22 @@ use std::os::fd::BorrowedFd;
 /// Return addresses kept of the user-space stack, the innermost first.
 pub const STACK_DEPTH: usize = 12;
 /// Words kept of the top of the user-space stack.
-pub const TOP_WORDS: usize = 16;
+pub const TOP_WORDS: usize = 64;
 
 /// Where in a record the stack begins, after: kind and CPU, start, end, pid_tgid, ktime, orig_ax, third argument, bytes
 /// of stack.
 pub(super) const STACK: usize = 8;
 /// The task's command, two words.
 pub(super) const COMM: usize = STACK + STACK_DEPTH;
+/// Stack pointer and frame pointer.
+pub(super) const POINTERS: usize = COMM + 2;
 /// The top of the stack.
-pub(super) const TOP: usize = COMM + 2;
+pub(super) const TOP: usize = POINTERS + 2;
 /// Words of a record.
 pub(super) const WORDS: usize = TOP + TOP_WORDS;
 
 /// Offsets in struct pt_regs of x86-64.
+const BP: i16 = 32;
 const DX: i16 = 96;
 const ORIG_AX: i16 = 120;
 const SP: i16 = 152;
@@ -87,7 +89,10 @@ pub(super) fn assemble(
     asm.add_imm(R1, 8 * COMM as i32);
     asm.mov_imm(R2, 16);
     asm.call(Helper::GetCurrentComm);
+    asm.load(R3, R8, BP);
+    asm.store(R9, (8 * (POINTERS + 1)) as i16, R3);
     asm.load(R3, R8, SP);
+    asm.store(R9, (8 * POINTERS) as i16, R3);
     asm.mov(R1, R9);
     asm.add_imm(R1, 8 * TOP as i32);
     asm.mov_imm(R2, 8 * TOP_WORDS as i32);

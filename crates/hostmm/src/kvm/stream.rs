@@ -7,19 +7,19 @@
 //! Whose memory a record is about is *not* in it: the tracepoint has no mm. A task of a watched process changes its own
 //! memory; a kernel thread, or another process that truncates a file, changes anybody's who maps the address.
 
-use super::cause::{self, COMM, STACK, STACK_DEPTH, TOP, TOP_WORDS, WORDS};
+use super::cause::{self, COMM, POINTERS, STACK, STACK_DEPTH, TOP, TOP_WORDS, WORDS};
 use super::layout::Kind;
 use super::parts::{check_ring, tracepoint};
 use super::{OpenError, Record, error};
 use crate::kvm::canary::Canary;
+use crate::sys::later::Later;
 use crate::sys::map::{Mapping, Word};
 use crate::sys::ringbuf::RingReader;
 use crate::sys::signal::blocking_signals;
 use crate::sys::tracefs::Tracefs;
 use crate::sys::{bpf, perf, vm};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
 
 /// One change and what made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +34,11 @@ pub struct Change {
     /// Return addresses in user space, the innermost first, as far as frame pointers lead: the first is right, the
     /// others only in programs that keep them. Empty for a kernel thread.
     pub stack: Vec<u64>,
-    /// The words at the top of the user-space stack; zeroes where they could not be read.
+    /// The stack pointer of user space.
+    pub sp: u64,
+    /// Its frame pointer, or whatever the program keeps in that register.
+    pub bp: u64,
+    /// The words at the top of the user-space stack, from `sp` on; zeroes where they could not be read.
     pub top: [u64; TOP_WORDS],
     comm: [u8; 16],
 }
@@ -50,14 +54,15 @@ impl Change {
         comm[8..].copy_from_slice(&w[COMM + 1].to_ne_bytes());
         let mut top = [0; TOP_WORDS];
         top.copy_from_slice(&w[TOP..]);
-        Change { record, syscall: u32::try_from(w[5]).ok(), third: w[6], stack, top, comm }
+        let (sp, bp) = (w[POINTERS], w[POINTERS + 1]);
+        Change { record, syscall: u32::try_from(w[5]).ok(), third: w[6], stack, sp, bp, top, comm }
     }
 
     /// One that no kernel told: for the tests of those who count them.
     #[doc(hidden)]
     #[must_use]
     pub fn invented(record: Record, syscall: Option<u32>, third: u64, stack: Vec<u64>) -> Change {
-        Change { record, syscall, third, stack, top: [0; TOP_WORDS], comm: [0; 16] }
+        Change { record, syscall, third, stack, sp: 0, bp: 0, top: [0; TOP_WORDS], comm: [0; 16] }
     }
 
     /// The command of the task (comm), at most 15 bytes.
@@ -74,7 +79,9 @@ impl Change {
     }
 }
 
-/// The stream. Dropping it detaches the program.
+/// The stream. Its descriptor (`AsFd`) is readable when something has come.
+///
+/// Once it is dropped the kernel detaches the program, which takes it some grace periods that nobody waits for.
 #[derive(Debug)]
 pub struct Stream {
     reader: RingReader,
@@ -83,11 +90,17 @@ pub struct Stream {
     lost_word: Word,
     prog: bpf::Program,
     #[expect(dead_code, reason = "held, never read: the program hangs on it")]
-    event: OwnedFd,
+    event: Later,
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.ring.as_fd()
+    }
 }
 
 impl Stream {
-    /// Opens it with a ring of `len` bytes (a power of two from 4096; a record takes 312) and checks that it hears.
+    /// Opens it with a ring of `len` bytes (a power of two from 4096; a record takes 712) and checks that it hears.
     ///
     /// # Errors
     /// [`OpenError`]. May sleep.
@@ -115,6 +128,7 @@ impl Stream {
         let lost_word =
             lost.word(0).ok_or_else(|| OpenError::Options("the counter is not a word".to_owned()))?;
         let reader = RingReader::new(ring.as_fd(), len).map_err(error::system("mapping the ring"))?;
+        let event = Later::new(event);
         let mut stream = Stream { reader, ring, lost, lost_word, prog, event };
         stream.verify()?;
         Ok(stream)
@@ -124,7 +138,7 @@ impl Stream {
     fn verify(&mut self) -> Result<(), OpenError> {
         let path = Path::new("/dev/kvm");
         let kvm = vm::open(path).map_err(|e| error::kvm(path, e))?;
-        let _vm = vm::Vm::create(kvm.as_fd()).map_err(|e| error::kvm(path, e))?;
+        let _vm = Later::new(vm::create(kvm.as_fd()).map_err(|e| error::kvm(path, e))?);
         let canary = Canary::reserve().map_err(error::system("reserving the canary page"))?;
         let range = canary.range();
         canary.poke();
@@ -148,18 +162,6 @@ impl Stream {
         while let Ok(Some(words)) = self.reader.next::<WORDS>() {
             into.push(Change::from_words(&words));
         }
-    }
-
-    /// Sleeps until something has come or `patience` is over.
-    pub fn wait(&self, patience: Duration) {
-        interleave::might_sleep();
-        let mut polled = [rustix::event::PollFd::new(&self.ring, rustix::event::PollFlags::IN)];
-        let patience = rustix::event::Timespec {
-            tv_sec: patience.as_secs().cast_signed(),
-            tv_nsec: patience.subsec_nanos().into(),
-        };
-        // An interrupted sleep is a short one.
-        let _ = rustix::event::poll(&mut polled, Some(&patience));
     }
 
     /// Changes that did not fit the ring.

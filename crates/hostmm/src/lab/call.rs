@@ -41,6 +41,8 @@ pub enum Call {
     Protect(Range, Rights),
     /// madvise(`MADV_DONTNEED`).
     DontNeed(Range),
+    /// madvise(`MADV_FREE`).
+    Free(Range),
     /// madvise(`MADV_PAGEOUT`).
     PageOut(Range),
     /// madvise(`MADV_MERGEABLE`), or `MADV_UNMERGEABLE`.
@@ -101,6 +103,7 @@ impl Call {
             | Call::Unmap(range)
             | Call::Protect(range, _)
             | Call::DontNeed(range)
+            | Call::Free(range)
             | Call::PageOut(range)
             | Call::Mergeable(range, _) => Some(range),
             Call::Load(page) | Call::Store(page, _) | Call::ReadPinned(page) | Call::WritePinned(page, _) => {

@@ -85,6 +85,7 @@ pub(crate) fn call(arena: Range, file: &File, call: &Call) -> Answer {
             answer(unsafe { libc::mprotect(ptr(range), range.len() as usize, prot(rights)) }.into())
         }
         Call::DontNeed(range) => advise(range, libc::MADV_DONTNEED),
+        Call::Free(range) => advise(range, libc::MADV_FREE),
         Call::PageOut(range) => advise(range, libc::MADV_PAGEOUT),
         Call::Mergeable(range, true) => advise(range, libc::MADV_MERGEABLE),
         Call::Mergeable(range, false) => advise(range, libc::MADV_UNMERGEABLE),

@@ -3,6 +3,7 @@
 
 pub(crate) mod bpf;
 pub(crate) mod lab;
+pub(crate) mod later;
 pub(crate) mod map;
 pub(crate) mod mm;
 pub(crate) mod perf;

@@ -56,15 +56,7 @@ pub(crate) struct Vm {
 impl Vm {
     /// Makes a VM on the calling process's mm through `kvm`, a descriptor of /dev/kvm. Call it with signals blocked.
     pub(crate) fn create(kvm: BorrowedFd<'_>) -> Result<Vm, VmError> {
-        match ioctl(kvm, KVM_GET_API_VERSION, 0) {
-            Ok(API_VERSION) => {}
-            Ok(other) => return Err(VmError::NotKvm(format!("says {other}, wanted {API_VERSION}"))),
-            Err(e) => return Err(VmError::NotKvm(e.to_string())),
-        }
-        // Registration takes every VMA lock of the mm and gives up with EINTR when a signal is pending.
-        let vm = retry(|| ioctl(kvm, KVM_CREATE_VM, 0)).map_err(VmError::CreateVm)?;
-        // SAFETY: KVM_CREATE_VM returns a new descriptor.
-        let vm = unsafe { OwnedFd::from_raw_fd(vm) };
+        let vm = create(kvm)?;
         let vcpu = retry(|| ioctl(vm.as_fd(), KVM_CREATE_VCPU, 0)).map_err(VmError::CreateVcpu)?;
         // SAFETY: KVM_CREATE_VCPU returns a new descriptor.
         let vcpu = unsafe { OwnedFd::from_raw_fd(vcpu) };
@@ -72,6 +64,19 @@ impl Vm {
         keep.advise(libc::MADV_DONTFORK).map_err(VmError::Map)?;
         Ok(Vm { keep })
     }
+}
+
+/// Makes a VM that lives by its descriptor. Call it with signals blocked.
+pub(crate) fn create(kvm: BorrowedFd<'_>) -> Result<OwnedFd, VmError> {
+    match ioctl(kvm, KVM_GET_API_VERSION, 0) {
+        Ok(API_VERSION) => {}
+        Ok(other) => return Err(VmError::NotKvm(format!("says {other}, wanted {API_VERSION}"))),
+        Err(e) => return Err(VmError::NotKvm(e.to_string())),
+    }
+    // Registration takes every VMA lock of the mm and gives up with EINTR when a signal is pending.
+    let vm = retry(|| ioctl(kvm, KVM_CREATE_VM, 0)).map_err(VmError::CreateVm)?;
+    // SAFETY: KVM_CREATE_VM returns a new descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(vm) })
 }
 
 fn ioctl(fd: BorrowedFd<'_>, request: libc::Ioctl, arg: libc::c_ulong) -> io::Result<i32> {

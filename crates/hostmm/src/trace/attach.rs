@@ -6,11 +6,13 @@
 
 use super::facts::{attach_hint, is_dead};
 use super::ptrace::{self, OPTIONS, Stop, Tid, Waited};
+use super::reaper::Planted;
 use super::tasks::Tasks;
 use super::{Tgid, TraceError};
 use interleave::{MaySleep, time};
 use std::fs;
 use std::io;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// A thread that does not stop so long is in a sleep that nothing interrupts. It is let go when we end.
@@ -94,6 +96,7 @@ impl Tasks<'_> {
             }
         }
         self.threads.clear();
-        self.vms.clear();
+        // Processes of one mm share its VM.
+        self.vms.drain().filter_map(|(_, vm)| vm).filter_map(Rc::into_inner).for_each(Planted::close);
     }
 }

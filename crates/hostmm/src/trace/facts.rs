@@ -9,8 +9,9 @@ use std::io;
 
 const KCMP_VM: libc::c_long = 1;
 
-/// The clock of the stream's records.
-pub(super) fn now() -> u64 {
+/// CLOCK_MONOTONIC in nanoseconds: the clock of the stream's records and of an [`Observer`](super::Observer)'s times.
+#[must_use]
+pub fn now() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }

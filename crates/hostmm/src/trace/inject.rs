@@ -2,9 +2,11 @@
 //! System calls made by a stopped thread on our behalf.
 //!
 //! The thread is sent to a `syscall` instruction of its vDSO, stopped again at the entry and at the exit of the call,
-//! and put back where it was, so nothing of the program is written to: no text page is copied, no stack is touched.
+//! and put back where it was, so none of its code is written to: no text page is copied.
 //! Signals are blocked meanwhile; one that arrives waits and is delivered afterwards. Stops at system calls and not
 //! single steps, because a step ends in a forced SIGTRAP, which resets the program's own action for that signal.
+//!
+//! A thread that was interrupted inside of a restartable sequence is put back at its abort handler ([`super::rseq`]).
 //!
 //! While the thread is borrowed seccomp filters look away from it, and should we die it is killed: to go on at a place
 //! that is not its own could do anything.
@@ -14,6 +16,7 @@
 
 use super::facts::has_seccomp;
 use super::ptrace::{self, EXITKILL, OPTIONS, Regs, SUSPEND_SECCOMP, Stop, Tid, Waited};
+use super::rseq;
 use std::fs;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -70,7 +73,10 @@ impl Borrowed {
     /// of that call first, so that the call's result is among what is put back.
     pub(super) fn new(tid: Tid, in_call: bool) -> Result<Borrowed, InjectError> {
         let call_at = find_syscall(tid)?;
-        let regs = ptrace::regs(tid)?;
+        let mut regs = ptrace::regs(tid)?;
+        if !in_call {
+            regs.rip = rseq::resume_at(tid, regs.rip);
+        }
         let mask = ptrace::signal_mask(tid)?;
         if let Err(refused) = ptrace::set_options(tid, OPTIONS | EXITKILL | SUSPEND_SECCOMP) {
             if has_seccomp(tid) {
@@ -85,6 +91,11 @@ impl Borrowed {
             borrowed.regs = ptrace::regs(tid)?;
         }
         Ok(borrowed)
+    }
+
+    /// Its stack pointer.
+    pub(super) fn sp(&self) -> u64 {
+        self.regs.rsp
     }
 
     /// Lets the thread run to the next stop at a system call.

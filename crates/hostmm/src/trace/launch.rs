@@ -20,8 +20,12 @@ pub(super) struct Waiting {
     failed: OwnedFd,
 }
 
-/// Forks. `mask` is the signal mask that the program is to start with.
-pub(super) fn fork(program: &[OsString], mask: &libc::sigset_t) -> io::Result<Waiting> {
+/// Forks. `mask` is the signal mask that the program is to start with, `files` its limit of open files, if not ours.
+pub(super) fn fork(
+    program: &[OsString],
+    mask: &libc::sigset_t,
+    files: Option<libc::rlimit>,
+) -> io::Result<Waiting> {
     let args: Vec<CString> = program
         .iter()
         .map(|arg| CString::new(arg.clone().into_vec()).map_err(io::Error::other))
@@ -46,6 +50,9 @@ pub(super) fn fork(program: &[OsString], mask: &libc::sigset_t) -> io::Result<Wa
             }
             // Rust's runtime ignores it in us; std's Command does the same for what it starts.
             libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+            if let Some(files) = &files {
+                libc::setrlimit(libc::RLIMIT_NOFILE, files);
+            }
             libc::sigprocmask(libc::SIG_SETMASK, mask, std::ptr::null_mut());
             libc::execvp(pointers[0], pointers.as_ptr());
             let errno = io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO).to_ne_bytes();

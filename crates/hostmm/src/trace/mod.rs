@@ -24,9 +24,11 @@ mod attach;
 mod facts;
 mod inject;
 mod launch;
+mod limit;
 mod plant;
 mod ptrace;
 mod reaper;
+mod rseq;
 mod signals;
 mod tasks;
 
@@ -40,6 +42,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use tasks::Tasks;
 
+pub use facts::now;
 pub use signals::Signals;
 
 /// A process id.

@@ -5,14 +5,13 @@
 //!
 //! ```text
 //! in the program                              here
-//! mmap a scratch page
+//! mmap a scratch page (not after exec)
 //! socketpair                              →   pidfd_getfd one end
 //!                                         ←   sendmsg: /dev/kvm
 //! recvmsg
-//! munmap the scratch page
-//! close both ends
+//! munmap it
 //! ioctl KVM_CREATE_VM                     →   pidfd_getfd the VM
-//! close the VM, close /dev/kvm
+//! close_range: both ends, /dev/kvm and the VM
 //! ```
 //!
 //! /dev/kvm is sent, not opened there: the program may be unprivileged, or live in another root. Everything with memory
@@ -20,6 +19,7 @@
 //! at the end; the VM lives by the one here. A program whose table of descriptors is full is given room for the moment.
 
 use super::inject::{Borrowed, InjectError};
+use super::limit::{FileLimit, Raise};
 use super::ptrace::Tid;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -28,17 +28,18 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::ptr::{null, null_mut};
 
 const KVM_CREATE_VM: u64 = 0xAE01;
 const PAGE: u64 = 4096;
 
-// Where things lie in the scratch page.
+// Where things lie in the scratch memory.
 const ENDS: u64 = 0;
 const MESSAGE: u64 = 64;
 const VECTOR: u64 = 192;
 const BYTE: u64 = 256;
 const CONTROL: u64 = 320;
+/// Bytes of it.
+const SCRATCH: usize = 384;
 /// Descriptors that are open there at once, and some.
 const FEW: u64 = 8;
 /// CMSG_SPACE(sizeof(int)).
@@ -82,58 +83,103 @@ pub(super) fn plant(
 ) -> Result<(OwnedFd, i32), PlantError> {
     let planted = try_plant(kvm, tgid, tid, in_call);
     let full = planted.as_ref().is_err_and(PlantError::table_is_full);
-    match full.then(|| Room::make(tgid)).flatten() {
+    match full.then(|| FileLimit::raise(tgid, Raise::By(FEW))).flatten() {
         // It has left the call by now.
         Some(_room) => try_plant(kvm, tgid, tid, false),
         None => planted,
     }
 }
 
-/// A higher limit of open files for another process, until dropped.
-struct Room {
-    tgid: Tid,
-    old: libc::rlimit,
-}
-
-impl Room {
-    fn make(tgid: Tid) -> Option<Room> {
-        let mut old = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        // SAFETY: a local struct to write to; no new limit.
-        let got = unsafe { libc::prlimit(tgid, libc::RLIMIT_NOFILE, null(), &raw mut old) };
-        let cur = old.rlim_cur.checked_add(FEW)?;
-        let new = libc::rlimit { rlim_cur: cur, rlim_max: old.rlim_max.max(cur) };
-        (got == 0 && set_limit(tgid, &new)).then_some(Room { tgid, old })
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        set_limit(self.tgid, &self.old);
-    }
-}
-
-fn set_limit(tgid: Tid, limit: &libc::rlimit) -> bool {
-    // SAFETY: a struct to read from; the old limit is not asked for.
-    unsafe { libc::prlimit(tgid, libc::RLIMIT_NOFILE, limit, null_mut()) == 0 }
-}
-
 fn try_plant(kvm: BorrowedFd<'_>, tgid: Tid, tid: Tid, in_call: bool) -> Result<(OwnedFd, i32), PlantError> {
     let pidfd = open_pidfd(tgid, tid).map_err(InjectError::from)?;
     let mut thread = Borrowed::new(tid, in_call)?;
-    let there = |what| move |e| PlantError::There(what, e);
-    let kvm_there = send_kvm(&mut thread, kvm, &pidfd, tid)?;
-    let vm_there = thread.call(libc::SYS_ioctl, [kvm_there, KVM_CREATE_VM, 0, 0, 0, 0])?;
-    let vm = match &vm_there {
-        Ok(fd) => take(&pidfd, *fd),
-        Err(_) => Err(PlantError::Here("nothing to take", io::ErrorKind::NotFound.into())),
+    let mut opened = Vec::new();
+    let made = match make_vm(&mut thread, kvm, &pidfd, tid, in_call, &mut opened) {
+        // It calls nothing more for us.
+        Err(PlantError::Inject(error)) => return Err(error.into()),
+        made => made,
     };
-    if let Ok(fd) = vm_there {
-        let _ = thread.call(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
-    }
-    let _ = thread.call(libc::SYS_close, [kvm_there, 0, 0, 0, 0, 0])?;
+    close_all(&mut thread, &mut opened)?;
     let signal = thread.give_back()?;
-    vm_there.map_err(there("KVM_CREATE_VM"))?;
-    Ok((vm?, signal))
+    Ok((made?, signal))
+}
+
+/// The VM. What is open there afterwards is in `opened`.
+fn make_vm(
+    thread: &mut Borrowed,
+    kvm: BorrowedFd<'_>,
+    pidfd: &OwnedFd,
+    tid: Tid,
+    in_call: bool,
+    opened: &mut Vec<u64>,
+) -> Result<OwnedFd, PlantError> {
+    let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{tid}/mem"));
+    let memory = memory.map_err(|e| PlantError::Here("opening its memory", e))?;
+    let scratch = Scratch::get(thread, &memory, in_call)?;
+    let sent = match send_kvm(thread, kvm, pidfd, &memory, scratch.at(), opened) {
+        Err(PlantError::Inject(error)) => return Err(error.into()),
+        sent => sent,
+    };
+    scratch.give_back(thread, &memory)?;
+    let vm = thread.call(libc::SYS_ioctl, [sent?, KVM_CREATE_VM, 0, 0, 0, 0])?;
+    let vm = vm.map_err(|e| PlantError::There("KVM_CREATE_VM", e))?;
+    opened.push(vm);
+    take(pidfd, vm)
+}
+
+/// Memory there for what the calls point to.
+enum Scratch {
+    /// A page of its own: what a forked child has is shared with its parent, and to write there would be to copy it.
+    Page(u64),
+    /// Below the stack of a program that has not begun, with what lies there. It saves two calls, and every call is two
+    /// switches to the program and back.
+    Stack(u64, Vec<u8>),
+}
+
+impl Scratch {
+    fn get(thread: &mut Borrowed, memory: &File, after_exec: bool) -> Result<Scratch, PlantError> {
+        if after_exec && let Some(at) = thread.sp().checked_sub(2 * SCRATCH as u64) {
+            let (at, mut there) = (at & !63, vec![0; SCRATCH]);
+            memory.read_exact_at(&mut there, at).map_err(|e| PlantError::Here("reading its stack", e))?;
+            return Ok(Scratch::Stack(at, there));
+        }
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
+        let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+        let page = thread.call(libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])?;
+        Ok(Scratch::Page(page.map_err(|e| PlantError::There("mmap", e))?))
+    }
+
+    fn at(&self) -> u64 {
+        match self {
+            Scratch::Page(at) | Scratch::Stack(at, _) => *at,
+        }
+    }
+
+    fn give_back(self, thread: &mut Borrowed, memory: &File) -> Result<(), PlantError> {
+        match self {
+            Scratch::Page(at) => drop(thread.call(libc::SYS_munmap, [at, PAGE, 0, 0, 0, 0])?),
+            Scratch::Stack(at, there) => {
+                memory.write_all_at(&there, at).map_err(|e| PlantError::Here("writing its stack", e))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Closes what was opened there, with one call where the numbers follow one another, as they do unless the program's own
+/// lie between them.
+fn close_all(thread: &mut Borrowed, opened: &mut [u64]) -> Result<(), InjectError> {
+    opened.sort_unstable();
+    if let [first, .., last] = *opened
+        && last - first + 1 == opened.len() as u64
+        && thread.call(libc::SYS_close_range, [first, last, 0, 0, 0, 0])?.is_ok()
+    {
+        return Ok(());
+    }
+    for fd in opened {
+        let _ = thread.call(libc::SYS_close, [*fd, 0, 0, 0, 0, 0])?;
+    }
+    Ok(())
 }
 
 /// A pidfd through which the descriptors of the thread can be had. A first thread that is dead has none any more.
@@ -158,51 +204,16 @@ fn send_kvm(
     thread: &mut Borrowed,
     kvm: BorrowedFd<'_>,
     pidfd: &OwnedFd,
-    tid: Tid,
-) -> Result<u64, PlantError> {
-    let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as u64;
-    let prot = (libc::PROT_READ | libc::PROT_WRITE) as u64;
-    let scratch = thread.call(libc::SYS_mmap, [0, PAGE, prot, flags, u64::MAX, 0])?;
-    let scratch = scratch.map_err(|e| PlantError::There("mmap", e))?;
-    let got = send_through(thread, kvm, pidfd, tid, scratch);
-    if matches!(got, Err(PlantError::Inject(_))) {
-        return got;
-    }
-    let _ = thread.call(libc::SYS_munmap, [scratch, PAGE, 0, 0, 0, 0])?;
-    got
-}
-
-fn send_through(
-    thread: &mut Borrowed,
-    kvm: BorrowedFd<'_>,
-    pidfd: &OwnedFd,
-    tid: Tid,
+    memory: &File,
     scratch: u64,
+    opened: &mut Vec<u64>,
 ) -> Result<u64, PlantError> {
     let kind = (libc::SOCK_DGRAM | libc::SOCK_CLOEXEC) as u64;
     let made = thread.call(libc::SYS_socketpair, [libc::AF_UNIX as u64, kind, 0, scratch + ENDS, 0, 0])?;
     made.map_err(|e| PlantError::There("socketpair", e))?;
-    let memory = OpenOptions::new().read(true).write(true).open(format!("/proc/{tid}/mem"));
-    let memory = memory.map_err(|e| PlantError::Here("opening its memory", e))?;
-    let ends = word(&memory, scratch + ENDS)?;
+    let ends = word(memory, scratch + ENDS)?;
     let (ours, theirs) = (ends & 0xffff_ffff, ends >> 32);
-    let got = receive(thread, kvm, pidfd, &memory, scratch, (ours, theirs));
-    if !matches!(got, Err(PlantError::Inject(_))) {
-        for end in [ours, theirs] {
-            let _ = thread.call(libc::SYS_close, [end, 0, 0, 0, 0, 0])?;
-        }
-    }
-    got
-}
-
-fn receive(
-    thread: &mut Borrowed,
-    kvm: BorrowedFd<'_>,
-    pidfd: &OwnedFd,
-    memory: &File,
-    scratch: u64,
-    (ours, theirs): (u64, u64),
-) -> Result<u64, PlantError> {
+    opened.extend([ours, theirs]);
     let socket = take(pidfd, ours)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -221,7 +232,9 @@ fn receive(
     if word(memory, scratch + MESSAGE + 40)? < 20 || word(memory, scratch + CONTROL)? < 20 {
         return Err(PlantError::There("recvmsg", io::Error::from_raw_os_error(libc::EMFILE)));
     }
-    Ok(word(memory, scratch + CONTROL + 16)? & 0xffff_ffff)
+    let kvm_there = word(memory, scratch + CONTROL + 16)? & 0xffff_ffff;
+    opened.push(kvm_there);
+    Ok(kvm_there)
 }
 
 fn word(memory: &File, at: u64) -> Result<u64, PlantError> {

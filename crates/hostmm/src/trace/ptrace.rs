@@ -29,6 +29,7 @@ pub(super) const SUSPEND_SECCOMP: i32 = 1 << 21;
 const GETSIGMASK: libc::c_uint = 0x420a;
 const SETSIGMASK: libc::c_uint = 0x420b;
 const GET_SYSCALL_INFO: libc::c_uint = 0x420e;
+const GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
 /// Bytes of a kernel sigset.
 const SIGSET: usize = 8;
 
@@ -109,6 +110,15 @@ pub(super) fn at_syscall_entry(tid: Tid) -> io::Result<bool> {
     let mut info = [0_u64; 16];
     request(GET_SYSCALL_INFO, tid, size_of_val(&info), info.as_mut_ptr() as usize)?;
     Ok(info[0].to_ne_bytes()[0] == ENTRY)
+}
+
+/// Where the thread's struct rseq lies, if it has one.
+pub(super) fn rseq_area(tid: Tid) -> io::Result<Option<u64>> {
+    // struct ptrace_rseq_configuration: the address, then size, signature, flags and padding.
+    let mut configuration = [0_u64; 3];
+    let size = size_of_val(&configuration);
+    request(GET_RSEQ_CONFIGURATION, tid, size, configuration.as_mut_ptr() as usize)?;
+    Ok(Some(configuration[0]).filter(|area| *area != 0))
 }
 
 /// Why a wait returned.

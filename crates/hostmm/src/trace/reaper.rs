@@ -3,16 +3,21 @@
 //!
 //! To close a VM waits for several SRCU grace periods, which is milliseconds. The tracing thread must not spend them: a
 //! program that is stopped meanwhile would wait as well. Grace periods of several VMs pass together, so there is more
-//! than one closer.
+//! than one closer. Each keeps the last few: when all is over these are left to the kernel ([`crate::sys::later`]), so that
+//! nobody waits for a close that began at the program's end.
 
+use crate::sys::later;
 use interleave::Scope;
 use std::cell::Cell;
+use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::mpsc;
 
 /// A program that forks and execs in a loop on one CPU fills about so many.
 const CLOSERS: usize = 4;
+/// VMs that each closer keeps.
+const KEPT: usize = 2;
 
 /// Where VMs go to be closed. The closers end when this and every [`Planted`] are gone.
 pub(super) struct Reaper {
@@ -25,7 +30,7 @@ impl Reaper {
     pub(super) fn start<'scope>(scope: &Scope<'scope, '_>) -> Reaper {
         let closer = |_| {
             let (to, from) = mpsc::channel::<OwnedFd>();
-            scope.spawn("vm-close", move |_| from.into_iter().for_each(drop));
+            scope.spawn("vm-close", move |_| close(&from));
             to
         };
         Reaper { closers: (0..CLOSERS).map(closer).collect(), next: Cell::new(0) }
@@ -39,10 +44,30 @@ impl Reaper {
     }
 }
 
+/// One closer: closes what comes, but for the last.
+fn close(from: &mpsc::Receiver<OwnedFd>) {
+    let mut kept = VecDeque::new();
+    while let Ok(vm) = from.recv() {
+        kept.push_back(vm);
+        while kept.len() > KEPT {
+            kept.pop_front();
+            kept.extend(from.try_iter());
+        }
+    }
+    later::close(kept.into());
+}
+
 /// A VM on a traced program's mm.
 pub(super) struct Planted {
     vm: Option<OwnedFd>,
     to: mpsc::Sender<OwnedFd>,
+}
+
+impl Planted {
+    /// Closes it here and now: it is on the mm of a program that goes on.
+    pub(super) fn close(mut self) {
+        self.vm = None;
+    }
 }
 
 impl Drop for Planted {

@@ -15,6 +15,7 @@
 
 use super::facts::{command, kinship, now, same_mm};
 use super::launch::{self, Exec};
+use super::limit::{FileLimit, Raise};
 use super::plant::plant;
 use super::ptrace::{self, OPTIONS, Stop, Tid, Waited};
 use super::reaper::{Planted, Reaper};
@@ -36,6 +37,8 @@ pub(super) struct Tasks<'a> {
     options: Options,
     observer: &'a mut dyn Observer,
     reaper: Reaper,
+    /// Each address space has a VM and its maps open here, so the limit of our own is raised meanwhile.
+    files: Option<FileLimit>,
     /// Every traced thread and its process.
     pub(super) threads: BTreeMap<Tid, Tgid>,
     /// The VM on each process's mm; shared where the mm is; `None` where it could not be made.
@@ -71,6 +74,7 @@ impl<'a> Tasks<'a> {
             options,
             observer,
             reaper,
+            files: FileLimit::raise(0, Raise::ToHard),
             threads,
             vms,
             ends,
@@ -84,7 +88,8 @@ impl<'a> Tasks<'a> {
     pub(super) fn launch(&mut self, program: &[OsString], signals: &Signals) -> Result<Tgid, TraceError> {
         let name = program.first().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default();
         let system = |what| move |cause| TraceError::System { what, cause };
-        let child = launch::fork(program, signals.mask_before()).map_err(system("starting a process"))?;
+        let child = launch::fork(program, signals.mask_before(), self.files.as_ref().map(FileLimit::old))
+            .map_err(system("starting a process"))?;
         let pid = child.pid;
         let seized = ptrace::seize(pid, OPTIONS);
         // A child that cannot be seized ends when its pipe is closed.

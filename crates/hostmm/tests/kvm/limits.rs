@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What is missing is named, and nothing is left behind.
 
+use crate::memory::{Memory, PAGE};
 use crate::{live, live_both};
 use hostmm::kvm::{Buckets, KvmSource, OpenError, Options, Prefer};
 use hostmm::testing;
+use interleave::{AtomicBool, Ordering};
 
 fn refusal(options: &Options) -> OpenError {
     KvmSource::open(options).expect_err("must be refused")
@@ -73,5 +75,31 @@ fn nothing_is_left_behind() {
             }
             assert_eq!((fds(), kept(), tasks()), before);
         }
+    });
+}
+
+/// Its ring is full of others' records time and again while the canary is listened for.
+#[test]
+fn opens_while_memory_changes_all_the_time() {
+    live_both("limits::opens_while_memory_changes_all_the_time", |prefer| {
+        let _events = crate::open(prefer);
+        let stop = AtomicBool::new(false);
+        let busy = || {
+            let memory = Memory::touched(PAGE);
+            while !stop.load(Ordering::Relaxed) {
+                memory.advise(libc::MADV_DONTNEED);
+            }
+        };
+        std::thread::scope(|threads| {
+            threads.spawn(busy);
+            threads.spawn(busy);
+            let errors: Vec<_> = (0..10)
+                .filter_map(|_| {
+                    KvmSource::open(&Options { prefer, ring: Some(1 << 12), ..Options::default() }).err()
+                })
+                .collect();
+            stop.store(true, Ordering::Relaxed);
+            assert!(errors.is_empty(), "{} of 10: {}", errors.len(), errors[0]);
+        });
     });
 }

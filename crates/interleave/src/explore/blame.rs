@@ -25,13 +25,12 @@ impl Exec {
 
     /// Where each thread is, when there are too many steps.
     pub(super) fn livelock(&self) -> String {
-        let mut text = format!("not ended after {} steps", self.steps.len());
+        let mut text = format!("not ended after {} steps", self.made);
         for (tid, thread) in self.threads.iter().enumerate() {
             if thread.status == Status::Finished {
                 continue;
             }
-            let steps = self.steps.iter().filter(|s| s.tid == tid).count();
-            let (name, op) = (&thread.name, &thread.op);
+            let (name, op, steps) = (&thread.name, &thread.op, thread.made);
             let _ = write!(text, "\n  `{name}`, {steps} steps, is at: {} at {}", op_name(self, op), op.site);
             self.holds(tid, &mut text);
         }

@@ -63,6 +63,8 @@ pub struct Config {
     pub without: Option<Mutant>,
     /// Report every operation that could be switched off.
     pub find_sites: bool,
+    /// Threads switch at operations on what only one of them uses, too.
+    pub all_points: bool,
 }
 
 impl Default for Config {
@@ -85,6 +87,7 @@ impl Config {
             stack: 512 << 10,
             without: None,
             find_sites: false,
+            all_points: false,
         }
     }
 
@@ -134,6 +137,13 @@ impl Config {
     #[must_use]
     pub fn find_sites(mut self) -> Config {
         self.find_sites = true;
+        self
+    }
+
+    /// Has threads switch at each operation, also on what nobody contends for. For comparison: nothing more is found.
+    #[must_use]
+    pub fn all_points(mut self) -> Config {
+        self.all_points = true;
         self
     }
 

@@ -6,6 +6,9 @@
 //! that do not come after the first, up to and with the second. If none of those threads is tried at that node, one is
 //! added (Abdulla, Aronis, Jonsson, Sagonas, POPL 2014).
 //!
+//! An execution begins as the one before it did, up to the node where another thread was chosen. What was found out about
+//! that beginning is kept, and what came after is taken back.
+//!
 //! Two details are easily got wrong. Any of those *initials* will do, and the first step of the racing thread need not
 //! be one: something before it in the sequence may come before it for good. And a step can race by what it does after
 //! its operation (a [`Ghost`](super::Ghost)): its accesses are looked at one by one, each with the orders that those
@@ -31,10 +34,17 @@ struct Clocks {
 }
 
 impl Clocks {
-    fn reset(&mut self, threads: usize, clocks: usize) {
+    fn reset(&mut self, threads: usize) {
         self.threads = threads;
         self.ticks.clear();
-        self.ticks.resize(threads * clocks, 0);
+    }
+
+    /// There are at least so many; new ones are zero.
+    fn grow(&mut self, clocks: usize) {
+        let ticks = self.threads * clocks;
+        if self.ticks.len() < ticks {
+            self.ticks.resize(ticks, 0);
+        }
     }
 
     fn of(&self, index: usize) -> &Clock {
@@ -58,6 +68,24 @@ impl Clocks {
     }
 }
 
+/// Which of the clocks.
+#[derive(Clone, Copy)]
+enum Of {
+    Thread,
+    Released,
+    ReleasedShared,
+    Wake,
+}
+
+/// What a step changed.
+#[derive(Clone, Copy)]
+enum Change {
+    /// A clock; what it was is on the stack of the old.
+    Clock(Of, usize),
+    /// An access was added to those of this object.
+    Access(usize),
+}
+
 /// An access that may race with one to come.
 #[derive(Clone, Copy)]
 struct Past {
@@ -66,7 +94,7 @@ struct Past {
     access: Access,
 }
 
-/// What is known of an execution, from its beginning up to some step. Kept for its memory only.
+/// What is known of an execution, from its beginning up to some step.
 #[derive(Default)]
 pub(super) struct Analysis {
     threads: usize,
@@ -82,24 +110,30 @@ pub(super) struct Analysis {
     wakes: Clocks,
     /// Of the thread whose access is looked at.
     now: Vec<u32>,
+    /// What each step changed, to take it back.
+    changes: Vec<Change>,
+    old: Vec<u32>,
+    /// How many `changes` there were before each step.
+    marks: Vec<usize>,
+    /// The first step that was judged by what comes after it.
+    looked_ahead: Option<usize>,
     /// Steps that race with the one that is looked at.
     races: Vec<u32>,
     earlier: Vec<usize>,
 }
 
 impl Analysis {
-    /// Adds to the nodes what the races of the execution ask for.
-    pub(super) fn reverse_races(&mut self, exec: &Exec, nodes: &mut [Node]) {
+    /// Adds to the nodes what the races of the execution ask for. `kept`: how many of its first steps are those of the
+    /// execution before.
+    pub(super) fn reverse_races(&mut self, exec: &Exec, nodes: &mut [Node], kept: usize) {
         let (threads, objects) = (exec.threads.len(), exec.objects().len());
-        self.threads = threads;
-        self.clocks.reset(threads, threads);
-        self.after.reset(threads, 0);
-        self.wakes.reset(threads, threads);
-        self.released.reset(threads, objects);
-        self.released_shared.reset(threads, objects);
-        self.past.iter_mut().for_each(Vec::clear);
+        self.take_back(kept.min(self.looked_ahead.unwrap_or(kept)), threads);
+        self.clocks.grow(threads);
+        self.wakes.grow(threads);
+        self.released.grow(objects);
+        self.released_shared.grow(objects);
         self.past.resize_with(self.past.len().max(objects), Vec::new);
-        for index in 0..nodes.len().min(exec.steps.len()) {
+        for index in self.marks.len()..nodes.len().min(exec.steps.len()) {
             self.step(exec, index, nodes);
         }
         for tid in 0..threads {
@@ -109,17 +143,75 @@ impl Analysis {
         }
     }
 
+    /// Forgets all but the first `kept` steps.
+    fn take_back(&mut self, kept: usize, threads: usize) {
+        if self.looked_ahead.is_some_and(|step| step >= kept) {
+            self.looked_ahead = None;
+        }
+        if threads != self.threads {
+            self.threads = threads;
+            for clocks in [&mut self.clocks, &mut self.after, &mut self.wakes] {
+                clocks.reset(threads);
+            }
+            self.released.reset(threads);
+            self.released_shared.reset(threads);
+            self.past.iter_mut().for_each(Vec::clear);
+            self.changes.clear();
+            self.old.clear();
+            self.marks.clear();
+            self.looked_ahead = None;
+            return;
+        }
+        let mut old = std::mem::take(&mut self.old);
+        while self.marks.len() > kept {
+            let mark = self.marks.pop().unwrap_or(0);
+            self.after.pop();
+            while self.changes.len() > mark {
+                match self.changes.pop() {
+                    Some(Change::Clock(of, index)) => {
+                        let from = old.len() - threads;
+                        self.clocks_of(of).of_mut(index).copy_from_slice(&old[from..]);
+                        old.truncate(from);
+                    }
+                    Some(Change::Access(object)) => drop(self.past[object].pop()),
+                    None => {}
+                }
+            }
+        }
+        self.old = old;
+    }
+
+    fn clocks_of(&mut self, of: Of) -> &mut Clocks {
+        match of {
+            Of::Thread => &mut self.clocks,
+            Of::Released => &mut self.released,
+            Of::ReleasedShared => &mut self.released_shared,
+            Of::Wake => &mut self.wakes,
+        }
+    }
+
+    /// A clock that is about to change.
+    fn changing(&mut self, of: Of, index: usize) -> &mut Clock {
+        self.changes.push(Change::Clock(of, index));
+        let mut old = std::mem::take(&mut self.old);
+        old.extend_from_slice(self.clocks_of(of).of(index));
+        self.old = old;
+        self.clocks_of(of).of_mut(index)
+    }
+
     fn step(&mut self, exec: &Exec, index: usize, nodes: &mut [Node]) {
         let tid = exec.steps[index].tid;
+        self.marks.push(self.changes.len());
         if exec.footprint(index).iter().any(|access| access.mode == Mode::Barrier) {
             // What waits for a lock now comes after this step, but could have had the lock before.
+            self.looked_ahead.get_or_insert(index);
             for other in (0..self.threads).filter(|&other| other != tid) {
                 if let Some(access) = next_take(exec, other, index) {
                     self.waiting(exec, other, access, nodes);
                 }
             }
         }
-        self.clocks.of_mut(tid)[tid] = index as u32 + 1;
+        self.changing(Of::Thread, tid)[tid] = index as u32 + 1;
         self.races.clear();
         for &access in exec.footprint(index) {
             self.race(tid, access);
@@ -166,21 +258,21 @@ impl Analysis {
         now.clear();
         now.extend_from_slice(self.clocks.of(tid));
         match access.mode {
-            Mode::Release => join(self.released.of_mut(other), &now),
-            Mode::ReleaseShared => join(self.released_shared.of_mut(other), &now),
+            Mode::Release => join(self.changing(Of::Released, other), &now),
+            Mode::ReleaseShared => join(self.changing(Of::ReleasedShared, other), &now),
             Mode::Acquire => {
                 join(&mut now, self.released.of(other));
                 join(&mut now, self.released_shared.of(other));
             }
             Mode::AcquireShared => join(&mut now, self.released.of(other)),
-            Mode::Start => join(self.clocks.of_mut(other), &now),
+            Mode::Start => join(self.changing(Of::Thread, other), &now),
             Mode::Join => join(&mut now, self.clocks.of(other)),
-            Mode::Wake => self.wakes.of_mut(other).copy_from_slice(&now),
+            Mode::Wake => self.changing(Of::Wake, other).copy_from_slice(&now),
             Mode::Woken => join(&mut now, self.wakes.of(tid)),
             Mode::Barrier => {
                 let others = (0..self.threads).filter(|&other| other != tid);
                 others.clone().for_each(|other| join(&mut now, self.clocks.of(other)));
-                others.for_each(|other| join(self.clocks.of_mut(other), &now));
+                others.for_each(|other| join(self.changing(Of::Thread, other), &now));
             }
             _ => {
                 for past in &self.past[other] {
@@ -190,6 +282,7 @@ impl Analysis {
                     }
                 }
                 self.past[other].push(Past { step: index as u32, tid, access });
+                self.changes.push(Change::Access(other));
             }
         }
         self.clocks.of_mut(tid).copy_from_slice(&now);

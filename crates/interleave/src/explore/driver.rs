@@ -8,7 +8,8 @@ use std::panic::Location;
 use std::time::Instant;
 
 use super::config::{Config, Strategy};
-use super::engine::{Engine, Inner, Inside, Watched};
+use super::contend::Learnt;
+use super::engine::{Engine, Inner, Inside};
 use super::exec::{Fault, Tid};
 use super::fiber::Job;
 use super::hooks;
@@ -49,11 +50,17 @@ pub fn replay(config: &Config, schedule: &str, scenario: impl Fn(&mut MaySleep<'
     Some(Explorer::new(config, &scenario, Location::caller()).replay(schedule))
 }
 
+/// The search starts over for free so soon after it began, and learns what else there is in so many executions later.
+const SOON: u64 = 16;
+const LOOKS: u64 = 32;
+
 struct Explorer<'a> {
     config: &'a Config,
     scenario: &'a dyn Fn(&mut MaySleep<'_>),
     site: Site,
     report: Report,
+    /// By the searches before.
+    learnt: Learnt,
     started: Instant,
 }
 
@@ -63,18 +70,25 @@ struct Found {
     exact: Vec<Tid>,
     preemptions: usize,
     /// Without it there would be other steps.
-    watched: Watched,
+    learnt: Learnt,
 }
 
 impl<'a> Explorer<'a> {
     fn new(config: &'a Config, scenario: &'a dyn Fn(&mut MaySleep<'_>), site: Site) -> Explorer<'a> {
         assert!(!super::exploring(), "an exploration at {site} within an exploration");
         hooks::install();
-        Explorer { config, scenario, site, report: Report::default(), started: Instant::now() }
+        Explorer {
+            config,
+            scenario,
+            site,
+            report: Report::default(),
+            learnt: Learnt::default(),
+            started: Instant::now(),
+        }
     }
 
-    fn engine(&self, search: Search) -> Engine {
-        Engine::new(search, self.config)
+    fn engine(&self, search: Search, learnt: &Learnt) -> Engine {
+        Engine::new(search, self.config, learnt.clone())
     }
 
     fn explore(mut self) -> Report {
@@ -125,8 +139,9 @@ impl<'a> Explorer<'a> {
 
     /// Runs executions until the search has no more, or enough failures are found.
     fn run(&mut self, search: Search, most: u64) {
-        let engine = self.engine(search);
+        let engine = self.engine(search, &self.learnt);
         self.report.exhausted = false;
+        let mut began = self.report.executions;
         let mut left = most;
         loop {
             if left == 0 || self.over() {
@@ -141,6 +156,10 @@ impl<'a> Explorer<'a> {
                 self.report.pruned += u64::from(inner.draining);
             }
             if engine.inner.borrow_mut().starts_over() {
+                if self.report.executions - began > SOON {
+                    self.look_around(&engine);
+                }
+                began = self.report.executions;
                 continue;
             }
             let nondeterminism =
@@ -163,11 +182,27 @@ impl<'a> Explorer<'a> {
             sites.extend(self.report.sites.drain(..));
             self.report.sites.extend(sites);
         }
-        let inner = engine.inner.borrow();
+        let inner = &mut *engine.inner.borrow_mut();
+        self.learnt = std::mem::take(&mut inner.learnt);
         if let Search::Path(path) = &inner.search {
             self.report.states = path.states();
             self.report.bound = path.cut();
         }
+    }
+
+    /// Learns what there is to learn from executions by chance, lest a search start over each time that it comes to more.
+    fn look_around(&mut self, engine: &Engine) {
+        let by_chance = Search::Random(Random::new(0));
+        let search = std::mem::replace(&mut engine.inner.borrow_mut().search, by_chance);
+        for _ in 0..LOOKS {
+            // What fails is found again by the search, or is beyond its bound.
+            let _found = self.execute(engine);
+            self.report.executions += 1;
+            engine.inner.borrow_mut().starts_over();
+        }
+        let inner = &mut *engine.inner.borrow_mut();
+        inner.search = search;
+        inner.forget_orders();
     }
 
     /// One execution.
@@ -187,7 +222,7 @@ impl<'a> Explorer<'a> {
             fault,
             exact: exec.steps.iter().map(|s| s.tid).collect(),
             preemptions: exec.steps.iter().filter(|s| s.preempts).count(),
-            watched: inner.watched.clone(),
+            learnt: inner.learnt.clone(),
         })
     }
 
@@ -235,7 +270,8 @@ impl<'a> Explorer<'a> {
             if bounded || left == 0 {
                 break;
             }
-            let engine = self.engine(Search::Path(Path::new(Reduction::None, Some(bound), true)));
+            let engine =
+                self.engine(Search::Path(Path::new(Reduction::None, Some(bound), true)), &found.learnt);
             while left > 0 {
                 left -= 1;
                 let better = self.execute(&engine);
@@ -263,31 +299,30 @@ impl<'a> Explorer<'a> {
 
     /// Runs a schedule again, and writes down everything if `events` are wanted.
     fn again(&self, found: &Found, events: bool) -> Again {
-        let engine = self.engine(Search::Exact(Exact::new(found.exact.clone())));
+        let engine = self.engine(Search::Exact(Exact::new(found.exact.clone())), &found.learnt);
         {
             let inner = &mut *engine.inner.borrow_mut();
             // An order that an earlier execution was blamed for is no news in this one.
             inner.orders = found.fault.kind == FailureKind::LockOrder;
             inner.exec.remembering = true;
             inner.exec.events = events.then(Vec::new);
-            inner.watched.clone_from(&found.watched);
         }
         let found = self.execute(&engine);
-        let Inner { exec, watched, .. } = &mut *engine.inner.borrow_mut();
+        let Inner { exec, learnt, .. } = &mut *engine.inner.borrow_mut();
         Again {
             history: exec.history,
             message: found.map(|found| found.fault.message),
-            text: replay::write(watched, &replay::turns(exec)),
+            text: replay::write(&learnt.watched, &replay::turns(exec)),
             events: exec.events.take().unwrap_or_default(),
         }
     }
 
     fn replay(self, schedule: replay::Schedule) -> Replay {
         let turns = schedule.turns;
-        let engine = self.engine(Search::Follow(Follow::new(turns.clone())));
+        let engine = self.engine(Search::Follow(Follow::new(turns.clone())), &self.learnt);
         {
             let inner = &mut *engine.inner.borrow_mut();
-            inner.watched = schedule.watched;
+            inner.learnt.watched = schedule.watched;
             inner.exec.remembering = true;
             inner.exec.events = Some(Vec::new());
         }
@@ -301,7 +336,7 @@ impl<'a> Explorer<'a> {
         let failure = found.map(|found| Failure {
             kind: found.fault.kind,
             message: found.fault.message,
-            replay: replay::write(&inner.watched, &replay::turns(&inner.exec)),
+            replay: replay::write(&inner.learnt.watched, &replay::turns(&inner.exec)),
             schedule: inner.exec.events.take().unwrap_or_default(),
             preemptions: found.preemptions,
             execution: 1,

@@ -11,6 +11,7 @@ use std::panic::resume_unwind;
 use std::time::Duration;
 
 use super::config::Config;
+use super::contend::Learnt;
 use super::exec::{Exec, Set, Status, Tid};
 use super::fiber::{self, Fiber, Job, Paused};
 use super::hooks;
@@ -35,17 +36,15 @@ pub(super) struct Inner {
     pub(super) lockdep: bool,
     /// So are contradicting orders of lock classes, if what lockdep reports is.
     pub(super) orders: bool,
-    /// Classes of objects that are tried: their unlocks are steps.
-    pub(super) watched: Watched,
-    /// A class was added to `watched`: earlier executions had too few steps.
-    stale: bool,
+    pub(super) learnt: Learnt,
+    /// Something was added to `learnt`: earlier executions had too few steps.
+    pub(super) stale: bool,
+    /// What nobody contends for is no point.
+    pub(super) skips: bool,
     /// The rest of the execution is not looked at.
     pub(super) draining: bool,
     cycles: Cycles,
 }
-
-/// Lock classes, by name, as a schedule that is written down has them.
-pub(super) type Watched = Vec<String>;
 
 /// A virtual thread's stack, and its part of the thread-locals while it does not run.
 struct Slot {
@@ -81,14 +80,15 @@ pub(crate) struct Engine {
 }
 
 impl Engine {
-    pub(super) fn new(search: Search, config: &Config) -> Engine {
+    pub(super) fn new(search: Search, config: &Config, learnt: Learnt) -> Engine {
         let inner = Inner {
             exec: Exec::new(search.hashes(), search.reduces()),
+            skips: !config.all_points && search.skips(),
             search,
             max_steps: config.max_steps,
             lockdep: config.lockdep,
             orders: true,
-            watched: Watched::new(),
+            learnt,
             stale: false,
             draining: false,
             cycles: Cycles::default(),
@@ -319,7 +319,7 @@ impl Inner {
                 }
                 return None;
             }
-            if self.exec.steps.len() >= self.max_steps {
+            if self.exec.made >= self.max_steps {
                 let message = self.exec.livelock();
                 self.exec.fail(FailureKind::Livelock, message);
                 return None;
@@ -368,18 +368,18 @@ impl Inner {
             && let Some(class) = object.class
             && !self.watches(class)
         {
-            self.watched.push(class.name().to_owned());
+            self.learnt.watched.push(class.name().to_owned());
             self.stale = true;
         }
     }
 
     fn watches(&self, class: &LockClass) -> bool {
-        self.watched.iter().any(|name| name == class.name())
+        self.learnt.watched.iter().any(|name| name == class.name())
     }
 
     fn birth(&mut self, born: &Born) -> Id {
         let watched = born.kind == ObjectKind::Once || born.class.is_some_and(|class| self.watches(class));
-        self.exec.birth(born, watched)
+        self.exec.birth(born, watched, &self.learnt.contended)
     }
 }
 
@@ -398,6 +398,7 @@ impl World for Engine {
             if matches!(op.kind, OpKind::TryLock | OpKind::TryLockShared | OpKind::TryDown) {
                 inner.watch(op);
             }
+            inner.contend(op);
             if self.mutation.off.is_some()
                 && let Some(race) = self.mutation.race(&inner.exec, op)
             {
@@ -406,6 +407,10 @@ impl World for Engine {
             let me = inner.exec.current;
             if inner.exec.at_once(op) {
                 inner.exec.apply(me, op, false);
+                return inner.exec.threads[me].answer;
+            }
+            if inner.skips && inner.exec.made < inner.max_steps && inner.exec.goes_with_the_step(op) {
+                inner.exec.go_with_the_step(op);
                 return inner.exec.threads[me].answer;
             }
             inner.exec.announce(op);

@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 use super::access::{Access, Mode};
-use super::hash::mix;
+use super::hash::{Keys, mix};
 use super::report::{Event, FailureKind};
 use crate::birth::{Born, ObjectKind};
 use crate::class::LockClass;
@@ -77,6 +77,9 @@ pub(super) struct Thread {
     pub(super) lazy: bool,
     /// When its sleep ends.
     pub(super) until: Option<Duration>,
+    joined: bool,
+    /// Operations that were steps, or would have been.
+    pub(super) made: usize,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -96,6 +99,10 @@ pub(super) struct Object {
     pub(super) watched: bool,
     /// A lock that guards no data.
     pub(super) bare: bool,
+    /// Who has come to it while others could, and who of them to change it; once it is contended, no more.
+    pub(super) users: Set,
+    pub(super) changers: Set,
+    pub(super) contended: bool,
     pub(super) value: u64,
     /// Who excludes all others, or waits to, in phase [`Phase::Drain`].
     pub(super) writer: Option<Holder>,
@@ -117,6 +124,14 @@ pub(super) struct Step {
     pub(super) from: usize,
 }
 
+/// An operation that was a step, or would have been one if anybody contended for its object.
+pub(super) struct Trail {
+    pub(super) tid: Tid,
+    pub(super) op: Op,
+    /// The thread that did the one before could have gone on.
+    pub(super) preempts: bool,
+}
+
 /// How an execution failed.
 pub(super) struct Fault {
     pub(super) kind: FailureKind,
@@ -129,8 +144,16 @@ pub(super) struct Exec {
     /// How many of `objects` are of this execution.
     live: usize,
     pub(super) steps: Vec<Step>,
-    /// What the steps did, if somebody wants `events` or `history`.
-    pub(super) ops: Vec<Op>,
+    /// What the threads did that could have been a step, if somebody wants `events` or `history`.
+    pub(super) trail: Vec<Trail>,
+    /// Operations that were steps, or would have been one if anybody contended for their objects.
+    pub(super) made: usize,
+    /// Those of them that went with the step.
+    pub(super) at_once: u32,
+    /// The object of the last of them, if others could have gone before it.
+    pub(super) behind: Option<u32>,
+    /// Threads that nobody has joined.
+    unjoined: u32,
     pub(super) accesses: Vec<Access>,
     /// Who runs, or whose step it is.
     pub(super) current: Tid,
@@ -146,7 +169,7 @@ pub(super) struct Exec {
     /// Somebody wants the `history`.
     pub(super) remembering: bool,
     /// Somebody wants the footprints of steps.
-    footprints: bool,
+    pub(super) footprints: bool,
     /// A hash of all that happened, to compare two runs of one schedule.
     pub(super) history: u64,
     /// Names of threads of earlier executions, for their memory.
@@ -161,7 +184,11 @@ impl Exec {
             objects: Vec::new(),
             live: 0,
             steps: Vec::new(),
-            ops: Vec::new(),
+            trail: Vec::new(),
+            made: 0,
+            at_once: 0,
+            behind: None,
+            unjoined: 0,
             accesses: Vec::new(),
             current: 0,
             last: 0,
@@ -182,7 +209,8 @@ impl Exec {
         self.spare.extend(self.threads.drain(..).map(|thread| thread.name));
         self.live = 0;
         self.steps.clear();
-        self.ops.clear();
+        self.trail.clear();
+        (self.made, self.at_once, self.behind, self.unjoined) = (0, 0, None, 0);
         self.accesses.clear();
         (self.current, self.last, self.clock, self.parts, self.history) = (0, 0, Duration::ZERO, 0, 0);
         self.fault = None;
@@ -207,6 +235,7 @@ impl Exec {
             unique.truncate(name.len());
             unique.extend(["~", &n.to_string()]);
         }
+        self.unjoined += 1;
         self.threads.push(Thread {
             name: unique,
             key,
@@ -221,6 +250,8 @@ impl Exec {
             boundaries: 0,
             lazy: false,
             until: None,
+            joined: false,
+            made: 0,
         });
         self.threads.len() - 1
     }
@@ -236,7 +267,7 @@ impl Exec {
         tid
     }
 
-    pub(super) fn birth(&mut self, born: &Born, watched: bool) -> u32 {
+    pub(super) fn birth(&mut self, born: &Born, watched: bool, contended: &Keys) -> u32 {
         let thread = &mut self.threads[self.current];
         thread.births += 1;
         let key = mix(thread.key, u64::from(thread.births));
@@ -251,6 +282,9 @@ impl Exec {
                 hashed: false,
                 watched: false,
                 bare: false,
+                users: 0,
+                changers: 0,
+                contended: false,
                 value: 0,
                 writer: None,
                 readers: Vec::new(),
@@ -268,6 +302,7 @@ impl Exec {
         };
         (object.writer, object.permits, object.woken, object.part) = (None, permits, 0, 0);
         (object.watched, object.bare) = (watched, born.bare);
+        (object.users, object.changers, object.contended) = (0, 0, contended.contains(&key));
         object.readers.clear();
         object.waiting.clear();
         self.live += 1;
@@ -371,6 +406,28 @@ impl Exec {
     pub(super) fn fail(&mut self, kind: FailureKind, message: String) {
         if self.fault.is_none() {
             self.fault = Some(Fault { kind, message });
+        }
+    }
+
+    /// Whether all threads but the current one have been joined.
+    #[inline]
+    pub(super) fn alone(&self) -> bool {
+        self.unjoined == 1
+    }
+
+    /// Somebody knows that `tid` has ended.
+    pub(super) fn joined(&mut self, tid: Tid) {
+        self.unjoined -= u32::from(!self.threads[tid].joined);
+        self.threads[tid].joined = true;
+    }
+
+    /// Counts `op`, of the current thread, and keeps it if somebody wants to know.
+    #[inline]
+    pub(super) fn remember(&mut self, op: &Op, preempts: bool) {
+        self.made += 1;
+        self.threads[self.current].made += 1;
+        if self.remembering {
+            self.trail.push(Trail { tid: self.current, op: *op, preempts });
         }
     }
 

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! The stacks that virtual threads run on. A fiber outlives the thread: it is reused by the next execution, and by the
-//! next exploration on the same OS thread, since making a stack costs as much as many executions.
+//! next exploration on whatever OS thread, since making a stack costs as much as many executions.
 //!
 //! All `unsafe` of the engine that concerns switching is here.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
+use parking_lot::Mutex;
 
 /// What a virtual thread runs.
 pub(super) type Job = Box<dyn FnOnce()>;
@@ -35,31 +36,37 @@ pub(super) struct Fiber {
 }
 
 /// Idle fibers kept for the next exploration.
-const POOLED: usize = 16;
+const POOLED: usize = 32;
 
 thread_local! {
     /// The yielder of the fiber that runs on this OS thread.
     static RUNNING: Cell<*const Yielder<Resume, Paused>> = const { Cell::new(std::ptr::null()) };
-
-    /// Fibers without a job.
-    #[expect(clippy::vec_box, reason = "they are moved in and out of slots, each time by one word")]
-    static POOL: RefCell<Vec<Box<Fiber>>> = const { RefCell::new(Vec::new()) };
 }
+
+/// Fibers without a job.
+static POOL: Mutex<Vec<Idle>> = Mutex::new(Vec::new());
+
+/// A fiber that has no job, or none yet.
+struct Idle(Box<Fiber>);
+
+// SAFETY: on the stack of an idle fiber is the loop of `Fiber::new` alone, with its own yielder. The job is gone, no panic
+// is under way, and nothing there belongs to the OS thread that ran it last: thread-locals are used by `run_here` only, which
+// is called anew for each job.
+unsafe impl Send for Idle {}
 
 impl Fiber {
     /// A fiber with at least `stack` bytes of stack.
     pub(super) fn new(stack: usize) -> io::Result<Box<Fiber>> {
-        let pooled = POOL.with_borrow_mut(|pool| {
-            pool.iter().position(|fiber| fiber.stack == stack).map(|at| pool.swap_remove(at))
-        });
-        if let Some(fiber) = pooled {
+        let pooled = {
+            let mut pool = POOL.lock();
+            pool.iter().rposition(|Idle(fiber)| fiber.stack == stack).map(|at| pool.swap_remove(at))
+        };
+        if let Some(Idle(fiber)) = pooled {
             return Ok(fiber);
         }
         let coroutine = Coroutine::with_stack(DefaultStack::new(stack)?, |yielder, mut job: Resume| {
             while let Some(run) = job {
-                RUNNING.set(yielder);
-                let panicked = catch_unwind(AssertUnwindSafe(run)).err();
-                job = yielder.suspend(Paused::Ended(panicked));
+                job = yielder.suspend(Paused::Ended(run_here(yielder, run)));
             }
         });
         Ok(Box::new(Fiber { coroutine, stack, busy: false }))
@@ -78,19 +85,26 @@ impl Fiber {
         }
     }
 
-    /// Keeps the fiber for the next exploration of this OS thread.
+    /// Keeps the fiber for the next exploration.
     pub(super) fn give_back(self: Box<Self>) {
         if self.busy {
             return;
         }
-        // At the end of the OS thread there is no pool.
-        let _gone = POOL.try_with(|pool| {
-            let pool = &mut *pool.borrow_mut();
-            if pool.len() < POOLED {
-                pool.push(self);
-            }
-        });
+        let mut pool = POOL.lock();
+        if pool.len() < POOLED {
+            pool.push(Idle(self));
+        }
     }
+}
+
+/// Runs a job on the calling fiber. What it panicked with, if it did.
+///
+/// Not inlined: between two jobs the fiber may come to another OS thread, and the address of a thread-local must not be
+/// carried over from one to the other.
+#[inline(never)]
+fn run_here(yielder: &Yielder<Resume, Paused>, run: Job) -> Option<Payload> {
+    RUNNING.set(yielder);
+    catch_unwind(AssertUnwindSafe(run)).err()
 }
 
 impl Drop for Fiber {

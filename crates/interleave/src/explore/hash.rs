@@ -1,7 +1,31 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Hashing and chance, both the same in every run.
 
+use std::collections::HashSet;
+use std::hash::{BuildHasherDefault, Hasher};
+
 pub(super) use crate::digest::mix;
+
+/// A set of what is a hash already.
+pub(super) type Keys = HashSet<u64, BuildHasherDefault<Itself>>;
+
+/// Takes a number for its own hash.
+#[derive(Clone, Default)]
+pub(super) struct Itself(u64);
+
+impl Hasher for Itself {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|&byte| self.0 = mix(self.0, u64::from(byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        self.0 = number;
+    }
+}
 
 /// A small generator of pseudo-random numbers (splitmix64).
 #[derive(Clone, Debug)]

@@ -210,6 +210,7 @@ impl Engine {
     /// The current thread comes into the section of a lock that is switched off. Whether it has to take the lock all the
     /// same: it is free, and nobody else may have its data.
     pub(super) fn enter_without(&self, op: &Op) -> bool {
+        self.inner.borrow_mut().contend(op);
         // Others may come first, as at the lock.
         self.point(&Op { kind: OpKind::Load, ..*op });
         let race = {

@@ -115,13 +115,12 @@ impl Exec {
         let op = self.threads[tid].op;
         let preempts = tid != self.last && could_go_on;
         self.steps.push(Step { tid, preempts, from: self.accesses.len() });
-        if self.remembering {
-            self.ops.push(op);
-        }
+        (self.at_once, self.behind) = (0, None);
         for (other, thread) in self.threads.iter_mut().enumerate() {
             thread.lazy &= other == tid;
         }
         (self.last, self.current) = (tid, tid);
+        self.remember(&op, preempts);
         let applied = self.apply(tid, &op, true);
         let thread = &mut self.threads[tid];
         thread.lazy = matches!(op.kind, OpKind::Yield | OpKind::SpinHint);
@@ -215,6 +214,7 @@ impl Exec {
             }
             OpKind::Join(other) => {
                 self.access(other, Mode::Join);
+                self.joined(other as Tid);
                 let seen = self.threads[other as usize].seen;
                 self.see(tid, seen);
             }

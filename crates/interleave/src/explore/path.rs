@@ -9,13 +9,12 @@
 //! With a cache, an execution ends where it comes to a state that has been explored. Sleep sets are not used with it:
 //! a state reached asleep has not been explored in full.
 
-use std::collections::HashSet;
 use std::rc::Rc;
 
 use super::access::{Access, conflict};
 use super::dpor::Analysis;
 use super::exec::{Exec, Set, Tid, members};
-use super::hash::mix;
+use super::hash::{Keys, mix};
 use super::search::{Choice, Pick};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,10 +62,12 @@ pub(super) struct Path {
     depth: usize,
     reduction: Reduction,
     bound: Option<u32>,
-    cache: Option<HashSet<u64>>,
+    cache: Option<Keys>,
     /// Something was left out because of the bound.
     cut: bool,
     analysis: Box<Analysis>,
+    /// How many of the first steps are those of the execution before.
+    kept: usize,
 }
 
 impl Path {
@@ -76,9 +77,10 @@ impl Path {
             depth: 0,
             reduction,
             bound,
-            cache: cached.then(HashSet::new),
+            cache: cached.then(Keys::default),
             cut: false,
             analysis: Box::default(),
+            kept: 0,
         }
     }
 
@@ -102,7 +104,7 @@ impl Path {
 
     pub(super) fn restart(&mut self) {
         self.nodes.clear();
-        self.depth = 0;
+        (self.depth, self.kept) = (0, 0);
         self.cut = false;
         if let Some(cache) = &mut self.cache {
             cache.clear();
@@ -187,18 +189,19 @@ impl Path {
     /// Goes back to the last node with something left to try.
     pub(super) fn next(&mut self, exec: &Exec) -> bool {
         if self.reduction == Reduction::Dpor {
-            self.analysis.reverse_races(exec, &mut self.nodes);
+            self.analysis.reverse_races(exec, &mut self.nodes, self.kept);
         }
         self.depth = 0;
         while let Some(mut node) = self.nodes.pop() {
-            if self.reduction != Reduction::None {
-                let footprint = exec.footprint(self.nodes.len()).into();
-                node.done.push(Sleeper { tid: node.chosen, footprint });
-            }
             if let Some(next) = members(node.backtrack & !node.tried & !node.asleep).next() {
+                if self.reduction != Reduction::None {
+                    let footprint = exec.footprint(self.nodes.len()).into();
+                    node.done.push(Sleeper { tid: node.chosen, footprint });
+                }
                 node.chosen = next;
                 node.tried |= 1 << next;
                 node.pending = 0;
+                self.kept = self.nodes.len();
                 self.nodes.push(node);
                 return true;
             }

@@ -11,7 +11,6 @@
 
 use std::fmt::Write;
 
-use super::engine::Watched;
 use super::exec::{Exec, Tid};
 use super::search::Choice;
 use crate::birth::ObjectKind;
@@ -20,7 +19,7 @@ use crate::world::{Op, OpKind};
 /// What it takes to run a schedule again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Schedule {
-    pub(super) watched: Watched,
+    pub(super) watched: Vec<String>,
     pub(super) turns: Vec<Turn>,
 }
 
@@ -86,18 +85,17 @@ pub(super) fn verb(exec: &Exec, op: &Op) -> &'static str {
 /// The turns of an execution that has ended and was remembered, without those that come to pass by themselves.
 pub(super) fn turns(exec: &Exec) -> Vec<Turn> {
     let mut turns: Vec<Turn> = Vec::new();
-    let steps = &exec.steps;
+    let trail = &exec.trail;
     let mut at = 0;
-    while at < steps.len() {
-        let tid = steps[at].tid;
-        let end = steps[at..].iter().position(|s| s.tid != tid).map_or(steps.len(), |n| at + n);
+    while at < trail.len() {
+        let tid = trail[at].tid;
+        let end = trail[at..].iter().position(|s| s.tid != tid).map_or(trail.len(), |n| at + n);
         // The next operation of this thread is what it was about to do when it was left.
-        let next = (end..steps.len()).find(|&s| steps[s].tid == tid);
-        let next = next.map_or(exec.threads[tid].op, |s| exec.ops[s]);
-        let preempted = steps.get(end).is_some_and(|s| s.preempts);
+        let next = trail[end..].iter().find(|s| s.tid == tid).map_or(exec.threads[tid].op, |s| s.op);
+        let preempted = trail.get(end).is_some_and(|s| s.preempts);
         let until = preempted.then(|| {
             let name = op_name(exec, &next);
-            let before = exec.ops[at..end].iter().filter(|op| op_name(exec, op) == name).count();
+            let before = trail[at..end].iter().filter(|s| op_name(exec, &s.op) == name).count();
             (name, before as u32 + 1)
         });
         turns.push(Turn { thread: exec.threads[tid].name.clone(), until });
@@ -107,7 +105,7 @@ pub(super) fn turns(exec: &Exec) -> Vec<Turn> {
 }
 
 /// Writes a schedule down.
-pub(super) fn write(watched: &Watched, turns: &[Turn]) -> String {
+pub(super) fn write(watched: &[String], turns: &[Turn]) -> String {
     let mut text = if watched.is_empty() { String::new() } else { format!("[{}] ", watched.join("; ")) };
     for (n, turn) in turns.iter().enumerate() {
         let comma = if n == 0 { "" } else { ", " };
@@ -183,7 +181,7 @@ impl Follow {
             }
             let Some(tid) = tid.filter(|&tid| choice.enabled & (1 << tid) != 0) else {
                 if !self.taken {
-                    self.missed.push(write(&Watched::new(), std::slice::from_ref(turn)));
+                    self.missed.push(write(&[], std::slice::from_ref(turn)));
                 }
                 self.advance();
                 continue;

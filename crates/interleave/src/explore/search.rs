@@ -50,6 +50,11 @@ impl Search {
         matches!(self, Search::Path(path) if path.cached())
     }
 
+    /// Whether it goes by points that an execution of its own has, and not by those of a text.
+    pub(super) fn skips(&self) -> bool {
+        !matches!(self, Search::Follow(_))
+    }
+
     /// Whether it looks at the footprints of steps.
     pub(super) fn reduces(&self) -> bool {
         matches!(self, Search::Path(path) if path.reduces())

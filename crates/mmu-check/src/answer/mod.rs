@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Answers: every driver beside every path under every profile that was asked for.
 //!
-//! All cells are explored without preemptions first, then with one, then with two, until the time is over; so every
-//! cell has an answer before any has a better one, and each says how far it came. No verdict is written down here.
+//! All cells are explored without preemptions first, then with one, and so on; so every cell has an answer before any has a
+//! better one, and each says how far it came. In between, and as long as there is time, every order of all steps is
+//! tried (source-DPOR) in a number of executions that grows from turn to turn ([`turns`]): cells that are small are
+//! exhausted early, and cost no more. No verdict is written down here.
 //!
-//! A cell is explored by one OS thread, from a machine of its own: what is found depends on the cell and the bound, and
-//! not on how many threads share the work. Only a bound that time cut short depends on the machine, and then it is not
+//! A cell is explored by one OS thread, from a machine of its own: what is found depends on the cell and the turn, and
+//! not on how many threads share the work. Only a turn that time cut short depends on the machine, and then it is not
 //! claimed.
 //!
 //! [`table`] shows it, [`worth`] and [`minimal`] switch callbacks off, [`cost`] counts and takes the time.
@@ -19,12 +21,13 @@ use crate::driver;
 use crate::era::{Era, era};
 use crate::oracle::Rule;
 use crate::path::{PATHS, Path};
-use crate::scenario::{Cell, Facts, explore};
+use crate::scenario::{Cell, Facts, explore_within};
 use drivers::{Callback, Callbacks, Holds, Kind};
 use interleave::explore::{Failure, Strategy};
 use interleave::{LockClass, MaySleep, Mutex, scope};
 use mmu_notifier::Access;
 use softmm::KernelProfile;
+use std::fmt;
 use std::time::{Duration, Instant};
 
 static QUEUE: LockClass = LockClass::new("cells");
@@ -36,7 +39,45 @@ pub enum Reach {
     Nothing,
     /// Every order of at most this many preemptions.
     Preemptions(u32),
+    /// Every order.
+    Everything,
 }
+
+/// One exploration of every cell that is not settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// Every order of at most this many preemptions.
+    Bound(u32),
+    /// Every order, unless that takes more executions than this.
+    Exhaust(u64),
+}
+
+impl fmt::Display for Turn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Turn::Bound(bound) => write!(f, "{bound} preemptions"),
+            Turn::Exhaust(most) => write!(f, "every order in {most} executions"),
+        }
+    }
+}
+
+/// What `effort` comes to. Exhausting is tried where it costs less than the next bound would, and, after the last bound, as
+/// long as there is time.
+pub fn turns(effort: Effort) -> Vec<Turn> {
+    let mut exhaust = (6..60).step_by(3).map(|log| Turn::Exhaust(1 << log));
+    let mut turns = vec![Turn::Bound(0)];
+    for bound in 1..=effort.bound {
+        turns.extend(exhaust.by_ref().take(if bound == 1 { 1 } else { 2 }));
+        turns.push(Turn::Bound(bound));
+    }
+    if effort.bound > 0 && effort.time.is_some() {
+        turns.extend(exhaust);
+    }
+    turns
+}
+
+/// Rules that break, and failures that are no verdict.
+type Broken = (Vec<(Rule, Failure)>, Vec<Failure>);
 
 /// What is known of one cell.
 #[derive(Debug, Clone)]
@@ -53,6 +94,8 @@ pub struct Answer {
     pub reach: Reach,
     /// Executions.
     pub executions: u64,
+    /// What broke, or went wrong, in an order that no bound was set to; a bound may find it with fewer preemptions.
+    beyond: Option<Broken>,
 }
 
 impl Answer {
@@ -65,23 +108,44 @@ impl Answer {
             facts: Facts::default(),
             reach: Reach::Nothing,
             executions: 0,
+            beyond: None,
         }
     }
 
-    /// Is there nothing left to find out, short of another strategy?
-    fn settled(&self) -> bool {
-        !self.broken.is_empty() || self.facts.refused.is_some() || !self.odd.is_empty()
+    /// Is there nothing left to find out by `turn`?
+    fn settled(&self, turn: Turn) -> bool {
+        let told = !self.broken.is_empty() || !self.odd.is_empty() || self.facts.refused.is_some();
+        told || self.reach == Reach::Everything || matches!(turn, Turn::Exhaust(_)) && self.beyond.is_some()
     }
 
-    fn deepen(&mut self, bound: u32, time: Option<Duration>) {
-        let outcome = explore(&self.cell, Strategy::Preemptions(bound), time);
-        if outcome.report.exhausted {
-            self.reach = Reach::Preemptions(bound);
-        }
+    fn take(&mut self, turn: Turn, time: Option<Duration>) {
+        let (strategy, most) = match turn {
+            Turn::Bound(bound) => (Strategy::Preemptions(bound), u64::MAX),
+            Turn::Exhaust(most) => (Strategy::Dpor, most),
+        };
+        let outcome = explore_within(&self.cell, strategy, most, time);
         self.executions += outcome.report.executions;
-        self.facts = outcome.facts;
-        self.broken = outcome.failures;
-        self.odd = outcome.odd;
+        self.facts.merge(&outcome.facts);
+        let sound = outcome.failures.is_empty() && outcome.odd.is_empty();
+        match turn {
+            _ if sound && outcome.report.exhausted => {
+                let bound = outcome.report.bound.map_or(Reach::Everything, Reach::Preemptions);
+                self.reach = self.reach.max(bound);
+            }
+            Turn::Bound(_) => (self.broken, self.odd) = (outcome.failures, outcome.odd),
+            Turn::Exhaust(_) if sound => {}
+            Turn::Exhaust(_) => self.beyond = Some((outcome.failures, outcome.odd)),
+        }
+    }
+
+    /// What no bound has found with fewer preemptions stands.
+    fn conclude(&mut self) {
+        if let Some((broken, odd)) = self.beyond.take()
+            && self.broken.is_empty()
+            && self.odd.is_empty()
+        {
+            (self.broken, self.odd) = (broken, odd);
+        }
     }
 
     /// Which rules break.
@@ -201,8 +265,8 @@ impl Question {
 /// How far it is, for whoever waits: what is done, of how many.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress {
-    /// The bound of this turn.
-    pub bound: u32,
+    /// Which.
+    pub turn: Turn,
     /// Cells done in this turn.
     pub done: usize,
     /// Cells of this turn.
@@ -216,18 +280,19 @@ pub type Watcher<'a> = &'a (dyn Fn(Progress) + Sync);
 pub fn answer(cx: &mut MaySleep<'_>, cells: Vec<Cell>, effort: Effort, watcher: Watcher<'_>) -> Vec<Answer> {
     let began = Instant::now();
     let mut answers: Vec<Answer> = cells.into_iter().map(Answer::unknown).collect();
-    for bound in 0..=effort.bound {
-        let mut open: Vec<&mut Answer> = answers.iter_mut().filter(|answer| !answer.settled()).collect();
+    for turn in turns(effort) {
+        let mut open: Vec<&mut Answer> = answers.iter_mut().filter(|answer| !answer.settled(turn)).collect();
         in_parallel(cx, effort.threads, &mut open, |answer, done, of| {
             // What one cell leaves over is there for the others; none may take more than four shares.
             let rest = effort.time.map(|time| time.saturating_sub(began.elapsed()));
             let share = |rest: Duration| rest * effort.threads as u32 * 4 / ((of - done) as u32 + 1);
             if rest.is_none_or(|rest| !rest.is_zero()) {
-                answer.deepen(bound, rest.map(|rest| share(rest).min(rest)));
-                watcher(Progress { bound, done: done + 1, of });
+                answer.take(turn, rest.map(|rest| share(rest).min(rest)));
+                watcher(Progress { turn, done: done + 1, of });
             }
         });
     }
+    answers.iter_mut().for_each(Answer::conclude);
     answers
 }
 

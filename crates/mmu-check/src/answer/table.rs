@@ -16,8 +16,8 @@ pub enum Mark {
     Odd,
     /// No bound was finished, and nothing was found.
     Unknown,
-    /// No rule breaks in any order of at most so many preemptions.
-    Holds(u32),
+    /// No rule breaks in any order of so many preemptions, or in any at all; never [`Reach::Nothing`].
+    Holds(Reach),
     /// These rules break, the first with so many preemptions.
     Breaks(Vec<Rule>, usize),
 }
@@ -36,7 +36,7 @@ impl Mark {
         match answer.reach {
             _ if !answer.odd.is_empty() => Mark::Odd,
             Reach::Nothing => Mark::Unknown,
-            Reach::Preemptions(bound) => Mark::Holds(bound),
+            reach => Mark::Holds(reach),
         }
     }
 
@@ -56,7 +56,8 @@ impl fmt::Display for Mark {
             Mark::Refused => "-".into(),
             Mark::Odd => "odd".into(),
             Mark::Unknown => "?".into(),
-            Mark::Holds(bound) => format!("ok{bound}"),
+            Mark::Holds(Reach::Preemptions(bound)) => format!("ok{bound}"),
+            Mark::Holds(_) => "ok*".into(),
             Mark::Breaks(rules, least) => {
                 format!("{}{least}", rules.iter().map(|rule| letter(*rule)).collect::<String>())
             }
@@ -65,16 +66,16 @@ impl fmt::Display for Mark {
     }
 }
 
-/// One row and one path under several profiles: once if all say the same, with the smallest of the bounds.
+/// One row and one path under several profiles: once if all say the same, with the least that was tried.
 pub fn across(marks: &[Mark]) -> String {
     match marks {
         [] => String::new(),
         [first, rest @ ..] if rest.iter().all(|mark| mark.agrees(first)) => {
-            let bound = marks.iter().filter_map(|mark| match mark {
-                Mark::Holds(bound) => Some(*bound),
+            let reach = marks.iter().filter_map(|mark| match mark {
+                Mark::Holds(reach) => Some(*reach),
                 _ => None,
             });
-            bound.min().map_or_else(|| first.to_string(), |bound| Mark::Holds(bound).to_string())
+            reach.min().map_or_else(|| first.to_string(), |reach| Mark::Holds(reach).to_string())
         }
         _ => marks.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "),
     }
@@ -113,10 +114,14 @@ mod tests {
 
     #[test]
     fn profiles_that_agree_are_one_word_and_claim_the_least() {
-        assert_eq!(across(&[Mark::Holds(2), Mark::Holds(1)]), "ok1");
+        let [zero, one, two] = [0, 1, 2].map(|bound| Mark::Holds(Reach::Preemptions(bound)));
+        let all = Mark::Holds(Reach::Everything);
+        assert_eq!(across(&[two.clone(), one]), "ok1");
+        assert_eq!(across(&[all.clone(), two.clone()]), "ok2");
+        assert_eq!(across(&[all.clone(), all]), "ok*");
         let breaks = Mark::Breaks(vec![Rule::Coherence, Rule::Isolation], 1);
-        assert_eq!(across(&[Mark::Holds(2), breaks.clone(), Mark::Refused]), "ok2 CI1 -");
+        assert_eq!(across(&[two, breaks.clone(), Mark::Refused]), "ok2 CI1 -");
         assert_eq!(across(&[breaks.clone(), breaks]), "CI1");
-        assert_eq!(across(&[Mark::Unknown, Mark::Holds(0)]), "? ok0");
+        assert_eq!(across(&[Mark::Unknown, zero]), "? ok0");
     }
 }

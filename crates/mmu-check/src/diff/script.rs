@@ -44,6 +44,8 @@ pub enum Op {
     Protect(Who, Span, Rights),
     /// madvise(MADV_DONTNEED).
     DontNeed(Who, Span),
+    /// madvise(MADV_FREE).
+    Free(Who, Span),
     /// mremap of page `.1` to page `.2` (MREMAP_FIXED).
     Move(Who, u64, u64),
     /// Load the first word of a page.
@@ -64,7 +66,7 @@ pub enum Op {
     Sync,
     /// The file is one on a disk, all of it in the page cache; skipped anywhere but at the beginning.
     Disk,
-    /// madvise(MADV_PAGEOUT) of an anonymous page that nobody else maps, until it is gone; else skipped.
+    /// madvise(MADV_PAGEOUT) of a page that is mapped nowhere else, until it is gone; else skipped.
     PageOut(Who, u64),
     /// Load the first word of a page through a pin for reading (process_vm_readv).
     ReadPinned(Who, u64),
@@ -159,8 +161,9 @@ pub fn random(seed: u64, ops: usize, may: impl Fn(Capability) -> bool) -> Vec<Op
     let (mut child, mut pinned) = (false, false);
     while script.len() < ops {
         let by = if child && rng.below(3) == 0 { Who::Child } else { Who::Parent };
-        let value = script.len() as u64;
-        let op = match rng.below(124) {
+        // Odd, unlike a breakpoint and what it replaces.
+        let value = 2 * script.len() as u64 + 1;
+        let op = match rng.below(128) {
             // What readahead brings in is no business of a path's, so nothing on a disk leaves the page cache.
             88..=94 if disk => Op::Sync,
             0..=9 => {
@@ -202,6 +205,7 @@ pub fn random(seed: u64, ops: usize, may: impl Fn(Capability) -> bool) -> Vec<Op
             }
             115..=116 => Op::Unmerge(rng.span()),
             117..=120 => Op::Move(by, rng.below(PAGES), rng.below(PAGES)),
+            121..=124 => Op::Free(by, rng.span()),
             _ if may(Capability::Uprobes) => {
                 script.push(Op::Probe(rng.below(FILE_PAGES)));
                 script.extend((0..rng.below(8)).map(|n| under_probe(&mut rng, by, n)));
@@ -235,7 +239,7 @@ fn under_probe(rng: &mut Rng, by: Who, value: u64) -> Op {
         3 => Op::Protect(by, rng.span(), Rights::ReadWrite),
         4 => Op::Load(by, rng.below(PAGES)),
         5 => Op::ReadPinned(by, rng.below(PAGES)),
-        _ => Op::Store(by, rng.below(PAGES), 1000 + value),
+        _ => Op::Store(by, rng.below(PAGES), 1001 + 2 * value),
     }
 }
 
@@ -253,6 +257,7 @@ mod tests {
             | Op::Unmap(_, s)
             | Op::Protect(_, s, _)
             | Op::DontNeed(_, s)
+            | Op::Free(_, s)
             | Op::Pin(s)
             | Op::Unmerge(s) = op
             {

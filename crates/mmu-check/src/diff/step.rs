@@ -17,7 +17,7 @@ pub enum Answer {
     Fault,
     /// ENOMEM: a part of the range is not mapped.
     Hole,
-    /// EINVAL: the ranges of mremap overlap.
+    /// EINVAL: the ranges of mremap overlap, or MADV_FREE of a file.
     Invalid,
     /// Another error number.
     Errno(i32),

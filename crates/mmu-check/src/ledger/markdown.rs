@@ -6,9 +6,9 @@
 
 use super::condition::off;
 use super::{Claim, Decided, Verdict};
-use crate::answer::Answer;
 use crate::answer::minimal::Minimal;
 use crate::answer::worth::Worth;
+use crate::answer::{Answer, Reach};
 use std::fmt::Write;
 
 /// Begins what is measured.
@@ -42,23 +42,24 @@ pub fn heading(claim: &Claim, decided: &[Decided]) -> String {
 /// A statement, how it comes out, why, and how to see it again.
 pub fn statement(decided: &Decided) -> String {
     let mut out = String::new();
-    let Decided { statement, verdict, condition, holds, fails, mute, reach, witness } = decided;
+    let Decided { statement, verdict, condition, holds, fails, mute, reach, exhausted, witness } = decided;
     let _ = writeln!(out, "\n**{}** *{}*", statement.says, word(*verdict));
     let _ = write!(out, "\nTrue in {holds} cells, false in {fails}");
     if *mute > 0 {
         let _ = write!(out, ", no answer in {mute}");
     }
     match reach {
-        Some(bound) => {
-            let _ = writeln!(
-                out,
-                "; where no rule breaks, every order of at most {} was tried.",
-                preemptions(*bound)
-            );
+        Some(Reach::Everything) => out.push_str("; where no rule breaks, every order was tried.\n"),
+        Some(Reach::Preemptions(bound)) => {
+            let bound = preemptions(*bound);
+            let _ = write!(out, "; where no rule breaks, every order of at most {bound} was tried");
+            let _ = match exhausted {
+                0 => writeln!(out, "."),
+                1 => writeln!(out, ", in one cell every order."),
+                n => writeln!(out, ", in {n} cells every order."),
+            };
         }
-        None if holds + fails > 0 && witness.is_none() => {
-            let _ = writeln!(out, "; not every order was tried.");
-        }
+        Some(Reach::Nothing) => out.push_str("; not every order was tried.\n"),
         None => out.push_str(".\n"),
     }
     if !condition.is_empty() {

@@ -119,8 +119,10 @@ pub struct Decided {
     pub fails: usize,
     /// Cells that say nothing: the driver does not take the memory, or the model gave up.
     pub mute: usize,
-    /// The bound up to which all cells without a broken rule were explored; `None` if one was not finished.
-    pub reach: Option<u32>,
+    /// How far all cells without a broken rule were explored; `None` if there is none.
+    pub reach: Option<Reach>,
+    /// Cells without a broken rule of which every order was tried.
+    pub exhausted: usize,
     /// The cell with a broken rule that needs the fewest preemptions, and of these the shortest schedule.
     pub witness: Option<Answer>,
 }
@@ -213,11 +215,7 @@ impl Explored {
             _ => Verdict::Sometimes,
         };
         let mine = || judged.iter().filter_map(|(cell, holds)| Some((self.get(cell)?, *holds)));
-        let quiet = mine().map(|(answer, _)| answer).filter(|answer| answer.broken.is_empty());
-        let reach = quiet.map(|answer| answer.reach).min().and_then(|reach| match reach {
-            Reach::Nothing => None,
-            Reach::Preemptions(bound) => Some(bound),
-        });
+        let quiet = || mine().filter(|(answer, _)| answer.broken.is_empty()).map(|(answer, _)| answer.reach);
         let cost = |answer: &Answer| {
             answer.broken.iter().map(|(_, f)| (f.preemptions, f.schedule.len())).min().unwrap_or_default()
         };
@@ -230,7 +228,8 @@ impl Explored {
             holds,
             fails,
             mute: statement.about.len() - judged.len(),
-            reach,
+            reach: quiet().min(),
+            exhausted: quiet().filter(|reach| *reach == Reach::Everything).count(),
             witness,
         }
     }

@@ -54,8 +54,13 @@ pub static SURVIVORS: &[Entry] = &[
         why: "asked once more, under notifier_lock, before the request is queued; here it saves work",
     },
     Entry {
-        what: What::Site("i915_v5_13.rs", "submit", SiteKind::Retry),
+        what: What::Site("i915_v5_13.rs", "execbuf", SiteKind::Retry),
         why: "pages of another sequence were put there after ours had moved, which the check under notifier_lock sees",
+    },
+    Entry {
+        what: What::Callback("design-start-with-seq", Callback::Release),
+        why: "pages are held by reference, and nobody of the process is left to submit: without it they are given back \
+              when the device is closed, later but not too late",
     },
 ];
 

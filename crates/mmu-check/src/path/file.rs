@@ -3,7 +3,7 @@
 //! gets its block.
 
 use super::{ANON, Path, X};
-use softmm::{FileKind, MapKind, Prot};
+use softmm::{FileKind, MapKind, Prot, Reclaimed};
 
 pub(super) const WRITEBACK: Path = Path {
     name: "writeback",
@@ -23,12 +23,16 @@ pub(super) const WRITEBACK: Path = Path {
 pub(super) const WRITEBACK_ALONE: Path =
     Path { name: "writeback-alone", run: |cx, s| s.file.fsync(cx), ..WRITEBACK };
 
-/// The page is written out and dropped, and read from disk again.
+/// The page is written out and dropped, and read from disk again. Where reclaim leaves the writing to others, they come next, and
+/// reclaim once more.
 pub(super) const RECLAIM: Path = Path {
     name: "file-reclaim",
     kernel: "try_to_unmap of a shared file page, then filemap_fault",
     run: |cx, s| {
-        s.file.reclaim(cx, 0, true);
+        if s.file.reclaim(cx, 0, true) == Reclaimed::Kept {
+            s.file.fsync(cx);
+            s.file.reclaim(cx, 0, true);
+        }
         s.store(cx, X, 2);
     },
     ..WRITEBACK

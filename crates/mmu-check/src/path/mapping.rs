@@ -46,6 +46,35 @@ pub(super) const DONTNEED_TWO: Path = Path {
 /// The device's user lets the binding go at the same time.
 pub(super) const UNBIND: Path = Path { name: "dontneed-unbind", user: User::Unbinds, ..DONTNEED };
 
+/// The page is given up, taken away if nobody wrote it since, and used again. A kernel without MADV_FREE swaps it out.
+pub(super) const FREE: Path = Path {
+    name: "free",
+    kernel: "madvise_free_single_vma, try_to_unmap, then a fault",
+    explicit: true,
+    run: |cx, s| {
+        s.free(cx, range(X));
+        s.swap_out(cx);
+        s.store(cx, X, 2);
+    },
+    ..ANON
+};
+
+/// The page goes elsewhere, and a new mapping comes to its old place.
+pub(super) const MREMAP: Path = Path {
+    name: "mremap",
+    kernel: "move_page_tables, and a new mapping at the old place",
+    explicit: true,
+    run: |cx, s| {
+        s.mremap(cx, X, AWAY);
+        let _ = s.mm.mmap(cx, Placement::FixedNoReplace(range(X)), Prot::ReadWrite);
+        s.store(cx, X, 2);
+    },
+    ..ANON
+};
+
+/// Where mremap moves the page, under the same leaf table.
+const AWAY: u64 = 32;
+
 pub(super) const MPROTECT: Path = Path {
     name: "mprotect",
     kernel: "change_protection, and back",

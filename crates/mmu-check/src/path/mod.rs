@@ -116,6 +116,7 @@ pub static PATHS: &[Path] = &[
     swap::AGE,
     mapping::MUNMAP,
     mapping::DONTNEED,
+    mapping::MREMAP,
     mapping::MPROTECT,
     file::WRITEBACK,
     file::RECLAIM,

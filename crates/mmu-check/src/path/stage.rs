@@ -97,6 +97,16 @@ impl Stage {
         let _ = self.mm.madvise_dontneed(cx, range);
     }
 
+    pub(crate) fn free(&self, cx: &mut MaySleep<'_>, range: Range) {
+        note(|| "madvise(MADV_FREE)".to_owned());
+        let _ = self.mm.madvise_free(cx, range);
+    }
+
+    pub(crate) fn mremap(&self, cx: &mut MaySleep<'_>, from: u64, to: u64) {
+        note(|| format!("mremap {:#x} to {:#x}", from << 12, to << 12));
+        let _ = self.mm.mremap(cx, range(from), range(to));
+    }
+
     pub(crate) fn fork(&self, cx: &mut MaySleep<'_>) {
         note(|| "fork".to_owned());
         if let Ok(child) = self.mm.fork(cx) {

@@ -17,8 +17,10 @@ const fn close(path: Path, name: &'static str) -> Path {
     Path { name, user: User::Closes, ..path }
 }
 
-/// Each path that notifies in its own way, by a user of each kind.
+/// Each path that notifies in its own way, by a user of each kind; and MADV_FREE, which the kernels of the table's question did not
+/// have.
 pub static VARIANTS: &[Path] = &[
+    mapping::FREE,
     bind(mapping::DONTNEED, "dontneed-bind"),
     bind(cow::AFTER_FORK, "cow-bind"),
     bind(ksm::REPLACE, "ksm-replace-bind"),

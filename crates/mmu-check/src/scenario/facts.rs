@@ -47,6 +47,7 @@ impl fmt::Display for Refusal {
 impl Facts {
     /// Adds what another exploration saw.
     pub fn merge(&mut self, other: &Facts) {
+        self.refused = self.refused.or(other.refused);
         for kind in Callback::ALL {
             self.callbacks[kind as usize] += other.callbacks[kind as usize];
             self.effects[kind as usize] += other.effects[kind as usize];

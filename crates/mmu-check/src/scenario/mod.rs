@@ -11,9 +11,11 @@
 //! (its end comes before the driver's).
 
 mod facts;
+mod starve;
 mod watch;
 
 pub use facts::{Facts, Refusal};
+pub use starve::{Starved, Sweep, Wrong, starve};
 
 use crate::oracle::{Oracle, Rule, mapped};
 use crate::path::{Path, Stage, User, X, page};
@@ -25,6 +27,7 @@ use interleave::explore::{self, Config, Failure, Report, Strategy};
 use interleave::{MaySleep, scope};
 use mmu_notifier::{Access, Range};
 use softmm::{FaultError, KernelProfile, Machine, Mm};
+use starve::Shortage;
 use std::cell::RefCell;
 use std::fmt;
 use std::sync::Arc;
@@ -80,21 +83,36 @@ pub struct Outcome {
 
 /// Explores a cell.
 pub fn explore(cell: &Cell, strategy: Strategy, time: Option<Duration>) -> Outcome {
-    let facts = RefCell::new(Facts::default());
-    let mut config = Config::new(strategy).failures(3).minimise(200);
+    explore_within(cell, strategy, u64::MAX, time)
+}
+
+/// Explores a cell in at most so many executions.
+pub fn explore_within(cell: &Cell, strategy: Strategy, executions: u64, time: Option<Duration>) -> Outcome {
+    let mut config = Config::new(strategy).failures(3).minimise(200).max_executions(executions);
     if let Some(time) = time {
         config = config.max_time(time);
     }
-    let mut report = explore::explore(&config, |cx| execute(cx, cell, &facts));
-    let (mut failures, mut odd) = (Vec::<(Rule, Failure)>::new(), Vec::new());
-    for failure in std::mem::take(&mut report.failures) {
-        match Rule::of_failure(failure.kind, &failure.message) {
-            Some(rule) if failures.iter().all(|(r, _)| *r != rule) => failures.push((rule, failure)),
-            Some(_) => {}
-            None => odd.push(failure),
+    explore_with(cell, &config)
+}
+
+fn explore_with(cell: &Cell, config: &Config) -> Outcome {
+    let facts = RefCell::new(Facts::default());
+    let report = explore::explore(config, |cx| execute(cx, cell, &facts));
+    Outcome::new(report, facts.into_inner())
+}
+
+impl Outcome {
+    fn new(mut report: Report, facts: Facts) -> Outcome {
+        let (mut failures, mut odd) = (Vec::<(Rule, Failure)>::new(), Vec::new());
+        for failure in std::mem::take(&mut report.failures) {
+            match Rule::of_failure(failure.kind, &failure.message) {
+                Some(rule) if failures.iter().all(|(r, _)| *r != rule) => failures.push((rule, failure)),
+                Some(_) => {}
+                None => odd.push(failure),
+            }
         }
+        Outcome { failures, odd, facts, report }
     }
-    Outcome { failures, odd, facts: facts.into_inner(), report }
 }
 
 /// Runs the schedule `text` of a cell again. `None` if it is not a schedule; then what went wrong, if anything did.
@@ -121,21 +139,38 @@ fn machine(cell: &Cell) -> Arc<Machine> {
 
 /// One execution; inside or outside an exploration.
 pub fn execute(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
+    execute_in(cx, cell, facts, None);
+}
+
+/// One execution, in which an allocation may fail.
+fn execute_in(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>, shortage: Option<&Shortage>) {
     let machine = machine(cell);
     let Ok(user) = machine.new_mm() else { return };
-    let stage = Stage::new(machine, user, cell.path.file);
+    let stage = Stage::new(machine.clone(), user, cell.path.file);
     let intervals = cell.kind.callbacks.contains(Callback::Invalidate);
     let oracle = Arc::new(Oracle::new(cell.kind.holds, cell.path.explicit, !intervals));
     (cell.path.prepare)(cx, &stage);
+    if let Some(shortage) = shortage {
+        shortage.begin(&machine);
+    }
     let behind = stage.mm.notifiers().register(cx, Arc::new(Behind(oracle.clone())));
     let device = Device::new(oracle.clone());
     let options = Options { callbacks: cell.callbacks, work: WorkMode::Manual, ..Options::default() };
-    match (cell.kind.open)(cx, &stage.mm, &device, options) {
-        Err(error) => facts.borrow_mut().refused = Some(Refusal::Open(error)),
+    let refused = |refusal| {
+        facts.borrow_mut().refused = Some(refusal);
+        if let Some(shortage) = shortage {
+            shortage.refused(refusal);
+        }
+    };
+    let closed = match (cell.kind.open)(cx, &stage.mm, &device, options) {
+        Err(error) => {
+            refused(Refusal::Open(error));
+            None
+        }
         Ok(driver) => {
             let before = stage.mm.notifiers().register(cx, Arc::new(Before(oracle.clone())));
             match use_once(cx, cell, &*driver) {
-                Err(refusal) => facts.borrow_mut().refused = Some(refusal),
+                Err(refusal) => refused(refusal),
                 Ok(binding) => {
                     let binding = race(cx, cell, &stage, &*driver, binding, &oracle);
                     if cell.path.user != User::Closes {
@@ -144,23 +179,30 @@ pub fn execute(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
                 }
             }
             driver.close(cx);
-            let closed = driver.counts();
-            facts.borrow_mut().add(&closed);
+            let counts = driver.counts();
+            facts.borrow_mut().add(&counts);
             if let Ok(before) = before {
                 let _ = before.unregister(cx);
             }
-            if let Ok(behind) = behind {
-                let _ = behind.unregister(cx);
-            }
-            end(cx, stage, &oracle);
-            oracle.judge_silence(&closed, &driver.counts());
-            return;
+            Some((driver, counts))
         }
-    }
+    };
     if let Ok(behind) = behind {
         let _ = behind.unregister(cx);
     }
     end(cx, stage, &oracle);
+    if let Some((driver, counts)) = closed {
+        oracle.judge_silence(&counts, &driver.counts());
+    }
+    // The driver has let go of the mm.
+    let (tables, slots) = (machine.tables_in_use(), machine.swap().in_use(cx));
+    if tables + slots > 0 {
+        let what = format!("{tables} page tables and {slots} swap slots are never free again");
+        oracle.broken(Rule::Frames, what);
+    }
+    if let Some(shortage) = shortage {
+        shortage.end(&machine);
+    }
 }
 
 fn bind(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver) -> Result<Binding, BindError> {

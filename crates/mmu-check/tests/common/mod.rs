@@ -9,14 +9,21 @@ use mmu_notifier::{Access, PageAddr, Range, Registration};
 use std::sync::Arc;
 
 /// What is done where the driver inside is closed.
-type Close = fn(&mut MaySleep<'_>, &dyn Driver);
+pub(crate) type Close = fn(&mut MaySleep<'_>, &dyn Driver);
+
+/// What is done before the driver inside binds.
+pub(crate) type Bind = fn(&mut MaySleep<'_>, &dyn Driver, Range) -> Result<(), BindError>;
+
+/// Nothing.
+pub(crate) const BIND: Bind = |_, _, _| Ok(());
 
 /// A driver around another.
 pub(crate) struct Around {
-    kind: &'static Kind,
-    inside: Arc<dyn Driver>,
-    close: Close,
-    _beside: Option<Registration>,
+    pub(crate) kind: &'static Kind,
+    pub(crate) inside: Arc<dyn Driver>,
+    pub(crate) bind: Bind,
+    pub(crate) close: Close,
+    pub(crate) _beside: Option<Registration>,
 }
 
 impl Driver for Around {
@@ -29,6 +36,7 @@ impl Driver for Around {
     }
 
     fn bind(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<Binding, BindError> {
+        (self.bind)(cx, &*self.inside, range)?;
         self.inside.bind(cx, range, access)
     }
 
@@ -62,57 +70,4 @@ impl Driver for Around {
     fn close(&self, cx: &mut MaySleep<'_>) {
         (self.close)(cx, &*self.inside);
     }
-}
-
-/// KVM, on an mm that has another notifier, which refuses what must not block.
-pub(crate) mod beside_a_refuser {
-    use super::*;
-    use drivers::kvm_v3_16;
-    use interleave::Sleep;
-    use mmu_notifier::{Invalidation, MmuNotifier, Ops, WouldBlock};
-
-    struct Refuser;
-
-    impl MmuNotifier for Refuser {
-        fn ops(&self) -> Ops {
-            Ops::START
-        }
-
-        fn invalidate_range_start(&self, cx: Sleep<'_, '_>, _: &Invalidation) -> Result<(), WouldBlock> {
-            if matches!(cx, Sleep::May(_)) { Ok(()) } else { Err(WouldBlock) }
-        }
-    }
-
-    pub(crate) static KIND: Kind = Kind {
-        name: "kvm-beside-a-refuser",
-        open: |cx, mm, device, options| {
-            // The list is called from its newest entry on: KVM has started when this one refuses.
-            let beside = Some(mm.notifiers().register(cx, Arc::new(Refuser))?);
-            let inside = (kvm_v3_16::KIND.open)(cx, mm, device, options)?;
-            let close: Close = |cx, driver| driver.close(cx);
-            Ok(Arc::new(Around { kind: &KIND, inside, close, _beside: beside }))
-        },
-        ..kvm_v3_16::KIND
-    };
-}
-
-/// A design that is told to close and does not.
-pub(crate) mod never_closed {
-    use super::*;
-    use drivers::design_drop_everything;
-
-    pub(crate) static KIND: Kind = Kind {
-        name: "never-closed",
-        open: |cx, mm, device, options| {
-            let inside = (design_drop_everything::KIND.open)(cx, mm, device, options)?;
-            let close: Close = |cx, driver| {
-                // It lets go of its pages, and stays registered.
-                for (binding, ..) in driver.context().entries(cx) {
-                    let _ = driver.unbind(cx, binding);
-                }
-            };
-            Ok(Arc::new(Around { kind: &KIND, inside, close, _beside: None }))
-        },
-        ..design_drop_everything::KIND
-    };
 }

@@ -9,7 +9,7 @@ use drivers::Callback;
 use interleave::MaySleep;
 use mmu_check::answer::minimal::{Minimal, minimal as search};
 use mmu_check::answer::worth::{Worth, worth as value};
-use mmu_check::answer::{Progress, Question, in_parallel};
+use mmu_check::answer::{Progress, Question, Turn, in_parallel};
 use serde::Serialize;
 
 use super::{Bar, FEWER, effort};
@@ -49,7 +49,7 @@ pub(super) fn minimal(question: &Question, args: &AnswerArgs) -> Result<ExitCode
     MaySleep::enter(|cx| {
         in_parallel(cx, effort.threads, &mut wanted, |(row, profile, found), done, of| {
             *found = Some(search(*row, *profile, &question.paths, effort.bound));
-            bar.show(Progress { bound: effort.bound, done: done + 1, of });
+            bar.show(Progress { turn: Turn::Bound(effort.bound), done: done + 1, of });
         });
     });
     drop(bar);

@@ -50,9 +50,10 @@ pub(super) fn run(args: &AnswerArgs, name: &str) -> Result<ExitCode, Error> {
         return Ok(ExitCode::SUCCESS);
     }
     let mut executions = 0;
-    for bound in 0..=args.bound.unwrap_or(BOUND) {
+    let bounds = (0..=args.bound.unwrap_or(BOUND)).map(|bound| (Strategy::Preemptions(bound), Some(bound)));
+    for (strategy, bound) in bounds.chain([(Strategy::Dpor, None)]) {
         let time = Some(Duration::from_secs(args.seconds));
-        let outcome = scenario::explore(&cell, Strategy::Preemptions(bound), time);
+        let outcome = scenario::explore(&cell, strategy, time);
         executions += outcome.report.executions;
         if let Some(refused) = outcome.facts.refused {
             println!("{cell}: the driver does not take this memory: {refused}");
@@ -65,7 +66,8 @@ pub(super) fn run(args: &AnswerArgs, name: &str) -> Result<ExitCode, Error> {
             return Ok(ExitCode::SUCCESS);
         }
         let far = if outcome.report.exhausted { "exhausted" } else { "not finished in time" };
-        println!("{cell}: no rule breaks with {bound} preemptions ({far}; {executions} executions)");
+        let orders = bound.map_or("in any order".to_owned(), |bound| format!("with {bound} preemptions"));
+        println!("{cell}: no rule breaks {orders} ({far}; {executions} executions)");
     }
     Ok(ExitCode::SUCCESS)
 }

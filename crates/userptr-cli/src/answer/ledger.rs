@@ -9,7 +9,7 @@ use interleave::MaySleep;
 use mmu_check::answer::cost::{operation, times};
 use mmu_check::answer::minimal::minimal;
 use mmu_check::answer::worth::worth;
-use mmu_check::answer::{Effort, Progress, Row, in_parallel};
+use mmu_check::answer::{Effort, Progress, Row, Turn, in_parallel};
 use mmu_check::ledger::claims::{DESIGNS, NOTIFIED, claims};
 use mmu_check::ledger::markdown::{self, MEASURED, MEASURED_END, computed};
 use mmu_check::ledger::trace::heard;
@@ -141,7 +141,7 @@ fn minimals(cx: &mut MaySleep<'_>, effort: Effort, bar: &Bar) -> String {
     let bound = MINIMAL_BOUND.max(effort.bound);
     in_parallel(cx, effort.threads, &mut wanted, |(row, profile, found), done, of| {
         *found = Some(minimal(*row, *profile, &paths, bound));
-        bar.show(Progress { bound, done: done + 1, of });
+        bar.show(Progress { turn: Turn::Bound(bound), done: done + 1, of });
     });
     let rows: Vec<_> = wanted
         .into_iter()

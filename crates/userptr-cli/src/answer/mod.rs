@@ -80,7 +80,7 @@ impl Bar {
     fn show(&self, progress: Progress) {
         self.0.set_length(progress.of as u64);
         self.0.set_position(progress.done as u64);
-        self.0.set_message(format!("cells, {} preemptions", progress.bound));
+        self.0.set_message(format!("cells, {}", progress.turn));
     }
 }
 

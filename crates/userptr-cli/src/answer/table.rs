@@ -58,7 +58,8 @@ fn table(question: &Question, paths: &[&'static Path], answers: &[Answer]) -> Ta
 
 fn legend(answers: &[Answer]) {
     println!(
-        "okN  no rule breaks in any order of at most N preemptions\n\
+        "ok*  no rule breaks in any order\n\
+         okN  no rule breaks in any order of at most N preemptions\n\
          ?    not even the orders without preemptions were finished in the time; odd: the model failed\n\
          -    the driver does not take this memory\n\
          .    the driver was never in that kernel, and nobody asks (`--anachronisms` does)\n\
@@ -68,10 +69,16 @@ fn legend(answers: &[Answer]) {
     for rule in Rule::ALL.into_iter().filter(broken) {
         println!("  {}  {:<17} {}", letter(rule), rule.name(), rule.source());
     }
-    let unfinished = answers.iter().filter(|a| Mark::of(a) == Mark::Unknown).count();
+    let of = |wanted: fn(&Mark) -> bool| answers.iter().filter(|a| wanted(&Mark::of(a))).count();
+    let broken = of(|mark| matches!(mark, Mark::Breaks(..)));
+    let exhausted = of(|mark| *mark == Mark::Holds(Reach::Everything));
+    let bounded = of(|mark| matches!(mark, Mark::Holds(Reach::Preemptions(_))));
+    let unknown = of(|mark| *mark == Mark::Unknown);
     println!(
-        "{} cells, {} executions; {unfinished} not finished. `userptr answer --explain DRIVER/write/PATH/PROFILE` shows one.",
+        "{} cells: in {broken} a rule breaks, {exhausted} are exhausted ({}% of those in which none does), {bounded} hold up to a \
+         bound, {unknown} are not finished. {} executions. `userptr answer --explain DRIVER/write/PATH/PROFILE` shows one.",
         answers.len(),
+        exhausted * 100 / (exhausted + bounded + unknown).max(1),
         answers.iter().map(|a| a.executions).sum::<u64>(),
     );
 }
@@ -96,7 +103,9 @@ struct Line {
     broken: Vec<Found>,
     odd: Vec<String>,
     refused: Option<String>,
-    /// Preemptions up to which every order was tried.
+    /// Every order was tried.
+    exhausted: bool,
+    /// Preemptions up to which every order was tried, if not every order at all.
     bound: Option<u32>,
     executions: u64,
     accesses: u64,
@@ -129,9 +138,10 @@ impl Line {
             broken: answer.broken.iter().map(found).collect(),
             odd: answer.odd.iter().map(ToString::to_string).collect(),
             refused: facts.refused.map(|refused| refused.to_string()),
+            exhausted: answer.reach == Reach::Everything,
             bound: match answer.reach {
-                Reach::Nothing => None,
                 Reach::Preemptions(bound) => Some(bound),
+                Reach::Nothing | Reach::Everything => None,
             },
             executions: answer.executions,
             accesses: facts.accesses,

@@ -4,6 +4,7 @@
 //! Bytes that only look like one are rare, and a return address that a function left behind on its stack is still one: so
 //! this finds callers, but is no proof. x86-64.
 
+use super::elf;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -25,10 +26,7 @@ impl Calls {
         if let Some(known) = self.known.get(&key) {
             return *known;
         }
-        // A device must not be read.
-        let regular = |path: &str| std::fs::metadata(path).is_ok_and(|m| m.is_file());
-        let open = || regular(file).then(|| File::open(file).ok()).flatten();
-        let code = self.files.entry(file.to_owned()).or_insert_with(open);
+        let code = self.files.entry(file.to_owned()).or_insert_with_key(|file| elf::open(file));
         let mut before = [0; LONGEST];
         let from = offset.checked_sub(LONGEST as u64);
         let read = code.as_ref().zip(from).is_some_and(|(f, at)| f.read_exact_at(&mut before, at).is_ok());

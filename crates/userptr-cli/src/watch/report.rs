@@ -6,7 +6,6 @@ use super::tally::{Amount, Tally};
 use comfy_table::{CellAlignment, Table, presets};
 use hostmm::trace::{Ended, What};
 use serde::Serialize;
-use std::time::Duration;
 
 /// Lines of the longer tables.
 const LINES: usize = 12;
@@ -16,6 +15,7 @@ pub(super) struct Report {
     /// What was watched.
     pub(super) program: String,
     pub(super) ended: String,
+    /// From its exec, or from when it was watched, to the end of the last process.
     pub(super) seconds: f64,
     pub(super) changes: u64,
     pub(super) pages: u64,
@@ -96,10 +96,9 @@ impl Report {
         ended: &Ended,
         tally: &Tally,
         (lost, missed): (u64, Option<u64>),
-        took: Duration,
     ) -> Report {
-        let seconds = took.as_secs_f64();
-        let mut symbols = Symbols::default();
+        let seconds = tally.lived().as_secs_f64();
+        let symbols = Symbols::of(tally.by_site.keys().map(|(_, site)| site));
         let mut by_cause: Vec<ByCause> = tally
             .by_cause
             .iter()
@@ -173,7 +172,11 @@ impl Report {
             unattributed: tally.ambiguous,
             lost,
             missed,
-            cost: tally.cost.as_ref().map(|cost| cost.by_cause.iter().map(price).collect()),
+            cost: tally.cost.as_ref().map(|cost| {
+                let mut prices: Vec<ByPrice> = cost.by_cause.iter().map(price).collect();
+                prices.sort_by_key(|p| std::cmp::Reverse((p.objects, p.translations)));
+                prices
+            }),
         }
     }
 

@@ -1,32 +1,45 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Names for places in code: the function of a program's or library's symbol table, where it has one.
+//!
+//! A large library has a million symbols, of which a report names a few. So all places are known before a table is
+//! read; it is gone through once, unsorted, and only the names that are wanted are looked at. What is not needed of a
+//! file is not read either.
 
+use super::elf::{self, Data, Elf, Segments};
 use super::tally::Site;
-use object::{Object, ObjectSegment, ObjectSymbol};
+use object::{Object, ObjectSymbol, SymbolKind};
 use rustc_demangle::demangle;
 use std::collections::HashMap;
-use std::fs;
 
-/// The symbol tables that were read so far.
+/// The names of some places.
 #[derive(Default)]
 pub(super) struct Symbols {
-    files: HashMap<String, Option<Table>>,
-}
-
-struct Table {
-    /// File offset, length and address of each segment.
-    segments: Vec<(u64, u64, u64)>,
-    /// Address, length (0: not said) and name, as it stands there, of each function: large libraries have a million, and
-    /// few are asked for.
-    functions: Vec<(u64, u64, String)>,
+    /// File and offset in it, to function and bytes after its start.
+    names: HashMap<Site, (String, u64)>,
 }
 
 impl Symbols {
+    /// Looks all of them up.
+    pub(super) fn of<'a>(sites: impl Iterator<Item = &'a Site>) -> Symbols {
+        let mut files = HashMap::<&str, Vec<u64>>::new();
+        for site in sites {
+            files.entry(&site.file).or_default().push(site.offset);
+        }
+        let mut names = HashMap::new();
+        for (file, mut offsets) in files {
+            offsets.sort_unstable();
+            offsets.dedup();
+            for (offset, name, more) in look_up(file, &offsets).unwrap_or_default() {
+                names.insert(Site { file: file.to_owned(), offset }, (name, more));
+            }
+        }
+        Symbols { names }
+    }
+
     /// `function+0x12 (file)`, or the file and an offset in it.
-    pub(super) fn name(&mut self, site: &Site) -> String {
-        let table = self.files.entry(site.file.clone()).or_insert_with(|| Table::read(&site.file));
+    pub(super) fn name(&self, site: &Site) -> String {
         let short = site.file.rsplit('/').next().unwrap_or(&site.file);
-        match table.as_ref().and_then(|table| table.at(site.offset)) {
+        match self.names.get(site) {
             Some((name, 0)) => format!("{:#} ({short})", demangle(name)),
             Some((name, more)) => format!("{:#}+{more:#x} ({short})", demangle(name)),
             None => format!("{short}+{:#x}", site.offset),
@@ -34,60 +47,76 @@ impl Symbols {
     }
 }
 
-impl Table {
-    fn read(path: &str) -> Option<Table> {
-        // What is in brackets is no file, and a device must not be read.
-        if !path.starts_with('/') || !fs::metadata(path).is_ok_and(|m| m.is_file()) {
-            return None;
-        }
-        let data = fs::read(path).ok()?;
-        let file = object::File::parse(&*data).ok()?;
-        let segments = file.segments().map(|s| (s.file_range().0, s.file_range().1, s.address())).collect();
-        let functions = |symbols: &mut dyn Iterator<Item = object::Symbol<'_, '_>>| {
-            let code = symbols.filter(|s| s.is_definition() && s.kind() == object::SymbolKind::Text);
-            let named = code.filter_map(|s| Some((s.address(), s.size(), s.name().ok()?.to_owned())));
-            let mut functions: Vec<_> = named.collect();
-            functions.sort_unstable_by_key(|(address, len, _)| (*address, *len));
-            functions
-        };
-        let mut names = functions(&mut file.symbols());
-        if names.is_empty() {
-            names = functions(&mut file.dynamic_symbols());
-        }
-        Some(Table { segments, functions: names })
+/// Offset, function, and bytes after its start, of those of `offsets` that lie in a function with a name.
+fn look_up(path: &str, offsets: &[u64]) -> Option<Vec<(u64, String, u64)>> {
+    let data = Data::new(elf::open(path)?);
+    let file = Elf::parse(&data).ok()?;
+    let segments = Segments::of(&file);
+    // Addresses as the symbols have them, and the offsets that they came from.
+    let mut wanted: Vec<(u64, u64)> =
+        offsets.iter().filter_map(|offset| Some((segments.address(*offset)?, *offset))).collect();
+    wanted.sort_unstable();
+    let mut found = find(file.symbols(), &wanted);
+    // A stripped library keeps the names of what it exports.
+    if found.iter().all(Option::is_none) {
+        found = find(file.dynamic_symbols(), &wanted);
     }
+    let named = wanted.iter().zip(found).filter_map(|((address, offset), symbol)| {
+        let symbol = symbol?;
+        Some((*offset, symbol.name().ok()?.to_owned(), address - symbol.address()))
+    });
+    Some(named.collect())
+}
 
-    fn at(&self, offset: u64) -> Option<(&str, u64)> {
-        let (from, _, address) =
-            self.segments.iter().find(|(from, len, _)| (*from..from + len).contains(&offset))?;
-        let address = offset - from + address;
-        let next = self.functions.partition_point(|(at, ..)| *at <= address);
-        let (at, len, name) = self.functions.get(next.checked_sub(1)?)?;
-        // Stripped files keep the names of what they export: what lies between these is somebody else's.
-        (address - at < (*len).max(1)).then_some((name.as_str(), address - at))
+/// The function around each of the `wanted` addresses, which are in order: the one that begins last, if there are several.
+fn find<'data, S: ObjectSymbol<'data> + Copy>(
+    symbols: impl Iterator<Item = S>,
+    wanted: &[(u64, u64)],
+) -> Vec<Option<S>> {
+    let mut found: Vec<Option<S>> = wanted.iter().map(|_| None).collect();
+    for symbol in symbols.filter(|s| s.is_definition() && s.kind() == SymbolKind::Text) {
+        let (start, len) = (symbol.address(), symbol.size().max(1));
+        let at = wanted.partition_point(|(address, _)| *address < start);
+        let inside = wanted[at..].iter().take_while(|(address, _)| address - start < len).count();
+        for best in &mut found[at..at + inside] {
+            if best.as_ref().is_none_or(|b| (b.address(), b.size()) < (start, symbol.size())) {
+                *best = Some(symbol);
+            }
+        }
     }
+    found
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use object::ObjectSegment;
 
     #[test]
     fn our_own_program_has_symbols() {
         let exe = std::env::current_exe().unwrap().display().to_string();
-        let table = Table::read(&exe).expect("an ELF file");
+        let data = Data::new(elf::open(&exe).unwrap());
+        let file = Elf::parse(&data).unwrap();
         // Not this test, which may be inlined.
-        let (address, ..) =
-            table.functions.iter().find(|(.., n)| n == "main").expect("the C runtime calls it");
-        let (from, _, base) =
-            table.segments.iter().find(|(_, len, a)| (*a..a + len).contains(address)).unwrap();
-        let site = Site { file: exe, offset: address - base + from };
-        assert!(Symbols::default().name(&site).starts_with("main ("));
+        let main = file.symbols().find(|s| s.name() == Ok("main")).expect("the C runtime calls it").address();
+        let segment =
+            file.segments().find(|s| (s.address()..s.address() + s.size()).contains(&main)).unwrap();
+        let site = |more| Site {
+            file: exe.clone(),
+            offset: main - segment.address() + segment.file_range().0 + more,
+        };
+        let symbols = Symbols::of([site(0), site(1)].iter());
+        let short = exe.rsplit('/').next().unwrap();
+        assert_eq!(symbols.name(&site(0)), format!("main ({short})"));
+        assert_eq!(symbols.name(&site(1)), format!("main+0x1 ({short})"));
     }
 
     #[test]
     fn what_is_no_file_has_an_offset() {
-        let name = |file: &str| Symbols::default().name(&Site { file: file.to_owned(), offset: 0x10 });
+        let name = |file: &str| {
+            let site = Site { file: file.to_owned(), offset: 0x10 };
+            Symbols::of([&site].into_iter()).name(&site)
+        };
         assert_eq!(name("[vdso]"), "[vdso]+0x10");
         assert_eq!(name("/dev/null"), "null+0x10");
         assert_eq!(name("/nonexistent/x"), "x+0x10");

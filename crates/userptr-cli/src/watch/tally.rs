@@ -13,12 +13,14 @@ use super::cause;
 use super::cost::{Cost, WorkingSet};
 use super::regions::{Region, Regions};
 use super::timeline::Timeline;
+use super::unwind::Unwind;
 use hostmm::kvm::stream::Change;
 use hostmm::trace::Tgid;
 use mmu_notifier::PAGE_SIZE;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::ops::Range;
+use std::time::Duration;
 
 /// News of a process, in the order in which it happened.
 #[derive(Debug)]
@@ -85,6 +87,7 @@ pub(super) struct Tally {
     pub(super) cost: Option<Cost>,
     waiting: Vec<Change>,
     calls: Calls,
+    unwind: Unwind,
     /// Our own process, whose memory is not what is asked for.
     ours: u32,
 }
@@ -116,6 +119,13 @@ impl Tally {
             }
             News::Gone { tgid, at } => self.end(tgid, at),
         }
+    }
+
+    /// From the first process to the end of the last, or until now.
+    pub(super) fn lived(&self) -> Duration {
+        let from = self.mms.iter().map(|mm| mm.lived.start).min();
+        let to = self.mms.iter().map(|mm| mm.lived.end).max().map(|end| end.min(hostmm::trace::now()));
+        from.zip(to).map_or(Duration::ZERO, |(from, to)| Duration::from_nanos(to.saturating_sub(from)))
     }
 
     fn mm_of(&self, tgid: Tgid) -> Option<usize> {
@@ -211,7 +221,7 @@ impl Tally {
         }
         self.timeline.add(change.record.ktime_ns, mm, start, pages, cause);
         self.by_region.entry((mm, name.to_owned())).or_default().add(pages);
-        if let Some(site) = this.site(change, &mut self.calls) {
+        if let Some(site) = this.site(change, &mut self.calls, &mut self.unwind) {
             self.by_site.entry((cause.to_owned(), site)).or_default().add(pages);
         }
     }
@@ -220,17 +230,21 @@ impl Tally {
 impl Mm {
     /// The first place outside of the C library, which is in most stacks and says nothing; else the innermost.
     ///
-    /// First the place itself, then what looks like a return address at the top of the stack, then the return addresses
-    /// that frame pointers lead to: these skip the caller of a function that makes no frame, as the C library's do.
-    fn site(&self, change: &Change, calls: &mut Calls) -> Option<Site> {
+    /// First the place itself, then its callers. Where these cannot be followed (a program made while it runs, or a stack
+    /// deeper than what was recorded) they are guessed: what looks like a return address at the top of the stack, then
+    /// the return addresses that frame pointers lead to.
+    fn site(&self, change: &Change, calls: &mut Calls, unwind: &mut Unwind) -> Option<Site> {
         let (ip, callers) = change.stack.split_first()?;
+        let outside = |site: &Site| !is_plumbing(&site.file);
         let innermost = self.place(*ip);
-        if let Some(site) = innermost.as_ref().filter(|site| !is_plumbing(&site.file)) {
-            return Some(site.clone());
+        if innermost.as_ref().is_some_and(outside) {
+            return innermost;
+        }
+        if let Some(site) = unwind.caller(change, |at| self.place(at), outside, calls) {
+            return Some(site);
         }
         // A return address may be the first of the next function.
         let caller = |address: &u64| self.place(address.wrapping_sub(1));
-        let outside = |site: &Site| !is_plumbing(&site.file);
         let at_top = change.top.iter().filter_map(|word| {
             let site = caller(word).filter(outside)?;
             calls.one_ends_at(&site.file, site.offset + 1).then_some(site)

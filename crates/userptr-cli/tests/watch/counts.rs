@@ -46,3 +46,17 @@ fn copies_on_write_are_page_faults_one_for_each_page() {
     assert_eq!(ours.len(), 1, "{ranges:?}");
     assert_eq!((&ours[0]["count"], &ours[0]["pages"]), (&Value::from(24), &Value::from(64 + 23)));
 }
+
+#[test]
+fn the_caller_is_named_where_only_unwind_tables_lead_to_it() {
+    if !able("the_caller_is_named_where_only_unwind_tables_lead_to_it") {
+        return;
+    }
+    // In a static program the C library is the program's own code, and the innermost place is the answer.
+    let (output, json) = watch(&[], &subject("dynamic"), &["frameless", "12"]);
+    assert!(output.status.success(), "{output:?}");
+    let sites = json["by_site"].as_array().unwrap();
+    let ours: Vec<_> = sites.iter().filter(|s| s["cause"] == "munmap" && s["count"] == 12).collect();
+    assert_eq!(ours.len(), 1, "{sites:?}");
+    assert!(ours[0]["site"].as_str().unwrap().starts_with("watch_frameless+"), "{sites:?}");
+}

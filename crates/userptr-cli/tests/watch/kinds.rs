@@ -71,6 +71,24 @@ fn a_full_table_of_descriptors_is_no_obstacle_and_stays_full() {
 }
 
 #[test]
+fn our_own_soft_limit_of_descriptors_is_none() {
+    if !able("our_own_soft_limit_of_descriptors_is_none") {
+        return;
+    }
+    let file = crate::run::tempfile(Path::new("limit"), &[]);
+    let work = "i=0; while [ $i -lt 60 ]; do sleep 2 & i=$((i + 1)); done; wait; ulimit -S -n";
+    let script =
+        format!("ulimit -S -n 50; exec {USERPTR} watch --follow --json --output \"$0\" -- sh -c '{work}'");
+    let output = run(Command::new("sh").args(["-c", &script]).arg(&file));
+    assert_eq!(output.stdout, b"50\n", "the program has the limit that we were given: {output:?}");
+    let json: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let _ = std::fs::remove_file(file);
+    // Each of them by fork, then by exec.
+    assert_eq!(json["processes"].as_array().map(Vec::len), Some(121));
+    assert_eq!(json["unwatched"], Value::Array(Vec::new()));
+}
+
+#[test]
 fn an_unprivileged_program_is_watched_like_any_other() {
     if !able("an_unprivileged_program_is_watched_like_any_other") {
         return;
@@ -136,10 +154,11 @@ fn a_32_bit_program_runs_unwatched_and_that_is_said() {
     assert!(output.status.code() == Some(2) && error.contains("32-bit"), "{error}");
 }
 
-/// Watches a program that already runs while it works, and lets it go by an interrupt.
-fn attached(way: &str, n: i64) {
+/// Watches a program that already runs while it works, and lets it go by an interrupt; what it said of its work.
+fn attached(way: &str, n: i64) -> String {
     let mut program = Command::new(subject("dynamic"))
         .args([way, &n.to_string()])
+        .env("GLIBC_TUNABLES", "glibc.pthread.rseq=0")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -164,6 +183,7 @@ fn attached(way: &str, n: i64) {
     // Attached is not yet heard: the VM comes within the first stop, and the program must not work before.
     std::thread::sleep(std::time::Duration::from_millis(500));
     to.write_all(b"go\n").unwrap();
+    line.clear();
     from.read_line(&mut line).unwrap();
     let interrupted = Command::new("kill").args(["-INT", &watcher.id().to_string()]).status().unwrap();
     assert!(interrupted.success() && watcher.wait().unwrap().success());
@@ -173,19 +193,27 @@ fn attached(way: &str, n: i64) {
     let json: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
     let _ = std::fs::remove_file(file);
     assert_eq!(amount(&json, "munmap").0, n);
+    line
 }
 
 #[test]
 fn a_running_program_is_watched_and_let_go() {
     if able("a_running_program_is_watched_and_let_go") {
-        attached("wait", 19);
+        assert_eq!(attached("wait", 19), "done\n");
     }
 }
 
 #[test]
 fn so_is_one_whose_first_thread_is_gone() {
     if able("so_is_one_whose_first_thread_is_gone") {
-        attached("no_leader", 8);
+        assert_eq!(attached("no_leader", 8), "done\n");
+    }
+}
+
+#[test]
+fn a_restartable_sequence_that_is_interrupted_is_aborted() {
+    if able("a_restartable_sequence_that_is_interrupted_is_aborted") {
+        assert_eq!(attached("rseq", 6), "armed\n");
     }
 }
 

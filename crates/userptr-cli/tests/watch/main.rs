@@ -10,6 +10,7 @@
 mod counts;
 mod kinds;
 mod others;
+mod page;
 mod refused;
 mod run;
 mod unnoticed;

@@ -77,7 +77,7 @@ fn a_foreign_users_process_is_refused() {
         return;
     }
     // All that watching needs, but not what tracing others' processes needs.
-    let Some(mut nobody) = as_nobody("+all,-sys_ptrace") else {
+    let Some(mut nobody) = as_nobody("+bpf,+perfmon,+sys_admin,+dac_override") else {
         println!("skipped: a_foreign_users_process_is_refused: setpriv: not possible here");
         return;
     };

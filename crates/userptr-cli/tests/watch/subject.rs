@@ -4,6 +4,9 @@
 //!
 //! `subject WAY N`: does it N times. Prints what a test compares with a run that is not watched.
 
+mod frameless;
+mod rseq;
+
 use std::ffi::c_void;
 
 unsafe extern "C" {
@@ -333,6 +336,8 @@ fn main() {
             }
             let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
             println!("{} mappings", maps.lines().count());
+            let limits = std::fs::read_to_string("/proc/self/limits").unwrap();
+            println!("{:?}", limits.lines().find(|l| l.starts_with("Max open files")));
         }
         "signal" => unsafe {
             kill(getpid(), n as i32);
@@ -347,6 +352,8 @@ fn main() {
             println!("done");
             std::io::stdin().read_line(&mut line).unwrap();
         }
+        "rseq" => rseq::stay(move || each(n, |at| assert_eq!(unsafe { munmap(at.cast(), PAGE) }, 0))),
+        "frameless" => frameless::frees(n),
         "exit" => std::process::exit(n as i32),
         way => panic!("no way {way:?}"),
     }

@@ -13,6 +13,7 @@ use mmu_notifier::primary::{PrimaryMmu, Subscription};
 use mmu_notifier::{Access, IntervalIndex, Key, Range};
 
 use super::Options;
+use super::audit::Audit;
 use super::slab::{Held, Phase, Slab, State};
 use super::stats::Counters;
 use super::table::{Levels, Table};
@@ -160,6 +161,7 @@ pub(super) struct Core<M: PrimaryMmu, D: Device<M>> {
     pub(super) kicked: AtomicBool,
     pub(super) counters: Counters,
     pub(super) admission: super::admission::Recent,
+    pub(super) audit: Audit,
     /// The process that the cache is of.
     process: u32,
 }
@@ -191,6 +193,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             kicked: AtomicBool::new(false),
             counters: Counters::new(),
             admission: super::admission::Recent::new(),
+            audit: Audit::new(options.audit),
             process: std::process::id(),
             options,
         }

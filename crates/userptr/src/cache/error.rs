@@ -33,6 +33,18 @@ pub enum CacheError {
         /// [`Options::entries`](super::Options::entries).
         max: usize,
     },
+    /// An audit found that the device sees something else than the program, and the source told of no change. The
+    /// registration is out of use now.
+    #[error(
+        "a hit is stale: at {at:#x} of {range} the device sees another page than the program, and the source told of \
+         no change. If the program changes memory in a way that the source cannot hear, it must call invalidate"
+    )]
+    Stale {
+        /// What is registered.
+        range: Range,
+        /// The first address found different.
+        at: u64,
+    },
     /// The device does not take it: nothing mapped there, no memory, too long.
     #[error(transparent)]
     Device(#[from] DeviceError),

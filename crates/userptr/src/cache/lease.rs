@@ -39,6 +39,10 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
         self.held.body()
     }
 
+    pub(super) fn index(&self) -> u32 {
+        self.held.index()
+    }
+
     /// The first byte asked for.
     pub fn addr(&self) -> usize {
         self.addr as usize
@@ -153,5 +157,30 @@ impl<'c, 'b, M: PrimaryMmu, D: Device<M>> SliceMutLease<'c, 'b, M, D> {
     /// The lease.
     pub fn lease(&self) -> &Lease<'c, M, D> {
         &self.lease
+    }
+}
+
+pub(super) mod sealed {
+    pub trait Sealed {}
+}
+
+/// A lease with the only way to its bytes: what a device may write in safe code.
+pub trait LeaseMut<M: PrimaryMmu, D: Device<M>>: sealed::Sealed {
+    /// The lease.
+    fn lease(&self) -> &Lease<'_, M, D>;
+
+    /// The bytes, between transfers.
+    fn bytes_mut(&mut self) -> &mut [u8];
+}
+
+impl<M: PrimaryMmu, D: Device<M>> sealed::Sealed for SliceMutLease<'_, '_, M, D> {}
+
+impl<M: PrimaryMmu, D: Device<M>> LeaseMut<M, D> for SliceMutLease<'_, '_, M, D> {
+    fn lease(&self) -> &Lease<'_, M, D> {
+        self.lease()
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self.bytes_mut()
     }
 }

@@ -28,10 +28,12 @@
 //! allocators do).
 
 mod admission;
+mod audit;
 mod core;
 mod error;
 mod explain;
 mod lease;
+mod owned;
 mod reap;
 mod register;
 mod session;
@@ -40,6 +42,7 @@ mod stats;
 mod table;
 mod thread;
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use interleave::{JoinHandle, MaySleep, Ordering};
@@ -52,7 +55,8 @@ use crate::device::Device;
 pub use admission::Admit;
 pub use error::{BuildError, CacheError};
 pub use explain::{Explanation, Found, Verdict};
-pub use lease::{Lease, SliceLease, SliceMutLease};
+pub use lease::{Lease, LeaseMut, SliceLease, SliceMutLease};
+pub use owned::{NotLeased, OwnedLease, VecLease};
 pub use session::Session;
 pub use stats::Stats;
 
@@ -78,6 +82,12 @@ pub struct Options {
     pub reaper: Reaper,
     /// Threads that shall not get in each other's way at a hit. Default: twice the CPUs.
     pub threads: usize,
+    /// Each so-manieth hit is verified through the device ([`Device::view`]): for tests, and to find out whether a
+    /// source hears all that a program does. Such a hit takes as long as the device takes to copy the bytes. Old
+    /// pages that hold the same bytes are not told apart, except by [`lease_mut`](RegistrationCache::lease_mut), which
+    /// changes a byte of each page and changes it back. What is found stale is [`CacheError::Stale`], [`Stats::audited_stale`], and a miss for
+    /// [`lookup`](RegistrationCache::lookup). Default: none.
+    pub audit: Option<NonZeroU32>,
 }
 
 impl Default for Options {
@@ -88,6 +98,7 @@ impl Default for Options {
             admit: Admit::Always,
             reaper: Reaper::Thread,
             threads: 2 * std::thread::available_parallelism().map_or(4, usize::from),
+            audit: None,
         }
     }
 }
@@ -156,7 +167,8 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     pub fn lookup(&self, addr: usize, len: usize, access: Access) -> Option<Lease<'_, M, D>> {
         let want = Range::enclosing(addr as u64, len as u64).ok()?;
         let held = self.core.hit(want, access, Check::Strict)?;
-        Some(Lease::of_hit(&self.core, held, addr as u64, len as u64))
+        let lease = Lease::of_hit(&self.core, held, addr as u64, len as u64);
+        if self.core.audit.is_on() { self.audited(lease).ok() } else { Some(lease) }
     }
 
     #[inline(always)]
@@ -169,7 +181,10 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     ) -> Result<Lease<'_, M, D>, CacheError> {
         let want = Range::enclosing(addr as u64, len as u64)?;
         match self.core.hit(want, access, check) {
-            Some(held) => Ok(Lease::of_hit(&self.core, held, addr as u64, len as u64)),
+            Some(held) => {
+                let lease = Lease::of_hit(&self.core, held, addr as u64, len as u64);
+                if self.core.audit.is_on() { self.audited(lease) } else { Ok(lease) }
+            }
             None => self.miss(want, addr as u64, len as u64, access),
         }
     }
@@ -195,7 +210,12 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     /// # Errors
     /// [`CacheError`].
     pub fn lease_mut<'b>(&self, bytes: &'b mut [u8]) -> Result<SliceMutLease<'_, 'b, M, D>, CacheError> {
-        let lease = self.get(bytes.as_mut_ptr().expose_provenance(), bytes.len(), Access::Write)?;
+        let addr = bytes.as_mut_ptr().expose_provenance();
+        let lease = if self.core.audit.is_on() {
+            self.audited_mut(bytes)?
+        } else {
+            self.get(addr, bytes.len(), Access::Write)?
+        };
         Ok(SliceMutLease::new(lease, bytes))
     }
 

@@ -55,6 +55,9 @@ counters! {
     merged,
     evicted,
     released,
+    audited,
+    audited_stale,
+    unaudited,
 }
 
 /// What a cache has done since it was made. Read without a lock: numbers of different moments.
@@ -84,6 +87,14 @@ pub struct Stats {
     pub evicted: u64,
     /// Registrations that the device has let go, whatever for.
     pub released: u64,
+    /// Hits that the device was asked about ([`Options::audit`](super::Options::audit)).
+    pub audited: u64,
+    /// Of these, those that were stale though the source told of no change. More than none is a bug of the source,
+    /// or of a program that changes memory in a way which the source cannot hear.
+    pub audited_stale: u64,
+    /// Of these, those about which nothing is known: the caller may not sleep, the device cannot tell, or the memory
+    /// changed meanwhile.
+    pub unaudited: u64,
     /// Registrations that the device holds now.
     pub entries: u64,
     /// Bytes that the device holds now, freed memory included.
@@ -114,6 +125,9 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             merged: counters.merged.get(),
             evicted: counters.evicted.get(),
             released: counters.released.get(),
+            audited: counters.audited.get(),
+            audited_stale: counters.audited_stale.get(),
+            unaudited: counters.unaudited.get(),
             entries,
             bytes,
             leased_dead_bytes,

@@ -11,21 +11,27 @@
 //!
 //! Lock order: `userptr_ring` is a leaf, held while requests are in flight.
 
+use std::fs::File;
 use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 
 use hostmm::pin::{MAX_PIN, Pin, PinError, Pinner};
 use hostmm::primary::{HostMm, Source};
 use interleave::{LockClass, MaySleep, Mutex, yield_now};
 use io_uring::{opcode, squeue, types::Fd};
 use mmu_notifier::{Access, Range};
+use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::{Device, DeviceAddr, DeviceError, Hold, Limits};
-use crate::cache::{Lease, SliceMutLease};
+use super::view::differs;
+use super::{Device, DeviceAddr, DeviceError, Hold, Limits, View, cpu};
+use crate::cache::{Lease, LeaseMut};
 
 static RING: LockClass = LockClass::new("userptr_ring");
 
+/// Bytes that are compared at a time, where it is asked what the device sees.
+const VIEW: usize = 1 << 20;
 /// Requests in flight at a time.
 const DEPTH: u32 = 64;
 
@@ -100,7 +106,7 @@ impl IoUring {
         &self,
         file: &impl AsFd,
         offset: u64,
-        into: &mut SliceMutLease<'_, '_, HostMm<S>, IoUring>,
+        into: &mut impl LeaseMut<HostMm<S>, IoUring>,
     ) -> io::Result<usize> {
         one(|| self.scope(|io| io.read(file.as_fd(), offset, into)))
     }
@@ -141,11 +147,11 @@ pub struct Io<'r, 'env> {
 
 impl<'env> Io<'_, 'env> {
     /// Reads from `file` at `offset` into leased memory.
-    pub fn read<S: Source>(
+    pub fn read<S: Source + 'env>(
         &mut self,
         file: BorrowedFd<'env>,
         offset: u64,
-        into: &'env mut SliceMutLease<'_, '_, HostMm<S>, IoUring>,
+        into: &'env mut impl LeaseMut<HostMm<S>, IoUring>,
     ) {
         // The device writes by this borrow, which lasts longer than the scope.
         into.bytes_mut().as_mut_ptr().expose_provenance();
@@ -302,6 +308,46 @@ impl<S: Source> Device<HostMm<S>> for IoUring {
 
     fn address(&self, mapping: &Buffer) -> DeviceAddr {
         DeviceAddr(mapping.0.range().start())
+    }
+
+    /// The device writes the bytes to a file of ours, and the kernel reads the program's beside it.
+    fn view(&self, cx: &mut MaySleep<'_>, _: &HostMm<S>, mapping: &Buffer, addr: u64, len: u64) -> View {
+        let Some(ring) = &self.ring else {
+            return View::Unknown { why: "the ring is the program's own" };
+        };
+        // A scope of this very thread may hold it.
+        let Some(mut ring) = ring.try_lock(cx) else {
+            return View::Unknown { why: "the ring is busy" };
+        };
+        let Ok(seen) = memfd_create("view", MemfdFlags::CLOEXEC).map(File::from) else {
+            return View::Unknown { why: "there is no file to read through" };
+        };
+        for off in (0..len).step_by(VIEW) {
+            let (at, part) = (addr + off, (len - off).min(VIEW as u64));
+            let found = differs(part as usize, |device, program| {
+                let mut io =
+                    Io { ring: &mut ring, device: self, results: Vec::new(), in_flight: 0, env: PhantomData };
+                let request = opcode::WriteFixed::new(
+                    Fd(seen.as_raw_fd()),
+                    at as *const u8,
+                    part as u32,
+                    mapping.slot(),
+                );
+                io.push(request.offset(0).build());
+                io.drain(0);
+                let written = io.results.pop().is_some_and(|r| r.is_ok_and(|n| n as u64 == part));
+                if !written || seen.read_exact_at(device, 0).is_err() {
+                    return Err(View::Unknown { why: "the ring failed" });
+                }
+                cpu::read(at, program).map_err(|n| View::Other { at: at + n as u64 })
+            });
+            match found {
+                Ok(None) => {}
+                Ok(Some(n)) => return View::Other { at: at + n as u64 },
+                Err(view) => return view,
+            }
+        }
+        View::Same
     }
 
     /// Requests in flight hold the pages by themselves, and who submits them a lease.

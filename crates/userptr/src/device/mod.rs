@@ -15,6 +15,7 @@ pub mod io_uring;
 pub mod kvm;
 pub mod model;
 pub mod pinned;
+mod view;
 
 use interleave::MaySleep;
 use mmu_notifier::{Access, PrimaryMmu, Range};
@@ -23,6 +24,7 @@ pub use command::{
     Command, CommandError, DeviceAddr, Engine, Fault, Fence, FenceError, SubmitError, checksum,
 };
 pub use error::DeviceError;
+pub use view::View;
 
 /// What a device's pages are worth after the primary MMU has changed the range.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,6 +93,12 @@ pub trait Device<M: PrimaryMmu>: Send + Sync {
 
     /// The device address of the first page.
     fn address(&self, mapping: &Self::Mapping) -> DeviceAddr;
+
+    /// Does the device see, in the bytes `[addr, addr + len)` of a mapping that contains them, what the program sees
+    /// there now? For audits: it may take long, and only a device that can read through its mappings answers.
+    fn view(&self, _cx: &mut MaySleep<'_>, _mm: &M, _mapping: &Self::Mapping, _addr: u64, _len: u64) -> View {
+        View::Unknown { why: "the device does not tell what it sees" }
+    }
 
     /// Waits until no access through `mapping` is in flight. New ones can begin until it is unmapped.
     fn wait_idle(&self, cx: &mut MaySleep<'_>, mapping: &Self::Mapping);

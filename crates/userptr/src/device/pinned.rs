@@ -8,7 +8,7 @@ use interleave::MaySleep;
 use mmu_notifier::primary::{Pin, PrimaryMmu};
 use mmu_notifier::{Access, Range};
 
-use super::{Device, DeviceAddr, DeviceError, Hold, Limits};
+use super::{Device, DeviceAddr, DeviceError, Hold, Limits, View};
 
 /// Holds up to `mappings` pins.
 #[derive(Debug, Clone, Copy)]
@@ -58,6 +58,28 @@ impl<M: PrimaryMmu> Device<M> for Pinned {
 
     fn address(&self, mapping: &M::Pin) -> DeviceAddr {
         DeviceAddr(mapping.range().start())
+    }
+
+    /// By the page's identity, where the primary MMU tells it.
+    fn view(&self, cx: &mut MaySleep<'_>, mm: &M, mapping: &M::Pin, addr: u64, len: u64) -> View {
+        let Ok(range) = Range::enclosing(addr, len) else { return View::Same };
+        for at in range.iter_pages() {
+            let Some(pinned) = mapping.pfn(at) else {
+                return View::Unknown { why: "the primary MMU does not tell which pages it has pinned" };
+            };
+            // What is paged out is still the pinned page, and says so when it is back.
+            if mm.fault_in(cx, Range::page(at), mapping.access()).is_err() {
+                return View::Other { at: at.get() };
+            }
+            match mm.page_identity(cx, at).map(|identity| identity.pfn) {
+                Ok(Some(pfn)) if pfn == pinned => {}
+                Ok(Some(_)) => return View::Other { at: at.get() },
+                Ok(None) | Err(_) => {
+                    return View::Unknown { why: "the primary MMU does not tell which page is mapped" };
+                }
+            }
+        }
+        View::Same
     }
 
     fn wait_idle(&self, _: &mut MaySleep<'_>, _: &M::Pin) {}

@@ -51,9 +51,9 @@ impl Iommu {
 
     fn allocate(&self, cx: &mut MaySleep<'_>, window: (u64, u64), len: u64) -> Option<u64> {
         let mut used = self.used.lock(cx);
-        let mut at = window.0;
+        let (mut at, guarded) = (window.0, len.checked_add(PAGE_SIZE)?);
         for (start, end) in &*used {
-            if at.checked_add(len + PAGE_SIZE)? <= *start {
+            if at.checked_add(guarded)? <= *start {
                 break;
             }
             at = end + PAGE_SIZE;

@@ -94,6 +94,11 @@ impl Drop for Memory {
     }
 }
 
+/// A file in memory.
+pub(crate) fn memfd() -> File {
+    File::from(rustix::fs::memfd_create("test", rustix::fs::MemfdFlags::CLOEXEC).unwrap())
+}
+
 /// Runs `body` in a forked child and says whether it returned true.
 pub(crate) fn in_fork(body: impl FnOnce() -> bool) -> bool {
     // SAFETY: the child runs body and leaves by _exit; its deadline is the test's.

@@ -4,7 +4,6 @@
 
 pub(crate) mod memory;
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +20,8 @@ use userptr::cache::Options;
 use userptr::device::io_uring::IoUring;
 use userptr::source::AnonymousUffd;
 use userptr::{CacheError, Lease, RegistrationCache};
+
+use memory::memfd;
 
 pub(crate) const DEADLINE: Duration = Duration::from_secs(120);
 
@@ -86,6 +87,16 @@ pub(crate) fn has_uffd() -> bool {
     has(&[Capability::Userfaultfd, Capability::IoUring])
 }
 
+/// Runs `body` over each source, each in a process of its own.
+pub(crate) fn over_both(test: &str, kvm: impl FnOnce(), uffd: impl FnOnce()) {
+    if has_kvm() {
+        testing::in_child(&format!("{test}#kvm"), DEADLINE, kvm);
+    }
+    if has_uffd() {
+        testing::in_child(&format!("{test}#uffd"), DEADLINE, uffd);
+    }
+}
+
 pub(crate) fn get<S: Source + 'static>(
     cache: &Cache<S>,
     range: Range,
@@ -95,7 +106,7 @@ pub(crate) fn get<S: Source + 'static>(
 
 /// What the device sees in the first word.
 pub(crate) fn see<S: Source + 'static>(cache: &Cache<S>, lease: &Lease<'_, HostMm<S>, IoUring>) -> u64 {
-    let file = File::from(rustix::fs::memfd_create("seen", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+    let file = memfd();
     assert_eq!(cache.device().write_at(&file, 0, lease).unwrap(), lease.len());
     let mut word = [0; 8];
     file.read_exact_at(&mut word, 0).unwrap();

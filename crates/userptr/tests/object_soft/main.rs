@@ -4,6 +4,8 @@
 
 mod device;
 mod explored;
+#[path = "../modelled/mod.rs"]
+mod modelled;
 
 use std::sync::Arc;
 
@@ -11,22 +13,12 @@ use device::{Holds, SoftDevice, When};
 use interleave::{AtomicBool, MaySleep, Ordering, scope};
 use mmu_notifier::primary::PrimaryMmu;
 use mmu_notifier::{Access, GupError, PAGE_SIZE, Range};
+use modelled::{map, pages};
 use softmm::{FileKind, Machine, MapKind, Mm, Placement, Prot};
 use userptr::device::{Command, DeviceAddr, DeviceError};
 use userptr::object::{Driver, Flags, Iommu, Object, ObjectError};
 
 const READ_ONLY: Flags = Flags { read_only: true, probe: false };
-
-fn pages(first: u64, pages: u64) -> Range {
-    Range::new((0x100 + first) * PAGE_SIZE, pages * PAGE_SIZE).unwrap()
-}
-
-fn map(cx: &mut MaySleep<'_>, mm: &Mm, range: Range, value: u64) {
-    mm.mmap(cx, Placement::Fixed(range), Prot::ReadWrite).unwrap();
-    for page in range.iter_pages() {
-        mm.machine().cpus()[0].store(cx, mm, page.get(), value).unwrap();
-    }
-}
 
 fn load(cx: &mut MaySleep<'_>, mm: &Mm, range: Range) -> u64 {
     mm.machine().cpus()[0].load(cx, mm, range.start()).unwrap()

@@ -200,6 +200,7 @@ impl Model {
             | Op::Unmap(by, _)
             | Op::Protect(by, ..)
             | Op::DontNeed(by, _)
+            | Op::Free(by, _)
             | Op::Move(by, ..)
             | Op::Load(by, _)
             | Op::Store(by, ..)
@@ -225,6 +226,7 @@ impl Model {
             }
             Op::Protect(_, span, rights) => changed(mm.mprotect(cx, range(span), prot(rights))),
             Op::DontNeed(_, span) => changed(mm.madvise_dontneed(cx, range(span))),
+            Op::Free(_, span) => changed(mm.madvise_free(cx, range(span))),
             Op::Move(_, from, to) => match mm.mremap(cx, Range::page(page(from)), Range::page(page(to))) {
                 Ok(()) => Ok(Answer::Done),
                 Err(MremapError::Ranges) => Ok(Answer::Invalid),
@@ -299,6 +301,7 @@ fn changed(done: Result<(), ChangeError>) -> Result<Answer, ModelError> {
     match done {
         Ok(()) => Ok(Answer::Done),
         Err(ChangeError::Hole(_)) => Ok(Answer::Hole),
+        Err(ChangeError::NotAnonymous(_)) => Ok(Answer::Invalid),
         Err(e) => Err(ModelError::Odd(e.to_string())),
     }
 }

@@ -4,6 +4,7 @@
 use super::{Model, ModelError, faulted, odd};
 use crate::diff::script::{NOPS, PAGES, Who};
 use crate::diff::step::{Answer, page};
+use crate::diff::subject::PAGE_OUT_TRIES;
 use interleave::MaySleep;
 use mmu_notifier::{PageAddr, Range};
 use softmm::uprobes::BREAKPOINT;
@@ -95,15 +96,27 @@ impl Model {
         chose: Option<bool>,
     ) -> Result<Answer, ModelError> {
         let frames = self.machine.frames();
-        let found = self.mm(by).and_then(|mm| Some((mm, self.anonymous(mm, at)?)));
-        let Some((mm, frame)) = found.filter(|(_, frame)| frames.mapcount(frame.pfn) == 1) else {
+        let found = self.mm(by).map(|mm| (mm, mm.peek_pte(page(at))));
+        let counted = found.filter(|(_, pte)| pte.is_mapped() && !pte.is_special());
+        let Some((mm, pfn)) =
+            counted.map(|(mm, pte)| (mm, pte.pfn())).filter(|(_, pfn)| frames.mapcount(*pfn) == 1)
+        else {
             return Ok(Answer::Skipped);
         };
-        if chose == Some(false) && !frames.maybe_dma_pinned(frame.pfn) {
+        if chose == Some(false) && !frames.maybe_dma_pinned(pfn) {
             self.unprovoked += 1;
             return Ok(Answer::Skipped);
         }
-        self.machine.reclaim_page(cx, frame, true);
+        // As the subject: what MADV_FREE gave up and was written again needs a second try.
+        for _ in 0..PAGE_OUT_TRIES {
+            match self.file.cached(cx).iter().find(|(_, cached)| *cached == pfn) {
+                Some(&(index, _)) => drop(self.file.reclaim(cx, index, true)),
+                None => drop(self.machine.reclaim_page(cx, frames.id(pfn), true)),
+            }
+            if !mm.peek_pte(page(at)).is_mapped() {
+                break;
+            }
+        }
         Ok(if mm.peek_pte(page(at)).is_mapped() { Answer::Skipped } else { Answer::Done })
     }
 

@@ -34,7 +34,6 @@ pub const WITHOUT_SCRIPT: &[(&str, &str)] = &[
 second does is in the scripts of ksm-replace",
     ),
     ("age", "no range is told, only clear_flush_young, which the live source does not hear"),
-    ("file-reclaim", "no script yet: the unmapping is that of swap-out, which has some"),
     ("xip", "this kernel has DAX in its place (4.0 and later)"),
     (
         "exit",
@@ -56,7 +55,14 @@ write protection itself is in the scripts of ksm-replace",
 #[must_use]
 pub fn all() -> Vec<Path> {
     let plain = [plain::anonymous(), plain::moves(), plain::files(), provoked::pins()];
-    let provoked = [provoked::reclaim(), provoked::ksm(), provoked::disk(), provoked::uprobes()];
+    let provoked = [
+        provoked::reclaim(),
+        provoked::freed(),
+        provoked::file_reclaim(),
+        provoked::ksm(),
+        provoked::disk(),
+        provoked::uprobes(),
+    ];
     [plain.concat(), provoked.concat()].concat()
 }
 

@@ -103,7 +103,7 @@ pub(super) fn moves() -> Vec<Path> {
     vec![
         path(
             "mremap: the old place twice, the new one where something was",
-            &[],
+            &["mremap"],
             8,
             vec![
                 anon(4, 4),
@@ -122,7 +122,7 @@ pub(super) fn moves() -> Vec<Path> {
         ),
         path(
             "mremap: a moved page is forked, copied and fetched again",
-            &["fork", "cow"],
+            &["mremap", "fork", "cow"],
             8,
             vec![
                 anon(4, 4),

@@ -32,7 +32,7 @@ const RING: u32 = 1 << 20;
 /// ksmd has merged two pages, or seen them often enough, in some ten milliseconds; on a busy machine it has to wait.
 const KSM_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a page is asked to go: reclaim passes over one that somebody looks at.
-const PAGE_OUT_TRIES: u32 = 5;
+pub(super) const PAGE_OUT_TRIES: u32 = 5;
 
 /// Why an operation cannot be tried here, as far as one can tell without trying; `None` if it can.
 #[must_use]

@@ -13,9 +13,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-/// A page of [`NOPS`] with a breakpoint as its first byte.
-const PROBED: u64 = NOPS & !0xff | 0xcc;
-
 pub(super) fn present(entry: PagemapEntry) -> Option<host::Pfn> {
     match entry.frame() {
         host::Frame::Present(pfn) => Some(pfn),
@@ -23,9 +20,14 @@ pub(super) fn present(entry: PagemapEntry) -> Option<host::Pfn> {
     }
 }
 
-/// A word as softmm has it, whose breakpoints are as long as a word.
+/// A word of a script with probes, as softmm has it: its breakpoints are as long as a word, and so is what a removal puts back.
+/// Such a script stores no word that ends like either.
 fn seen(word: u64) -> u64 {
-    if word == PROBED { softmm::uprobes::BREAKPOINT } else { word }
+    match word & 0xff {
+        0xcc => softmm::uprobes::BREAKPOINT,
+        byte if byte == NOPS & 0xff => NOPS,
+        _ => word,
+    }
 }
 
 /// An anonymous page.
@@ -44,7 +46,8 @@ pub(super) fn run(
     pids: Vec<u32>,
     script: &[Op],
 ) -> Result<(Vec<Done>, Vec<u32>), SubjectError> {
-    let mut run = Run { subject, ksm, started: false, pin: None, probe: None, child: None, pids };
+    let probes = script.iter().any(|op| matches!(op, Op::Probe(_)));
+    let mut run = Run { subject, ksm, probes, started: false, pin: None, probe: None, child: None, pids };
     let done = script.iter().map(|op| run.one(op)).collect::<Result<_, _>>()?;
     Ok((done, std::mem::take(&mut run.pids)))
 }
@@ -53,6 +56,8 @@ pub(super) fn run(
 struct Run<'a> {
     subject: &'a Subject,
     ksm: Option<&'a Ksm>,
+    /// The script sets breakpoints.
+    probes: bool,
     /// The first operation is done.
     started: bool,
     pin: Option<Pin>,
@@ -136,8 +141,8 @@ impl<'a> Run<'a> {
     }
 
     fn page_out(&mut self, by: Who, at: u64) -> Result<(Answer, Option<bool>), SubjectError> {
-        let alone = self.entry(by, at)?.is_some_and(PagemapEntry::is_exclusive);
-        if !alone || self.anonymous(by, at)?.is_none() {
+        let alone = self.entry(by, at)?.filter(|entry| entry.is_exclusive());
+        if alone.and_then(present).is_none_or(|pfn| pfn == self.subject.zero) {
             return Ok((Answer::Skipped, None));
         }
         for _ in 0..PAGE_OUT_TRIES {
@@ -220,6 +225,11 @@ impl<'a> Run<'a> {
             Op::Unmap(by, span) => (by, Call::Unmap(range(span))),
             Op::Protect(by, span, rights) => (by, Call::Protect(range(span), rights)),
             Op::DontNeed(by, span) => (by, Call::DontNeed(range(span))),
+            Op::Free(by, span) => {
+                // A page that waits in a CPU's batch for its list is not marked.
+                self.subject.lab.drain();
+                (by, Call::Free(range(span)))
+            }
             Op::Move(by, from, to) => (by, Call::Move { from: page(from), to: page(to) }),
             Op::Load(by, at) => (by, Call::Load(page(at))),
             Op::Store(by, at, value) => (by, Call::Store(page(at), value)),
@@ -233,13 +243,17 @@ impl<'a> Run<'a> {
         };
         let Some(got) = self.call(by, &call) else { return Ok(Answer::Skipped) };
         Ok(match got {
-            Ok(word) if matches!(op, Op::Load(..) | Op::ReadPinned(..)) => Answer::Word(seen(word)),
+            Ok(word) if matches!(op, Op::Load(..) | Op::ReadPinned(..)) => Answer::Word(self.seen(word)),
             Ok(_) => Answer::Done,
             Err(Errno::FAULT) => Answer::Fault,
             Err(Errno::INVAL) => Answer::Invalid,
             Err(Errno::NOMEM) => Answer::Hole,
             Err(errno) => Answer::Errno(errno.raw_os_error()),
         })
+    }
+
+    fn seen(&self, word: u64) -> u64 {
+        if self.probes { seen(word) } else { word }
     }
 
     fn call(&mut self, by: Who, call: &Call) -> Option<lab::Answer> {
@@ -268,7 +282,7 @@ impl<'a> Run<'a> {
                 let there = !matches!(frame, Frame::None | Frame::Swapped);
                 let word =
                     if there { self.call(by, &Call::Load(page(n))).and_then(Result::ok) } else { None };
-                let word = word.map(seen);
+                let word = word.map(|word| self.seen(word));
                 pages.push(Page { frame, word });
             }
         }

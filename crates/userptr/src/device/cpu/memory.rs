@@ -44,7 +44,7 @@ fn transfer(addr: u64, len: usize, call: impl Fn(u64, usize, usize) -> isize) ->
 }
 
 /// Reads `into` from this process's memory at `addr`. How many bytes could be had, if not all.
-pub(super) fn read(addr: u64, into: &mut [u8]) -> Result<(), usize> {
+pub(in crate::device) fn read(addr: u64, into: &mut [u8]) -> Result<(), usize> {
     let base = into.as_mut_ptr();
     transfer(addr, into.len(), |at, done, len| {
         let local = iovec { iov_base: base.wrapping_add(done).cast(), iov_len: len };

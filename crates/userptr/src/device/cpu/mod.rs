@@ -21,6 +21,7 @@ use mmu_notifier::{Access, Range};
 use super::command::{self, Fence, FenceError};
 use super::{Command, Device, DeviceAddr, DeviceError, Engine, Fault, Hold, Limits, SubmitError};
 use memory::Bounce;
+pub(super) use memory::read;
 
 static ENGINE: LockClass = LockClass::new("userptr_cpu_engine");
 static SPACE: LockClass = LockClass::new("userptr_cpu_space");
