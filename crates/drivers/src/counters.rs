@@ -91,7 +91,8 @@ impl Counters {
         refused, refused;
     }
 
-    pub(crate) fn called(&self, kind: Callback) {
+    /// A callback of this kind runs.
+    pub fn called(&self, kind: Callback) {
         self.callbacks[kind as usize].fetch_add(1, Relaxed);
     }
 

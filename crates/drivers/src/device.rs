@@ -17,7 +17,7 @@
 use crate::callbacks::Callback;
 use crate::counters::Counters;
 use crate::engine::Engine;
-use crate::observer::{DeviceAccess, DriverBug, Observer};
+use crate::observer::{DeviceAccess, DriverBug, Follows, Moment, Observer};
 use interleave::explore::{SiteKind, mutated};
 use interleave::{Atomic, Context, LockClass, MaySleep, SpinLock, WaitQueue};
 use mmu_notifier::{Access, PAGE_SIZE, PageAddr, Range};
@@ -163,7 +163,7 @@ pub struct DeviceContext {
     device: Arc<Device>,
     id: u32,
     driver: &'static str,
-    follows_page: bool,
+    follows: Follows,
     pub(crate) flushes_at_start: bool,
     mm: Arc<Mm>,
     table: SpinLock<Table>,
@@ -171,6 +171,16 @@ pub struct DeviceContext {
 }
 
 impl DeviceContext {
+    /// For a driver that lives outside of this crate: a context with an empty page table of its own.
+    pub fn new(
+        cx: &mut MaySleep<'_>,
+        device: &Arc<Device>,
+        mm: &Arc<Mm>,
+        driver: &'static str,
+    ) -> DeviceContext {
+        DeviceContext::open(cx, device, mm, driver, Root::Own)
+    }
+
     pub(crate) fn open(
         cx: &mut MaySleep<'_>,
         device: &Arc<Device>,
@@ -183,7 +193,7 @@ impl DeviceContext {
             device: device.clone(),
             id,
             driver,
-            follows_page: false,
+            follows: Follows::Address,
             flushes_at_start: false,
             mm: mm.clone(),
             table: SpinLock::new(&TABLE, Table { root, entries: BTreeMap::new() }),
@@ -193,7 +203,7 @@ impl DeviceContext {
 
     /// Mappings follow the page and not the address, by design.
     pub(crate) fn following_pages(self) -> DeviceContext {
-        DeviceContext { follows_page: true, ..self }
+        DeviceContext { follows: Follows::Pages, ..self }
     }
 
     /// Each request begins with a flush of the TLB (batches of a GPU).
@@ -221,12 +231,18 @@ impl DeviceContext {
         &self.counters
     }
 
-    pub(crate) fn bug(&self, bug: DriverBug) {
+    /// Tells the observer that the driver broke a rule of its own.
+    pub fn bug(&self, bug: DriverBug) {
         self.device.observer.driver_bug(self.driver, bug);
     }
 
+    /// The moment that it is now, for [`Follows::PagesSince`].
+    pub fn now(&self) -> Moment {
+        self.device.observer.now()
+    }
+
     /// Writes an entry of the page table. What the TLB has cached of an older one stays.
-    pub(crate) fn map(
+    pub fn map(
         &self,
         cx: &mut impl Context,
         binding: Binding,
@@ -239,7 +255,7 @@ impl DeviceContext {
     }
 
     /// Takes entries out of the page table: of `binding`, or of every binding, within `range`. The TLB stays as it is.
-    pub(crate) fn unmap(
+    pub fn unmap(
         &self,
         cx: &mut impl Context,
         binding: Option<Binding>,
@@ -260,7 +276,7 @@ impl DeviceContext {
 
     /// Forgets cached translations within `range`, of `binding` or of all, and waits for accesses through them.
     #[track_caller]
-    pub(crate) fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
+    pub fn flush(&self, cx: &mut impl Context, binding: Option<Binding>, range: Range) {
         if mutated(SiteKind::Flush, Location::caller()) {
             return;
         }
@@ -307,6 +323,7 @@ impl DeviceContext {
         cx: &mut impl Context,
         binding: Binding,
         op: DeviceOp,
+        follows: Follows,
     ) -> Result<u64, DeviceFault> {
         let access = op.access();
         let fault = |page| DeviceFault::NoTranslation { page, access };
@@ -330,7 +347,7 @@ impl DeviceContext {
             frame: entry.frame,
             access,
             writable: entry.writable,
-            follows_page: self.follows_page,
+            follows,
         };
         self.device.observer.device_access(cx, &seen);
         let frames = self.mm.machine().frames();
@@ -382,8 +399,12 @@ impl DeviceContext {
         }
     }
 
+    pub(crate) fn follows(&self) -> Follows {
+        self.follows
+    }
+
     /// The callback that runs had an effect.
-    pub(crate) fn effect(&self, kind: Callback) {
+    pub fn effect(&self, kind: Callback) {
         self.counters.effect(kind);
     }
 }

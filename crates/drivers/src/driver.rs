@@ -273,7 +273,10 @@ pub(crate) fn in_process<R>(
 }
 
 /// Checks the operations of a request against the binding.
-pub(crate) fn check_ops(mm: &Mm, range: Range, access: Access, ops: &[DeviceOp]) -> Result<(), SubmitError> {
+///
+/// # Errors
+/// [`SubmitError::Outside`], [`SubmitError::ReadOnly`].
+pub fn check_ops(mm: &Mm, range: Range, access: Access, ops: &[DeviceOp]) -> Result<(), SubmitError> {
     let stored = mm.machine().frames().words_per_page() as u64;
     for op in ops {
         let addr = op.addr();

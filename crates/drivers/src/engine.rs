@@ -10,6 +10,7 @@
 //! `progress`.
 
 use crate::device::{Binding, DeviceContext, DeviceFault, DeviceOp};
+use crate::observer::{Follows, Moment};
 use interleave::explore::{SiteKind, mutated};
 use interleave::{Context, MaySleep};
 use mmu_notifier::{Access, PageAddr, Range};
@@ -34,6 +35,7 @@ pub(crate) struct Engine {
 struct Request {
     context: u32,
     binding: Binding,
+    follows: Follows,
     state: State,
 }
 
@@ -44,16 +46,10 @@ enum State {
 }
 
 /// How the driver answers a fault of its device: `Ok` lets the device try again.
-pub(crate) type Resolve<'a> =
-    dyn Fn(&mut MaySleep<'_>, Binding, PageAddr, Access) -> Result<(), DeviceFault> + 'a;
+pub type Resolve<'a> = dyn Fn(&mut MaySleep<'_>, Binding, PageAddr, Access) -> Result<(), DeviceFault> + 'a;
 
 /// For devices that cannot fault.
-pub(crate) fn refuse(
-    _: &mut MaySleep<'_>,
-    _: Binding,
-    page: PageAddr,
-    access: Access,
-) -> Result<(), DeviceFault> {
+pub fn refuse(_: &mut MaySleep<'_>, _: Binding, page: PageAddr, access: Access) -> Result<(), DeviceFault> {
     Err(DeviceFault::NoTranslation { page, access })
 }
 
@@ -66,17 +62,42 @@ impl Engine {
 
 impl DeviceContext {
     /// Gives work to the device. Any context.
-    pub(crate) fn submit(&self, cx: &mut impl Context, binding: Binding, ops: &[DeviceOp]) -> RequestId {
+    pub fn submit(&self, cx: &mut impl Context, binding: Binding, ops: &[DeviceOp]) -> RequestId {
+        self.queue(cx, binding, self.follows(), State::Queued(ops.to_vec()))
+    }
+
+    /// As [`submit`](Self::submit), through a mapping that was asked for at a moment and is for this use.
+    pub fn submit_since(
+        &self,
+        cx: &mut impl Context,
+        binding: Binding,
+        ops: &[DeviceOp],
+        since: Moment,
+    ) -> RequestId {
+        self.queue(cx, binding, Follows::PagesSince(since), State::Queued(ops.to_vec()))
+    }
+
+    /// The result of a request that a driver has waited for already, for [`run`](Self::run) to take.
+    pub fn done(
+        &self,
+        cx: &mut impl Context,
+        binding: Binding,
+        result: Result<Vec<u64>, DeviceFault>,
+    ) -> RequestId {
+        self.queue(cx, binding, self.follows(), State::Done(result))
+    }
+
+    fn queue(&self, cx: &mut impl Context, binding: Binding, follows: Follows, state: State) -> RequestId {
         let mut engine = self.device().engine.lock(cx);
         engine.next += 1;
         let id = RequestId(engine.next);
-        let request = Request { context: self.id(), binding, state: State::Queued(ops.to_vec()) };
+        let request = Request { context: self.id(), binding, follows, state };
         engine.requests.insert(id, request);
         id
     }
 
     /// Is the hardware: carries the request out, or waits for who does, and takes its result.
-    pub(crate) fn run(
+    pub fn run(
         &self,
         cx: &mut MaySleep<'_>,
         id: RequestId,
@@ -97,7 +118,7 @@ impl DeviceContext {
 
     /// Waits until no request of this context, on `binding` or at all, is queued or running.
     #[track_caller]
-    pub(crate) fn wait_idle(&self, cx: &mut MaySleep<'_>, binding: Option<Binding>) {
+    pub fn wait_idle(&self, cx: &mut MaySleep<'_>, binding: Option<Binding>) {
         if mutated(SiteKind::Wait, Location::caller()) {
             return;
         }
@@ -142,13 +163,13 @@ impl DeviceContext {
             return false;
         };
         let State::Queued(ops) = &mut request.state else { return false };
-        let (binding, ops) = (request.binding, std::mem::take(ops));
+        let (binding, follows, ops) = (request.binding, request.follows, std::mem::take(ops));
         request.state = State::Running;
         drop(engine);
         if self.flushes_at_start {
             self.flush(cx, None, Range::ALL);
         }
-        let result = ops.into_iter().map(|op| self.one(cx, binding, op, resolve)).collect();
+        let result = ops.into_iter().map(|op| self.one(cx, (binding, follows), op, resolve)).collect();
         if let Some(request) = device.engine.lock(cx).requests.get_mut(&id) {
             request.state = State::Done(result);
         }
@@ -159,12 +180,12 @@ impl DeviceContext {
     fn one(
         &self,
         cx: &mut MaySleep<'_>,
-        binding: Binding,
+        (binding, follows): (Binding, Follows),
         op: DeviceOp,
         resolve: &Resolve<'_>,
     ) -> Result<u64, DeviceFault> {
         for _ in 0..MAX_FAULTS {
-            match self.access(cx, binding, op) {
+            match self.access(cx, binding, op, follows) {
                 Err(DeviceFault::NoTranslation { page, access }) => resolve(cx, binding, page, access)?,
                 result => return result,
             }
@@ -174,7 +195,7 @@ impl DeviceContext {
     }
 
     /// Forgets the requests of this context, done or not.
-    pub(crate) fn forget_requests(&self, cx: &mut impl Context) {
+    pub fn forget_requests(&self, cx: &mut impl Context) {
         self.device().engine.lock(cx).requests.retain(|_, request| request.context != self.id());
     }
 }

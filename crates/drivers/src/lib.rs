@@ -72,10 +72,13 @@ mod work;
 pub use callbacks::{Callback, Callbacks};
 pub use counters::{Counters, Counts};
 pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Translation};
-pub use driver::{BindError, Driver, DriverError, Holds, Kind, Open, OpenError, Options, SubmitError};
-pub use engine::RequestId;
+pub use driver::{
+    BindError, Driver, DriverError, Holds, Kind, Open, OpenError, Options, SubmitError, check_ops,
+};
+pub use engine::{RequestId, Resolve, refuse};
+pub use listener::Registered;
 pub use mirror::{Mirror, Port};
-pub use observer::{DeviceAccess, DriverBug, Observer};
+pub use observer::{DeviceAccess, DriverBug, Follows, Moment, Observer};
 pub use work::WorkMode;
 
 /// Every driver there is.

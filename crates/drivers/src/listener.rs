@@ -23,15 +23,19 @@ pub(crate) struct Listener<D> {
 static REGISTRATION: LockClass = LockClass::new("driver registration");
 
 /// The place of a driver's registration, filled once after the driver has an address.
-pub(crate) struct Registered(SpinLock<Option<Registration>>);
+pub struct Registered(SpinLock<Option<Registration>>);
 
 impl Registered {
-    pub(crate) fn not_yet() -> Registered {
+    /// Empty.
+    pub fn not_yet() -> Registered {
         Registered(SpinLock::new(&REGISTRATION, None))
     }
 
     /// mmu_notifier_register, with the callbacks that `options` leaves of those that the driver has.
-    pub(crate) fn register<D: MmuNotifier + Driver + 'static>(
+    ///
+    /// # Errors
+    /// [`RegisterError`].
+    pub fn register<D: MmuNotifier + Driver + 'static>(
         &self,
         cx: &mut MaySleep<'_>,
         driver: &Arc<D>,
@@ -45,7 +49,7 @@ impl Registered {
     }
 
     /// mmu_notifier_unregister. Not from a callback, nor with a lock that a callback takes.
-    pub(crate) fn unregister(&self, cx: &mut MaySleep<'_>) {
+    pub fn unregister(&self, cx: &mut MaySleep<'_>) {
         let registration = self.0.lock(cx).take();
         if let Some(registration) = registration {
             // Refused in a callback of the driver alone; dropping it, which does not wait, is all that is left then.

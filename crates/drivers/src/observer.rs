@@ -25,9 +25,24 @@ pub struct DeviceAccess<'a> {
     pub access: Access,
     /// Does the translation allow writes?
     pub writable: bool,
-    /// Does the binding follow its pages, and not the address, by design (VFIO)?
-    pub follows_page: bool,
+    /// What the translation is meant to follow.
+    pub follows: Follows,
 }
+
+/// What a translation is meant to follow when the program itself gives the memory up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follows {
+    /// The address.
+    Address,
+    /// The pages, for as long as they are bound (VFIO).
+    Pages,
+    /// The pages, from this moment on: it was asked for then, and is for one use.
+    PagesSince(Moment),
+}
+
+/// A moment in an execution, as its [`Observer`] counts them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(pub u64);
 
 /// A rule that a driver broke against itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
@@ -54,6 +69,9 @@ pub enum DriverBug {
     /// The frame that a driver let go of had been freed before.
     #[error("a driver marked a page dirty after it was freed")]
     DirtiedFreedPage,
+    /// A device was told to use what is not mapped.
+    #[error("a mapping was taken away from a device that was told to use it")]
+    TookMappingInUse,
 }
 
 /// Is told what devices do. All methods have an empty default.
@@ -69,6 +87,11 @@ pub trait Observer: Send + Sync {
     /// The access is done: the value read or written, or the frame had been freed.
     fn access_done(&self, cx: &mut Atomic<'_>, access: &DeviceAccess<'_>, result: Result<u64, FrameFreed>) {
         let _ = (cx, access, result);
+    }
+
+    /// The moment that it is now.
+    fn now(&self) -> Moment {
+        Moment(0)
     }
 
     /// A driver broke a rule of its own.

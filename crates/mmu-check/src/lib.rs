@@ -9,6 +9,7 @@ pub mod answer;
 pub mod check;
 pub mod corpus;
 pub mod diff;
+pub mod driver;
 pub mod era;
 pub mod explain;
 pub mod ledger;

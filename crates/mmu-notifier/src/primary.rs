@@ -99,8 +99,9 @@ impl<'a> SetSeq<'a> {
     /// dropped.
     #[track_caller]
     pub fn set(self) -> SeqMoved {
-        let off = mutated(SiteKind::Bump, Location::caller());
-        if let Some((cell, seq)) = self.moves.filter(|_| !off) {
+        if let Some((cell, seq)) = self.moves
+            && !mutated(SiteKind::Bump, Location::caller())
+        {
             cell.store(seq.0, Ordering::Release);
         }
         SeqMoved(())
@@ -286,10 +287,12 @@ pub trait Subscription: Send + Sync {
     /// # Errors
     /// [`Gone`]: no sequence of this subscription will ever be trustworthy again, or
     /// ([`Gone::InsideInvalidation`]) the caller waits for itself.
+    #[track_caller]
     fn read_begin(&self, cx: &mut MaySleep<'_>) -> Result<Self::Seq, Gone>;
 
     /// Has anything in the range changed since `seq`, or may have? True: get the pages again. Never sleeps, costs
     /// a load or two.
+    #[track_caller]
     fn read_retry(&self, seq: Self::Seq) -> bool;
 
     /// What is counted of the range, and nearly nothing else, while nothing in it has changed since `seq`. `None` where
@@ -301,6 +304,7 @@ pub trait Subscription: Send + Sync {
     /// As [`read_retry`](Subscription::read_retry), about the changes alone whose system call has returned before this
     /// call, in happens-before order: not enough where another thread can be in the middle of giving the memory
     /// back while this one is already handed its address. Loads only, for every source.
+    #[track_caller]
     fn read_retry_ordered(&self, seq: Self::Seq) -> bool {
         self.read_retry(seq)
     }

@@ -53,14 +53,11 @@ impl PrimaryMmu for Mm {
     fn fault_in(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<(), GupError> {
         // As hmm_range_fault: present for the access when looked at; no reference outlives the call.
         let foll = if access == Access::Write { Foll::GET.write() } else { Foll::GET };
-        self.get_user_pages(cx, range, foll).map(drop).map_err(|error| self.gup_error(range, access, error))
+        self.get_pages(cx, range, access, foll).map(drop)
     }
 
     fn pin(&self, cx: &mut MaySleep<'_>, range: Range, access: Access) -> Result<MmPin, GupError> {
-        let foll = if access == Access::Write { Foll::PIN.write() } else { Foll::PIN };
-        let pages = self.get_user_pages(cx, range, foll);
-        let pages = pages.map_err(|error| self.gup_error(range, access, error))?;
-        Ok(MmPin { range, access, pages })
+        self.pin_with(cx, range, access, Foll::PIN)
     }
 
     fn page_identity(&self, cx: &mut MaySleep<'_>, page: PageAddr) -> Result<PageIdentity, IdentityError> {
@@ -84,6 +81,47 @@ impl PrimaryMmu for Mm {
 }
 
 impl Mm {
+    /// As [`PrimaryMmu::pin`] with FOLL_LONGTERM: for as long as the holder likes, as fixed buffers of io_uring.
+    ///
+    /// # Errors
+    /// As for [`PrimaryMmu::pin`].
+    pub fn pin_longterm(
+        &self,
+        cx: &mut MaySleep<'_>,
+        range: Range,
+        access: Access,
+    ) -> Result<MmPin, GupError> {
+        self.pin_with(cx, range, access, Foll::PIN.longterm())
+    }
+
+    fn pin_with(
+        &self,
+        cx: &mut MaySleep<'_>,
+        range: Range,
+        access: Access,
+        foll: Foll,
+    ) -> Result<MmPin, GupError> {
+        let foll = if access == Access::Write { foll.write() } else { foll };
+        let pages = self.get_pages(cx, range, access, foll)?;
+        Ok(MmPin { range, access, pages })
+    }
+
+    /// get_user_pages of a consumer that need not be a thread of the process: the process does not end meanwhile
+    /// (mmget_not_zero).
+    fn get_pages(
+        &self,
+        cx: &mut MaySleep<'_>,
+        range: Range,
+        access: Access,
+        foll: Foll,
+    ) -> Result<UserPages, GupError> {
+        let user = self.weak().upgrade().and_then(|mm| mm.mmget()).ok_or(GupError::Released(range))?;
+        let pages = self.get_user_pages(cx, range, foll);
+        let pages = pages.map_err(|error| self.gup_error(range, access, error));
+        user.mmput(cx);
+        pages
+    }
+
     fn gup_error(&self, range: Range, access: Access, error: FaultError) -> GupError {
         if self.exiting.load(Ordering::SeqCst) {
             return GupError::Released(range);

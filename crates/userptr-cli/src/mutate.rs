@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use interleave::MaySleep;
-use mmu_check::mutate::{Fate, Limits, Mutation, SUBJECTS, Subject, mutate};
+use mmu_check::mutate::{Fate, LIBRARY, Limits, Mutation, SUBJECTS, Subject, mutate};
 use serde::Serialize;
 
 use crate::args::MutateArgs;
@@ -44,9 +44,11 @@ impl JsonFate {
 pub(crate) fn run(args: &MutateArgs) -> Result<ExitCode, Error> {
     let wanted =
         |subject: &&Subject| args.driver.as_ref().is_none_or(|name| subject.kind.name.contains(name));
-    let subjects: Vec<Subject> = SUBJECTS.iter().filter(wanted).copied().collect();
+    // The library's own when it is named.
+    let library = LIBRARY.iter().filter(|_| args.driver.is_some());
+    let subjects: Vec<Subject> = SUBJECTS.iter().chain(library).filter(wanted).copied().collect();
     if subjects.is_empty() {
-        let known: Vec<_> = SUBJECTS.iter().map(|subject| subject.kind.name).collect();
+        let known: Vec<_> = SUBJECTS.iter().chain(LIBRARY).map(|subject| subject.kind.name).collect();
         return Err(Error::NoSubject {
             name: args.driver.clone().unwrap_or_default(),
             known: known.join(", "),

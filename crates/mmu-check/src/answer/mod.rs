@@ -17,11 +17,12 @@ pub mod minimal;
 pub mod table;
 pub mod worth;
 
+use crate::driver;
 use crate::era::{Era, era};
 use crate::oracle::Rule;
 use crate::path::{PATHS, Path};
 use crate::scenario::{Cell, Facts, explore_within};
-use drivers::{Callback, Callbacks, DRIVERS, Holds, Kind};
+use drivers::{Callback, Callbacks, Holds, Kind};
 use interleave::explore::{Failure, Strategy};
 use interleave::{LockClass, MaySleep, Mutex, scope};
 use mmu_notifier::Access;
@@ -189,13 +190,16 @@ impl Row {
     }
 }
 
-/// Every driver binding for writing, and those that can bind for reading and keep pages in that way too.
+/// One driver binding for writing, and for reading if it can and keeps pages in that way.
+pub fn rows_of(kind: &'static Kind) -> impl Iterator<Item = Row> {
+    let reads = kind.reads && kind.holds != Holds::ProcessTable;
+    let accesses = [Some(Access::Write), reads.then_some(Access::Read)];
+    accesses.into_iter().flatten().map(move |access| Row { kind, access })
+}
+
+/// The rows of every driver.
 pub fn rows() -> Vec<Row> {
-    let write = DRIVERS.iter().map(|&kind| Row { kind, access: Access::Write });
-    let reads = DRIVERS.iter().filter(|kind| kind.reads && kind.holds != Holds::ProcessTable);
-    let mut rows: Vec<Row> = write.chain(reads.map(|&kind| Row { kind, access: Access::Read })).collect();
-    rows.sort_by_key(|row| DRIVERS.iter().position(|kind| std::ptr::eq(*kind, row.kind)));
-    rows
+    driver::all().flat_map(rows_of).collect()
 }
 
 /// What to answer.

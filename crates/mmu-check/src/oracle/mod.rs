@@ -15,7 +15,7 @@ mod rule;
 
 pub use rule::Rule;
 
-use drivers::{Binding, Callback, Counts, DeviceAccess, DriverBug, Holds, Observer};
+use drivers::{Binding, Callback, Counts, DeviceAccess, DriverBug, Follows, Holds, Moment, Observer};
 use interleave::Atomic;
 use interleave::explore::{Ghost, note, violation};
 use mmu_notifier::{Access, PageAddr, Range};
@@ -147,6 +147,19 @@ impl Oracle {
         self.state.read(|state| state.written.get(&(page, word)).copied())
     }
 
+    /// Is the device meant to stay on its pages when the program gives them up?
+    fn stays(&self, access: &DeviceAccess<'_>) -> bool {
+        match access.follows {
+            Follows::Address => false,
+            Follows::Pages => true,
+            // What was given up before the device asked for it is the past; where nobody tells, nobody knows.
+            Follows::PagesSince(_) if !self.windows => true,
+            Follows::PagesSince(Moment(since)) => self.state.read(|state| {
+                state.told.iter().skip(since as usize).any(|range| range.contains_addr(access.page.get()))
+            }),
+        }
+    }
+
     fn judge(&self, access: &DeviceAccess<'_>) -> Option<Broken> {
         let frames = access.mm.machine().frames();
         let (settled, open) = self.state.read(|state| {
@@ -175,7 +188,7 @@ impl Oracle {
             }
             now => {
                 let theirs = frames.is_anon(pfn) && !frames.is_ksm(pfn) && frames.mapcount(pfn) > 0;
-                if access.follows_page && self.explicit {
+                if self.explicit && self.stays(access) {
                     // By design it stays on its pages; it must not learn there what another process does since.
                     let known = self.state.read(|state| state.known.get(&place(access)).copied());
                     let word = frames.read(access.frame, access.word).ok();
@@ -231,6 +244,11 @@ impl Observer for Oracle {
             }),
             Err(freed) => self.broken(Rule::MemorySafety, freed.to_string()),
         }
+    }
+
+    /// As many moments as there were notifications.
+    fn now(&self) -> Moment {
+        Moment(self.state.read(|state| state.told.len() as u64))
     }
 
     fn driver_bug(&self, driver: &'static str, bug: DriverBug) {

@@ -22,8 +22,7 @@ fn cell(name: &str, without: &[String]) -> Result<Cell, Error> {
     let [driver, access, at, kernel] = name.split('/').collect::<Vec<_>>()[..] else {
         return Err(bad("it has four parts"));
     };
-    let kind =
-        drivers::DRIVERS.iter().find(|kind| kind.name == driver).ok_or_else(|| bad("no such driver"))?;
+    let kind = mmu_check::driver::named(driver).ok_or_else(|| bad("no such driver"))?;
     let access = match access {
         "read" => Access::Read,
         "write" => Access::Write,

@@ -254,7 +254,8 @@ pub enum FenceError {
 /// # Safety
 /// A batch accesses nothing but what the commands name, at addresses where the same type's
 /// [`Device`](super::Device) has mapped memory, for the access that it was mapped for; and nothing at all once its
-/// fence is signaled, or if [`submit`](Engine::submit) fails or panics, once that has returned.
+/// fence is signaled, once [waiting](Fence::wait) for it has returned or panicked, or if [`submit`](Engine::submit) fails or
+/// panics, once that has returned.
 pub unsafe trait Engine: Send + Sync {
     /// What tells that a batch is done.
     type Fence: Fence;

@@ -13,6 +13,7 @@ pub mod cpu;
 mod error;
 pub mod io_uring;
 pub mod kvm;
+pub mod model;
 pub mod pinned;
 mod view;
 

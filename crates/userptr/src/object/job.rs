@@ -28,6 +28,20 @@ pub(super) struct Job<F> {
     done: WaitQueue,
 }
 
+/// Somebody waits for the engine. Dropped, the batch is done, also if the fence panics: the others must not wait for ever.
+struct Awaiting<'j, F: Fence> {
+    job: &'j Job<F>,
+    outcome: Option<Result<(), FenceError>>,
+}
+
+impl<F: Fence> Drop for Awaiting<'_, F> {
+    fn drop(&mut self) {
+        let outcome = self.outcome.take();
+        let _ = MaySleep::try_enter(|cx| *self.job.state.lock(cx) = State::Done(outcome));
+        self.job.done.wake_all();
+    }
+}
+
 impl<F: Fence> Job<F> {
     pub(super) fn new() -> Job<F> {
         Job { state: Mutex::new(&JOB, State::Submitting), done: WaitQueue::new(&JOB_DONE) }
@@ -54,9 +68,8 @@ impl<F: Fence> Job<F> {
             match std::mem::replace(&mut *state, State::Awaited) {
                 State::Running(fence) => {
                     drop(state);
-                    let outcome = fence.wait(cx);
-                    *self.state.lock(cx) = State::Done(Some(outcome));
-                    self.done.wake_all();
+                    let mut awaiting = Awaiting { job: self, outcome: None };
+                    awaiting.outcome = Some(fence.wait(cx));
                     return;
                 }
                 State::Done(outcome) => {

@@ -74,9 +74,11 @@ use std::fmt;
 use std::sync::Arc;
 
 use interleave::Ordering;
+use mmu_notifier::Range;
 use mmu_notifier::primary::PrimaryMmu;
 
 use self::core::Core;
+use crate::device::model::Model;
 use crate::device::{Device, Engine};
 
 pub use error::ObjectError;
@@ -162,6 +164,16 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Driver<M, D> {
             retried: counters.retried.load(Ordering::Relaxed),
             invalidated: counters.invalidated.load(Ordering::Relaxed),
         }
+    }
+}
+
+impl<M: PrimaryMmu + 'static, D: Device<M> + Model + 'static> Driver<M, D> {
+    /// As [`object_at`](Self::object_at), of memory that a model has: no reference can be in the way.
+    ///
+    /// # Errors
+    /// As for [`object`](Self::object).
+    pub fn object_of(&self, range: Range, flags: Flags) -> Result<Object<M, D>, ObjectError> {
+        Object::new(&self.core, (range.start(), range.len()), None, flags)
     }
 }
 
