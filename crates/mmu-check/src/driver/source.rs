@@ -21,8 +21,8 @@ use interleave::{
     AtomicBool, AtomicU64, Context, LockClass, MaySleep, Mutex, Ordering, Sleep, SpinLock, WaitQueue,
 };
 use mmu_notifier::primary::{
-    After, CountedBefore, Delivery, Gone, GupError, IdentityError, Invalidate, PageIdentity, PrimaryMmu, Seq,
-    SetSeq, SubscribeError, Subscription, Unheard,
+    After, Count, CountedBefore, Delivery, Gone, GupError, IdentityError, Invalidate, PageIdentity,
+    PrimaryMmu, Seq, SetSeq, SubscribeError, Subscription, Unheard,
 };
 use mmu_notifier::{Access, InsideInvalidation, Invalidation, PAGE_SIZE, PageAddr, Range};
 use softmm::{Mm, MmPin};
@@ -70,6 +70,11 @@ fn buckets(range: Range) -> impl Iterator<Item = usize> {
     (first..first + pages).map(|page| (page % BUCKETS) as usize)
 }
 
+/// A bit for each bucket of the range.
+fn key(range: Range) -> u64 {
+    buckets(range).fold(0, |key, bucket| key | 1 << bucket)
+}
+
 #[derive(Default)]
 struct Subscribed {
     next: u64,
@@ -106,7 +111,12 @@ impl Events {
     }
 
     fn count(&self, range: Range) -> u64 {
-        buckets(range).map(|bucket| self.counts[bucket].load(Ordering::SeqCst)).sum()
+        self.count_of(key(range))
+    }
+
+    fn count_of(&self, key: u64) -> u64 {
+        let counts = self.counts.iter().enumerate().filter(|(bucket, _)| key >> bucket & 1 != 0);
+        counts.map(|(_, count)| count.load(Ordering::SeqCst)).sum()
     }
 
     fn moves(&self, range: Range) {
@@ -241,8 +251,8 @@ impl<T: Timing> PrimaryMmu for Heard<T> {
         Some(self.events.era.load(Ordering::SeqCst))
     }
 
-    fn count_in(&self, range: Range) -> Option<u64> {
-        (!T::LATE).then(|| self.events.count(range))
+    fn count(&self, key: u64) -> Option<u64> {
+        (!T::LATE).then(|| self.events.count_of(key))
     }
 }
 
@@ -314,8 +324,8 @@ impl Subscription for Watch {
         !mutated(SiteKind::Retry, Location::caller()) && self.seq() != seq
     }
 
-    fn count_at(&self, seq: Seq) -> Option<u64> {
-        (!self.events.late).then_some(seq.get())
+    fn count_at(&self, seq: Seq) -> Option<Count> {
+        (!self.events.late).then(|| Count { key: key(self.range), value: seq.get() })
     }
 
     fn unsubscribe(&self, cx: &mut MaySleep<'_>) -> Result<(), InsideInvalidation> {
