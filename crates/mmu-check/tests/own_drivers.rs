@@ -82,7 +82,7 @@ fn deaf_they_show_the_past() {
 #[test]
 fn without_its_check_each_is_noticed() {
     let checks = [
-        (&driver::cache::KIND, "retry check in has_changed_since"),
+        (&driver::cache::KIND, "retry check in stands"),
         (&driver::objects::KIND, "retry check in is_current"),
         (&driver::objects::EXACT, "sequence bump in invalidate"),
     ];

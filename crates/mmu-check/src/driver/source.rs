@@ -86,6 +86,8 @@ struct Subscribed {
 pub(super) struct Events {
     pub(super) late: bool,
     counts: [AtomicU64; BUCKETS as usize],
+    /// By key, what [`Subscription::count_at`] said last: what is found where nobody looks whether it has moved.
+    given: [AtomicU64; 1 << BUCKETS],
     era: AtomicU64,
     in_flight: AtomicU64,
     /// Woken when `in_flight` falls.
@@ -101,6 +103,7 @@ impl Events {
         Events {
             late,
             counts: [AtomicU64::new(0), AtomicU64::new(0)],
+            given: [0; 1 << BUCKETS].map(AtomicU64::new),
             era: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
             ended: WaitQueue::new(&ENDED),
@@ -251,8 +254,15 @@ impl<T: Timing> PrimaryMmu for Heard<T> {
         Some(self.events.era.load(Ordering::SeqCst))
     }
 
+    #[track_caller]
     fn count(&self, key: u64) -> Option<u64> {
-        (!T::LATE).then(|| self.events.count_of(key))
+        if T::LATE {
+            return None;
+        }
+        if mutated(SiteKind::Retry, Location::caller()) {
+            return Some(self.events.given[key as usize].load(Ordering::SeqCst));
+        }
+        Some(self.events.count_of(key))
     }
 }
 
@@ -325,7 +335,12 @@ impl Subscription for Watch {
     }
 
     fn count_at(&self, seq: Seq) -> Option<Count> {
-        (!self.events.late).then(|| Count { key: key(self.range), value: seq.get() })
+        if self.events.late {
+            return None;
+        }
+        let count = Count { key: key(self.range), value: seq.get() };
+        self.events.given[count.key as usize].store(count.value, Ordering::SeqCst);
+        Some(count)
     }
 
     fn unsubscribe(&self, cx: &mut MaySleep<'_>) -> Result<(), InsideInvalidation> {

@@ -10,15 +10,18 @@
 //! ```
 #![allow(dead_code, reason = "each test binary uses some of it")]
 
+use std::cell::Cell;
 use std::sync::Arc;
 
-use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering, Scope, Sleep, WaitQueue};
+use interleave::{
+    AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering, PerThread, Scope, Sleep, WaitQueue,
+};
 use mmu_notifier::primary::{
     After, Count, Gone, GupError, IdentityError, Invalidate, PageIdentity, PrimaryMmu, SeqMoved, SetSeq,
     SubscribeError, Subscription, Unheard,
 };
 use mmu_notifier::{
-    Access, InsideInvalidation, Invalidation, PAGE_SHIFT, PAGE_SIZE, PageAddr, Range, Seq, WouldBlock,
+    Access, Event, InsideInvalidation, Invalidation, PAGE_SHIFT, PAGE_SIZE, PageAddr, Range, Seq, WouldBlock,
 };
 use softmm::{Machine, Mm, MmPin, MmSubscription, Placement, Prot};
 
@@ -82,6 +85,9 @@ fn mask(range: Range) -> u64 {
 static EVENTS: LockClass = LockClass::new("modelled_events");
 static CALLEES: LockClass = LockClass::new("modelled_callees");
 static CALLEE: LockClass = LockClass::new("modelled_callee");
+
+/// The callee that the thread is in a callback of.
+static CALLING: PerThread<Cell<*const Callee>> = PerThread::new(|| Cell::new(std::ptr::null()));
 
 /// Whom to call back. Its lock is held while the callback runs, and taken to end it.
 struct Callee {
@@ -189,8 +195,10 @@ impl News {
         for callee in callees.iter().filter(|callee| mask(callee.range) & read != 0) {
             if let Some(callback) = &*callee.callback.lock(cx) {
                 let inv = Invalidation::of_unknown_kind(callee.range);
+                CALLING.with(|calling| calling.set(Arc::as_ptr(callee)));
                 // A range that blocks cannot be refused.
                 let _ = callback.invalidate(Sleep::May(cx), &inv, SetSeq::already_moved());
+                CALLING.with(|calling| calling.set(std::ptr::null()));
             }
         }
     }
@@ -209,7 +217,10 @@ impl Invalidate for Ear {
         inv: &Invalidation,
         seq: SetSeq<'_>,
     ) -> Result<SeqMoved, WouldBlock> {
-        if let Some(news) = &self.news {
+        // uffd hears of what is unmapped, and not of copies: a pin makes one of the zero page.
+        if let Some(news) =
+            self.news.as_ref().filter(|news| !news.how.is_uffd() || inv.event == Some(Event::Unmap))
+        {
             news.begins(inv.range);
         }
         Ok(if self.how == How::Never { seq.skip_against_the_rules() } else { seq.set() })
@@ -279,11 +290,15 @@ pub(crate) struct ToldSubscription {
 }
 
 impl Drop for ToldSubscription {
-    /// As a fence: a callback that runs has returned.
+    /// As a fence: a callback that runs has returned. In the callback itself, which cannot wait for itself, it makes sure
+    /// that this call is the last.
     fn drop(&mut self) {
         if let Some(callee) = self.callee.take() {
+            let inside = CALLING.with(|calling| calling.get() == Arc::as_ptr(&callee));
             MaySleep::enter(|cx| {
-                *callee.callback.lock(cx) = None;
+                if !inside {
+                    *callee.callback.lock(cx) = None;
+                }
                 self.news.callees.lock(cx).retain(|other| !Arc::ptr_eq(other, &callee));
             });
         }
