@@ -6,7 +6,7 @@ use serde_json::Value;
 
 #[test]
 fn counts_are_exact_for_static_and_dynamic_programs() {
-    if !able("counts_are_exact_for_static_and_dynamic_programs") {
+    if !able() {
         return;
     }
     for linkage in ["static", "dynamic"] {
@@ -24,7 +24,7 @@ fn counts_are_exact_for_static_and_dynamic_programs() {
 
 #[test]
 fn children_are_followed_when_asked_and_only_then() {
-    if !able("children_are_followed_when_asked_and_only_then") {
+    if !able() {
         return;
     }
     assert_eq!(added(&["--follow"], "static", "fork", 17, "munmap"), (17, 17));
@@ -36,7 +36,7 @@ fn children_are_followed_when_asked_and_only_then() {
 
 #[test]
 fn copies_on_write_are_page_faults_one_for_each_page() {
-    if !able("copies_on_write_are_page_faults_one_for_each_page") {
+    if !able() {
         return;
     }
     let (_, json) = watch(&[], &subject("static"), &["cow", "23"]);
@@ -49,7 +49,7 @@ fn copies_on_write_are_page_faults_one_for_each_page() {
 
 #[test]
 fn the_caller_is_named_where_only_unwind_tables_lead_to_it() {
-    if !able("the_caller_is_named_where_only_unwind_tables_lead_to_it") {
+    if !able() {
         return;
     }
     // In a static program the C library is the program's own code, and the innermost place is the answer.

@@ -2,6 +2,7 @@
 //! Programs of every kind: how they share an mm, get a new one, or make it hard to put a notifier on it.
 
 use crate::run::{Session, USERPTR, able, added, amount, patient, run, status, subject, watch};
+use hostmm::testing::skip_for;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -9,7 +10,7 @@ use std::process::{Command, Stdio};
 
 #[test]
 fn a_process_in_the_mm_of_another_is_counted_once() {
-    if !able("a_process_in_the_mm_of_another_is_counted_once") {
+    if !able() {
         return;
     }
     for options in [&["--follow"][..], &[]] {
@@ -23,7 +24,7 @@ fn a_process_in_the_mm_of_another_is_counted_once() {
 
 #[test]
 fn chains_of_vfork_and_exec_are_followed_to_their_end() {
-    if !able("chains_of_vfork_and_exec_are_followed_to_their_end") {
+    if !able() {
         return;
     }
     for linkage in ["static", "dynamic"] {
@@ -39,7 +40,7 @@ fn chains_of_vfork_and_exec_are_followed_to_their_end() {
 
 #[test]
 fn exec_by_another_thread_than_the_first_is_an_exec() {
-    if !able("exec_by_another_thread_than_the_first_is_an_exec") {
+    if !able() {
         return;
     }
     for linkage in ["static", "dynamic"] {
@@ -49,7 +50,7 @@ fn exec_by_another_thread_than_the_first_is_an_exec() {
 
 #[test]
 fn a_filter_that_kills_does_not_kill_for_our_calls() {
-    if !able("a_filter_that_kills_does_not_kill_for_our_calls") {
+    if !able() {
         return;
     }
     assert_eq!(added(&["--follow"], "static", "seccomp", 9, "munmap"), (9, 9));
@@ -57,7 +58,7 @@ fn a_filter_that_kills_does_not_kill_for_our_calls() {
 
 #[test]
 fn a_full_table_of_descriptors_is_no_obstacle_and_stays_full() {
-    if !able("a_full_table_of_descriptors_is_no_obstacle_and_stays_full") {
+    if !able() {
         return;
     }
     let script = format!("ulimit -S -n 50; exec {} full_table 9", subject("static").display());
@@ -72,7 +73,7 @@ fn a_full_table_of_descriptors_is_no_obstacle_and_stays_full() {
 
 #[test]
 fn our_own_soft_limit_of_descriptors_is_none() {
-    if !able("our_own_soft_limit_of_descriptors_is_none") {
+    if !able() {
         return;
     }
     let file = crate::run::tempfile(Path::new("limit"), &[]);
@@ -90,14 +91,14 @@ fn our_own_soft_limit_of_descriptors_is_none() {
 
 #[test]
 fn an_unprivileged_program_is_watched_like_any_other() {
-    if !able("an_unprivileged_program_is_watched_like_any_other") {
+    if !able() {
         return;
     }
     let program = subject("static");
     let nobody = ["--reuid", "65534", "--regid", "65534", "--clear-groups", program.to_str().unwrap()];
     let alone = Command::new("setpriv").args(nobody).args(["munmap", "1"]).stderr(Stdio::null()).status();
     if !alone.is_ok_and(|s| s.success()) {
-        println!("skipped: an_unprivileged_program_is_watched_like_any_other: setpriv: not possible here");
+        skip_for("setpriv", "not possible here");
         return;
     }
     let of = |n: &str| {
@@ -129,7 +130,7 @@ fn elf32() -> Vec<u8> {
 
 #[test]
 fn a_32_bit_program_runs_unwatched_and_that_is_said() {
-    if !able("a_32_bit_program_runs_unwatched_and_that_is_said") {
+    if !able() {
         return;
     }
     use std::os::unix::fs::PermissionsExt;
@@ -198,28 +199,28 @@ fn attached(way: &str, n: i64) -> String {
 
 #[test]
 fn a_running_program_is_watched_and_let_go() {
-    if able("a_running_program_is_watched_and_let_go") {
+    if able() {
         assert_eq!(attached("wait", 19), "done\n");
     }
 }
 
 #[test]
 fn so_is_one_whose_first_thread_is_gone() {
-    if able("so_is_one_whose_first_thread_is_gone") {
+    if able() {
         assert_eq!(attached("no_leader", 8), "done\n");
     }
 }
 
 #[test]
 fn a_restartable_sequence_that_is_interrupted_is_aborted() {
-    if able("a_restartable_sequence_that_is_interrupted_is_aborted") {
+    if able() {
         assert_eq!(attached("rseq", 6), "armed\n");
     }
 }
 
 #[test]
 fn a_tracer_that_is_killed_leaves_a_program_that_goes_on() {
-    if !able("a_tracer_that_is_killed_leaves_a_program_that_goes_on") {
+    if !able() {
         return;
     }
     let mut session = Session::start(&[], &subject("dynamic"), &["wait", "3"]);

@@ -3,11 +3,12 @@
 
 use crate::run::{Session, able, amount, patient, subject};
 use hostmm::setting::Setting;
+use hostmm::testing::skip_for;
 use std::path::Path;
 
 #[test]
 fn a_file_truncated_by_another_process_is_told_twice_for_each_mapping() {
-    if !able("a_file_truncated_by_another_process_is_told_twice_for_each_mapping") {
+    if !able() {
         return;
     }
     let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("truncated");
@@ -30,14 +31,13 @@ fn a_file_truncated_by_another_process_is_told_twice_for_each_mapping() {
 
 #[test]
 fn pages_that_ksm_merges_are_told_as_ksmds() {
-    let name = "pages_that_ksm_merges_are_told_as_ksmds";
-    if !able(name) {
+    if !able() {
         return;
     }
     // `doctor` knows whether KSM is there.
     let has = std::process::Command::new(crate::run::USERPTR).args(["doctor", "--has", "ksm"]).status();
     if !has.is_ok_and(|s| s.success()) {
-        println!("skipped: {name}: ksm: not on this machine");
+        skip_for("ksm", "not on this machine");
         return;
     }
     let set = |file: &str, value: &str| Setting::set(format!("/sys/kernel/mm/ksm/{file}"), value);
@@ -54,7 +54,7 @@ fn pages_that_ksm_merges_are_told_as_ksmds() {
     let (status, json) = session.end();
     assert!(status.success());
     if !merged {
-        println!("skipped: {name}: ksm: ksmd does not come to these pages in time");
+        skip_for("ksmd", "does not come to these pages in time");
         return;
     }
     assert_eq!(amount(&json, "kernel: ksmd"), (3 * pairs, 3 * pairs));

@@ -2,6 +2,7 @@
 //! The page that `--report` writes, in a real browser: what its table does when it is clicked and typed at.
 
 use crate::run::{able, run, subject, watch};
+use hostmm::testing::skip_for;
 use std::path::Path;
 use std::process::Command;
 
@@ -22,12 +23,11 @@ document.body.textContent = said.join(";");
 
 #[test]
 fn the_table_of_the_page_is_sorted_and_filtered() {
-    let name = "the_table_of_the_page_is_sorted_and_filtered";
-    if !able(name) {
+    if !able() {
         return;
     }
     if !Command::new("chromium").arg("--version").output().is_ok_and(|o| o.status.success()) {
-        println!("skipped: {name}: chromium: not installed");
+        skip_for("chromium", "not installed");
         return;
     }
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("page.html");

@@ -2,6 +2,7 @@
 //! What cannot be watched: a clear error, exit code 2, and nothing left stopped.
 
 use crate::run::{USERPTR, able, pause, run};
+use hostmm::testing::skip_for;
 use std::process::{Command, Stdio};
 
 #[test]
@@ -14,7 +15,7 @@ fn bad_input_gets_a_clear_error() {
     assert!(fails(&[]).contains("required"));
     assert!(fails(&["--pid", "0"]).contains("0"));
     assert!(fails(&["--output", "/nonexistent/x", "--", "true"]).contains("/nonexistent/x"));
-    if !able("bad_input_gets_a_clear_error") {
+    if !able() {
         return;
     }
     assert!(fails(&["--", "/nonexistent/program"]).contains("/nonexistent/program: No such file"));
@@ -62,7 +63,7 @@ fn as_nobody(capabilities: &str) -> Option<Command> {
 #[test]
 fn whoever_lacks_a_capability_is_told_so() {
     let Some(mut nobody) = as_nobody("") else {
-        println!("skipped: whoever_lacks_a_capability_is_told_so: setpriv: not possible here");
+        skip_for("setpriv", "not possible here");
         return;
     };
     let output = run(nobody.args([USERPTR, "watch", "--", "true"]));
@@ -73,12 +74,12 @@ fn whoever_lacks_a_capability_is_told_so() {
 
 #[test]
 fn a_foreign_users_process_is_refused() {
-    if !able("a_foreign_users_process_is_refused") {
+    if !able() {
         return;
     }
     // All that watching needs, but not what tracing others' processes needs.
     let Some(mut nobody) = as_nobody("+bpf,+perfmon,+sys_admin,+dac_override") else {
-        println!("skipped: a_foreign_users_process_is_refused: setpriv: not possible here");
+        skip_for("setpriv", "not possible here");
         return;
     };
     let pid = std::process::id().to_string();

@@ -2,6 +2,7 @@
 //! Building the subject, watching it, reading what was counted. Everything has a deadline: a traced program that hangs
 //! must not hang the tests.
 
+use hostmm::testing::skip_for;
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
@@ -36,12 +37,12 @@ pub(crate) fn subject(linkage: &str) -> PathBuf {
 }
 
 /// Are the capabilities there? Says so if not.
-pub(crate) fn able(test: &str) -> bool {
+pub(crate) fn able() -> bool {
     ["dev_kvm", "kvm_tracepoint", "bpf", "ptrace", "pidfd_getfd"].into_iter().all(|name| {
         let has = Command::new(USERPTR).args(["doctor", "--has", name]).status();
         let there = has.is_ok_and(|s| s.success());
         if !there {
-            println!("skipped: {test}: {name}: not on this machine");
+            skip_for(name, "not on this machine");
         }
         there
     })

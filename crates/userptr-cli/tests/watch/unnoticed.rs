@@ -2,11 +2,12 @@
 //! What a program notices of being watched, and who sends it signals, or starts and ends it: nothing.
 
 use crate::run::{Session, able, patient, pause, run, status, subject, watch};
+use hostmm::testing::skip_for;
 use std::process::{Command, Stdio};
 
 #[test]
 fn what_a_program_sees_of_itself_is_as_without_us() {
-    if !able("what_a_program_sees_of_itself_is_as_without_us") {
+    if !able() {
         return;
     }
     for linkage in ["static", "dynamic"] {
@@ -21,7 +22,7 @@ fn what_a_program_sees_of_itself_is_as_without_us() {
 
 #[test]
 fn the_exit_code_is_the_programs() {
-    if !able("the_exit_code_is_the_programs") {
+    if !able() {
         return;
     }
     let program = subject("static");
@@ -33,7 +34,7 @@ fn the_exit_code_is_the_programs() {
 
 #[test]
 fn a_signal_sent_to_us_is_the_programs() {
-    if !able("a_signal_sent_to_us_is_the_programs") {
+    if !able() {
         return;
     }
     for signal in ["INT", "TERM"] {
@@ -48,11 +49,11 @@ fn a_signal_sent_to_us_is_the_programs() {
 
 #[test]
 fn ctrl_c_reaches_the_program_once_and_the_report_is_written() {
-    if !able("ctrl_c_reaches_the_program_once_and_the_report_is_written") {
+    if !able() {
         return;
     }
     if !Command::new("script").arg("--version").stdout(Stdio::null()).status().is_ok_and(|s| s.success()) {
-        println!("skipped: ctrl_c_reaches_the_program_once_and_the_report_is_written: script: not installed");
+        skip_for("script", "not installed");
         return;
     }
     use std::io::{BufRead, BufReader, Write};
@@ -78,7 +79,7 @@ fn ctrl_c_reaches_the_program_once_and_the_report_is_written() {
 
 #[test]
 fn daemons_are_waited_for_when_they_are_followed() {
-    if !able("daemons_are_waited_for_when_they_are_followed") {
+    if !able() {
         return;
     }
     let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("daemon-was-here");
@@ -102,7 +103,7 @@ fn is_stuck(pid: u32) -> bool {
 
 #[test]
 fn a_tracer_killed_at_any_moment_leaves_nothing_stopped() {
-    if !able("a_tracer_killed_at_any_moment_leaves_nothing_stopped") {
+    if !able() {
         return;
     }
     for round in 0..12 {
@@ -129,7 +130,7 @@ fn a_tracer_killed_at_any_moment_leaves_nothing_stopped() {
 
 #[test]
 fn a_program_killed_at_any_moment_is_told_as_killed() {
-    if !able("a_program_killed_at_any_moment_is_told_as_killed") {
+    if !able() {
         return;
     }
     for round in 0..12 {
