@@ -18,7 +18,9 @@
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
+use crate::driver::{
+    BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, in_process, submit_checked,
+};
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::site::{bump, changed, unbump};
@@ -227,8 +229,7 @@ impl Driver for AtomicChangePte {
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
         let (range, access) = self.bound(cx, binding)?;
-        check_ops(self.context.mm(), range, access, ops)?;
-        Ok(self.context.submit(cx, binding, ops))
+        submit_checked(cx, &self.context, binding, range, access, ops)
     }
 
     fn device_fault(

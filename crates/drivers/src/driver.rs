@@ -289,3 +289,16 @@ pub fn check_ops(mm: &Mm, range: Range, access: Access, ops: &[DeviceOp]) -> Res
     }
     Ok(())
 }
+
+/// Gives `ops` to the device as they are, if the binding allows them.
+pub(crate) fn submit_checked(
+    cx: &mut MaySleep<'_>,
+    context: &DeviceContext,
+    binding: Binding,
+    range: Range,
+    access: Access,
+    ops: &[DeviceOp],
+) -> Result<RequestId, SubmitError> {
+    check_ops(context.mm(), range, access, ops)?;
+    Ok(context.submit(cx, binding, ops))
+}

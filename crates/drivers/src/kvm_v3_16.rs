@@ -24,7 +24,9 @@
 
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
+use crate::driver::{
+    BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, in_process, submit_checked,
+};
 use crate::engine::RequestId;
 use crate::kvm::{self, Slot, Slots};
 use crate::listener::Registered;
@@ -319,8 +321,7 @@ impl Driver for Kvm {
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
         let slot = self.slot(cx, binding).ok_or(SubmitError::NotBound(binding))?;
-        check_ops(self.context.mm(), slot.range, slot.access, ops)?;
-        Ok(self.context.submit(cx, binding, ops))
+        submit_checked(cx, &self.context, binding, slot.range, slot.access, ops)
     }
 
     fn device_fault(

@@ -10,7 +10,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, submit_checked};
 use crate::engine::RequestId;
 use crate::hmm::dirty_if_written;
 use crate::listener::{IntervalDriver, IntervalListener};
@@ -235,8 +235,7 @@ impl<M: Mirror> Driver for Adapter<M> {
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
         let bound = self.bound(cx, binding).ok_or(SubmitError::NotBound(binding))?;
-        check_ops(self.context.mm(), bound.object.range, bound.object.access, ops)?;
-        Ok(self.context.submit(cx, binding, ops))
+        submit_checked(cx, &self.context, binding, bound.object.range, bound.object.access, ops)
     }
 
     fn device_fault(

@@ -9,7 +9,7 @@
 
 use crate::bindings::Bindings;
 use crate::device::{Binding, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, SubmitError, check_ops};
+use crate::driver::{BindError, SubmitError, submit_checked};
 use crate::engine::RequestId;
 use interleave::{AtomicBool, Context, LockClass, MaySleep, Ordering, SpinLock};
 use mmu_notifier::{Access, PageAddr, Range};
@@ -62,8 +62,7 @@ impl Pasid {
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
         let (range, access) = self.bound(cx, binding)?;
-        check_ops(context.mm(), range, access, ops)?;
-        Ok(context.submit(cx, binding, ops))
+        submit_checked(cx, context, binding, range, access, ops)
     }
 
     /// handle_mm_fault for the device. It says nothing about what the device will find: it walks again.

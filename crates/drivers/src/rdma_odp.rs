@@ -20,7 +20,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
 use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops};
+use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, submit_checked};
 use crate::engine::RequestId;
 use crate::hmm::{dirty_if_written, hmm_range_fault};
 use crate::listener::{IntervalDriver, IntervalListener};
@@ -150,8 +150,7 @@ impl Driver for Odp {
         ops: &[DeviceOp],
     ) -> Result<RequestId, SubmitError> {
         let region = self.region(cx, binding).ok_or(SubmitError::NotBound(binding))?;
-        check_ops(self.context.mm(), region.umem.range, region.umem.access, ops)?;
-        Ok(self.context.submit(cx, binding, ops))
+        submit_checked(cx, &self.context, binding, region.umem.range, region.umem.access, ops)
     }
 
     /// pagefault_real_mr.

@@ -14,7 +14,7 @@
 use crate::bindings::Bindings;
 use crate::callbacks::Callbacks;
 use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
-use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, check_ops, in_process};
+use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, in_process, submit_checked};
 use crate::engine::RequestId;
 use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::{Access, Range};
@@ -114,8 +114,7 @@ impl Driver for Vfio {
     ) -> Result<RequestId, SubmitError> {
         let iommu = self.iommu.lock(cx);
         let dma = iommu.dma_list.get(&binding).ok_or(SubmitError::NotBound(binding))?;
-        check_ops(self.context.mm(), dma.range, dma.access, ops)?;
-        Ok(self.context.submit(cx, binding, ops))
+        submit_checked(cx, &self.context, binding, dma.range, dma.access, ops)
     }
 
     fn close(&self, cx: &mut MaySleep<'_>) {
