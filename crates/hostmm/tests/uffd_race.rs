@@ -15,12 +15,16 @@ live!(without_a_source_every_reuse_is_stale, || {
 
 live!(reuse_while_in_munmap, || {
     let source = open();
+    let mut shown = 0;
     for (rounds, hogs) in [(20_000, 0), (1000, 3)] {
         let strict = reuse(&Strict(source.clone()), Way::Munmap, rounds, hogs).unwrap();
         let control = reuse(&Ordered(source.clone()), Way::Munmap, rounds, hogs).unwrap();
         println!("munmap, {hogs} hogs: strict {strict:?}, control {control:?}");
-        assert!(strict.stale == 0 && control.stale > 0, "{strict:?} {control:?}");
+        assert_eq!(strict.stale, 0);
+        shown += control.stale;
     }
+    // Summed, for hogs may keep the two threads from ever running at once.
+    assert!(shown > 0, "the control has no teeth");
 });
 
 live!(reuse_while_in_mremap, || {
