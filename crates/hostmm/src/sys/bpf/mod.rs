@@ -4,6 +4,8 @@
 //! No clang, no BTF, no libbpf: the programs are a few dozen instructions, written with [`asm`].
 
 pub(crate) mod asm;
+#[cfg(test)]
+pub(crate) mod run;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
