@@ -21,7 +21,7 @@ const LINE: usize = 2 * QUAD;
 struct Quad([plain::AtomicU64; QUAD]);
 
 #[repr(align(64))]
-struct Line([Quad; LINE / QUAD]);
+struct Line(#[expect(dead_code, reason = "reached by address")] [Quad; LINE / QUAD]);
 
 /// A fixed number of atomic `u64`; each eight of them, from the first on, are a cache line. Any context; not in statics.
 pub struct AtomicWords {
@@ -75,9 +75,10 @@ impl AtomicWords {
     #[inline(always)]
     pub fn quad(&self, n: usize) -> AtomicQuad<'_> {
         assert!(n < self.len / QUAD);
-        // SAFETY: `new` made as many lines as `len` words need, and none is ever taken away.
-        let line = unsafe { self.lines.get_unchecked(n * QUAD / LINE) };
-        AtomicQuad { all: self, quad: &line.0[n % (LINE / QUAD)] }
+        // SAFETY: `new` made as many lines as `len` words need, which are quads one after the other, and none is ever taken
+        // away.
+        let quad = unsafe { &*self.lines.as_ptr().cast::<Quad>().add(n) };
+        AtomicQuad { all: self, quad }
     }
 }
 

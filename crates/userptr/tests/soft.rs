@@ -289,6 +289,25 @@ fn an_audit_finds_what_nobody_told_of_and_nothing_else() {
     }
 }
 
+#[test]
+fn a_batch_is_audited_too() {
+    for (how, stale) in [(How::Kvm, 0), (How::Never, 1)] {
+        with_mm(|cx, mm| {
+            let options = Options { audit: NonZeroU32::new(1), ..options(8) };
+            let cache =
+                RegistrationCache::new(Told::new(cx, mm, how), Pinned { mappings: 8 }, options).unwrap();
+            map(cx, mm, pages(0, 1), 1);
+            let (addr, len) = (pages(0, 1).start() as usize, PAGE_SIZE as usize);
+            drop(cache.get(addr, len, Access::Write).unwrap());
+            assert!(cache.batch().unwrap().lookup(addr, len, Access::Write).is_some());
+            mm.munmap(cx, pages(0, 1));
+            map(cx, mm, pages(0, 1), 2);
+            assert!(cache.batch().unwrap().lookup(addr, len, Access::Write).is_none(), "{how:?}");
+            assert_eq!(cache.stats().unwrap().audited_stale, stale, "{how:?}");
+        });
+    }
+}
+
 type ToldCache = RegistrationCache<Told, Pinned>;
 
 /// A lookup of page 0, and what the device sees there.

@@ -104,6 +104,8 @@ impl<'c, M: PrimaryMmu + 'static, D: Device<M> + 'static> Batch<'c, M, D> {
     ) {
         let core: &'b Core<M, D> = &self.cache.core;
         let audits = core.audit.is_on();
+        // One for all: what changes later was there when the call began.
+        let era = core.mm.era_ordered();
         let mut wanted = [Wanted { addr: 0, want: Range::ALL, index: NOBODY }; TOGETHER];
         let (mut asked, mut found) = (0, 0);
         loop {
@@ -122,7 +124,7 @@ impl<'c, M: PrimaryMmu + 'static, D: Device<M> + 'static> Batch<'c, M, D> {
             let wanted = &wanted[..count];
             for &Wanted { addr, want, index } in wanted {
                 let sound = index != NOBODY && (!audits || self.is_sound(want, access));
-                let seen = if sound { core.look(here, &self.pin, index, want, access) } else { None };
+                let seen = if sound { core.look(here, &self.pin, index, want, access, era) } else { None };
                 found += u64::from(seen.is_some());
                 each(asked, seen.map(|seen| Registered { device: &core.device, seen, addr }));
                 asked += 1;

@@ -195,7 +195,8 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         self.try_claim(Here::ask(), index, want, access, check).map(|claim| self.slab.keep(claim))
     }
 
-    /// As [`hit`](Self::hit), of what is pinned, with the first entry that could contain `want`.
+    /// As [`hit`](Self::hit), of what is pinned, with the first entry that could contain `want`, as of when `era` was the
+    /// [ordered era](PrimaryMmu::era_ordered).
     #[inline(always)]
     pub(super) fn look<'p>(
         &'p self,
@@ -204,13 +205,14 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         index: u32,
         want: Range,
         access: Access,
+        era: Option<u64>,
     ) -> Option<Glance<'p, M, D>> {
         let seen = pin.see(here, index);
         let (state, head) = (seen.state(), Head(seen.words()));
         if state.is_live()
             && head.pages(here).contain(want)
             && (access == Access::Read || state.has(WRITE))
-            && self.stands(here, head, Check::Ordered)
+            && self.stands(here, head, || era)
         {
             head.touch(here);
             return Some(seen);
@@ -253,7 +255,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             self.in_vain();
             return None;
         };
-        if self.stands(here, head, check) {
+        if self.stands(here, head, || self.era(check)) {
             head.touch(here);
             return Some(found);
         }
@@ -272,13 +274,13 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     /// changed since the range was last found in order, which must be written down in the entry, whose line threads
     /// share, after every change anywhere.
     #[inline(always)]
-    fn stands(&self, here: Here, head: Head<'_>, check: Check) -> bool {
+    fn stands(&self, here: Here, head: Head<'_>, era: impl FnOnce() -> Option<u64>) -> bool {
         let key = head.key(here);
         let stamp = head.stamp(here);
         if key != NEVER {
             return self.mm.count(key) == Some(stamp);
         }
-        stamp != NO_STAMP && self.era(check) == Some(stamp)
+        stamp != NO_STAMP && era() == Some(stamp)
     }
 
     #[inline(always)]
