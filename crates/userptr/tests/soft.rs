@@ -475,7 +475,6 @@ fn a_total_that_moves_before_its_bucket_is_found() {
 fn a_monitor_that_reads_before_it_says_so_is_found() {
     replacement_fails(How::UffdReadsFirst, true, strict);
     replacement_fails(How::UffdReadsFirst, true, ordered);
-    replacement_fails(How::UffdReadsFirst, true, batched);
 }
 
 #[test]
