@@ -131,7 +131,10 @@ fn only_its_buckets() {
         }
         assert!(!dontneed(2, 8), "eight granules, not wide");
         assert!(dontneed(3, 8), "eight granules, the last one inside");
-        assert!(dontneed(20, 9), "nine granules are wide: everybody is told");
+        for first in 0..48 {
+            let overlaps = first < 14 && first + 16 > 10;
+            assert_eq!(dontneed(first, 16), overlaps, "a wide change from page {first} on");
+        }
     });
 }
 
