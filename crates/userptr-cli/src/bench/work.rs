@@ -125,10 +125,9 @@ impl<C: Contestant> Bench<C> {
                         let (go, ready) = (&go, &ready);
                         scope.spawn("bench-hit", move |_| {
                             pin_to(cpus, t);
-                            // An order of its own for each thread, as good as random to the caches.
                             let len = (*pages).max(1024).next_multiple_of(BATCH);
-                            let order: Vec<usize> =
-                                (0..len).map(|n| memory.page(n * (7919 + 2 * t) % pages)).collect();
+                            let mut order: Vec<usize> = (0..len).map(|n| memory.page(n % pages)).collect();
+                            shuffle(&mut order, t);
                             // What was taken for changed since (the thread's own stack was mapped just now) is registered
                             // again before the clock runs.
                             let warm =
@@ -196,6 +195,17 @@ impl<C: Contestant> Bench<C> {
             stale: outcome.stale,
             missed: 0,
         })
+    }
+}
+
+/// An order of its own for each thread, which no prefetcher guesses.
+fn shuffle(order: &mut [usize], thread: usize) {
+    let mut state = 0x9e37_79b9_7f4a_7c15 + thread as u64;
+    for last in (1..order.len()).rev() {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        order.swap(last, (state % (last as u64 + 1)) as usize);
     }
 }
 
