@@ -14,10 +14,11 @@
 //! Lock order: any, with the ptl held > device TLB. All spin locks; never sleeps.
 
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError};
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use crate::pasid::Pasid;
 use interleave::{Atomic, MaySleep, PageContext};
 use mmu_notifier::{Access, MmuNotifier, Ops, PageAddr, Range};

@@ -19,10 +19,11 @@
 //! Not modelled: the page-request queue and its limits; access flags of the request; several PASIDs.
 
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError};
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use crate::pasid::Pasid;
 use crate::site::{bump, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, PageContext, Sleep, SpinLock};

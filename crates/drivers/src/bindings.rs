@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What a driver has bound, by the name that it gave out for it.
 
-use crate::device::Binding;
+use crate::op::Binding;
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
 

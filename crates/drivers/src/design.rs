@@ -13,10 +13,11 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::Callback;
-use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::op::{Binding, DeviceOp};
 use crate::site::changed;
 use interleave::{LockClass, MaySleep, Mutex, MutexGuard};
 use mmu_notifier::{Access, MmuNotifier, Range};

@@ -17,12 +17,13 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{
     BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, in_process, submit_checked,
 };
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, Sleep, SpinLock};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};

@@ -11,9 +11,9 @@
 
 use crate::callbacks::{Callback, Callbacks};
 use crate::design::{self, Design, Gpu};
-use crate::device::{Binding, DeviceOp};
 use crate::driver::{Holds, Kind, SubmitError};
 use crate::engine::RequestId;
+use crate::op::{Binding, DeviceOp};
 use interleave::{MaySleep, Sleep};
 use mmu_notifier::{Invalidation, MmuNotifier, Ops, Range, WouldBlock};
 use std::sync::Arc;

@@ -14,9 +14,9 @@
 
 use crate::callbacks::{Callback, Callbacks};
 use crate::design::{self, Design, Gpu};
-use crate::device::{Binding, DeviceOp};
 use crate::driver::{Holds, Kind, SubmitError};
 use crate::engine::RequestId;
+use crate::op::{Binding, DeviceOp};
 use crate::sequence::Sequence;
 use interleave::{MaySleep, Sleep};
 use mmu_notifier::{Invalidation, MmuNotifier, Ops, WouldBlock};

@@ -3,8 +3,9 @@
 
 use crate::callbacks::Callbacks;
 use crate::counters::Counts;
-use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp};
+use crate::device::{Device, DeviceContext};
 use crate::engine::{RequestId, refuse};
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use crate::work::WorkMode;
 use interleave::{MaySleep, yield_now};
 use mmu_notifier::{Access, PAGE_SIZE, PageAddr, Range, RegisterError};

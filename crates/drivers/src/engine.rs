@@ -9,8 +9,9 @@
 //! State of a request: queued -> running -> done, then its result is taken once. Protected by the engine's spin lock; a change to done wakes
 //! `progress`.
 
-use crate::device::{Binding, DeviceContext, DeviceFault, DeviceOp};
+use crate::device::DeviceContext;
 use crate::observer::{Follows, Moment};
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use interleave::explore::{SiteKind, mutated};
 use interleave::{Context, MaySleep};
 use mmu_notifier::{Access, PageAddr, Range};

@@ -12,11 +12,12 @@
 //! Lock order: that of [`crate::i915_v3_16`], and ptl > struct_mutex, which is the fault.
 
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceOp};
+use crate::device::{Device, DeviceContext};
 use crate::driver::{BindError, Driver, Kind, OpenError, Options, SubmitError};
 use crate::engine::RequestId;
 use crate::i915_v3_16::{Config, I915};
 use crate::listener::Registered;
+use crate::op::{Binding, DeviceOp};
 use crate::{i915_v3_16, i915_v3_16_ro};
 use interleave::{Atomic, MaySleep, PageContext, Sleep, forge_may_sleep_against_the_rules};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};

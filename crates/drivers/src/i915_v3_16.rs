@@ -34,11 +34,12 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops};
 use crate::engine::RequestId;
 use crate::listener::Registered;
 use crate::observer::DriverBug;
+use crate::op::{Binding, DeviceOp};
 use crate::site::changed;
 use crate::work::WorkQueue;
 use interleave::{AtomicU32, LockClass, MaySleep, Mutex, Ordering, Sleep, SpinLock};

@@ -28,10 +28,11 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::listener::Registered;
+use crate::op::{Binding, DeviceOp};
 use crate::site::changed;
 use crate::work::WorkQueue;
 use interleave::{LockClass, MaySleep, Mutex, Sleep, SpinLock};

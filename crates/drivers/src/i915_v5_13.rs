@@ -22,10 +22,11 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, check_ops, in_process};
 use crate::engine::RequestId;
 use crate::listener::{IntervalDriver, IntervalListener};
+use crate::op::{Binding, DeviceOp};
 use crate::site::changed;
 use interleave::{LockClass, MaySleep, Mutex, Sleep, SpinLock};
 use mmu_notifier::{Access, Event, IntervalNotifier, Invalidation, Range, Seq, SeqMoved, SetSeq, WouldBlock};

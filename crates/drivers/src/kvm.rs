@@ -3,7 +3,8 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::Callback;
-use crate::device::{Binding, DeviceContext, DeviceFault};
+use crate::device::DeviceContext;
+use crate::op::{Binding, DeviceFault};
 use interleave::{Atomic, Context, MaySleep};
 use mmu_notifier::{Access, PageAddr, Range};
 use softmm::{Foll, Mm, UserPages};

@@ -23,13 +23,14 @@
 //! Not modelled: SRCU around the memslots; sptes without accessed bit; large sptes; async page faults.
 
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{
     BindError, Driver, Holds, Kind, OpenError, Options, SubmitError, in_process, submit_checked,
 };
 use crate::engine::RequestId;
 use crate::kvm::{self, Slot, Slots};
 use crate::listener::Registered;
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use crate::site::{bump, changed, unbump};
 use interleave::{Atomic, Context, LockClass, MaySleep, PageContext, Sleep, SpinLock};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};

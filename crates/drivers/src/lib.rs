@@ -61,6 +61,7 @@ pub mod kvm_v6_18;
 mod listener;
 pub mod mirror;
 mod observer;
+mod op;
 mod pasid;
 pub mod proc_mem;
 pub mod rdma_odp;
@@ -71,7 +72,7 @@ mod work;
 
 pub use callbacks::{Callback, Callbacks};
 pub use counters::{Counters, Counts};
-pub use device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Translation};
+pub use device::{Device, DeviceContext, Translation};
 pub use driver::{
     BindError, Driver, DriverError, Holds, Kind, Open, OpenError, Options, SubmitError, check_ops,
 };
@@ -79,6 +80,7 @@ pub use engine::{RequestId, Resolve, refuse};
 pub use listener::Registered;
 pub use mirror::{Mirror, Port};
 pub use observer::{DeviceAccess, DriverBug, Follows, Moment, Observer};
+pub use op::{Binding, DeviceFault, DeviceOp};
 pub use work::WorkMode;
 
 /// Every driver there is.

@@ -9,11 +9,12 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::{Callback, Callbacks};
-use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, Options, SubmitError, submit_checked};
 use crate::engine::RequestId;
 use crate::hmm::dirty_if_written;
 use crate::listener::{IntervalDriver, IntervalListener};
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use interleave::{Context, LockClass, MaySleep, Mutex, Sleep};
 use mmu_notifier::{
     Access, IntervalNotifier, Invalidation, PageAddr, Range, Seq, SeqMoved, SetSeq, WouldBlock,

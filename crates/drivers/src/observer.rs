@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Who looks on: the oracle of a checker is told of every access of a device, at the moment that it happens.
 
-use crate::device::Binding;
+use crate::op::Binding;
 use interleave::Atomic;
 use mmu_notifier::{Access, PageAddr};
 use softmm::{FrameFreed, FrameId, Mm};

@@ -8,9 +8,10 @@
 //! Lock order: `bindings` is a leaf.
 
 use crate::bindings::Bindings;
-use crate::device::{Binding, DeviceContext, DeviceFault, DeviceOp, Root};
+use crate::device::{DeviceContext, Root};
 use crate::driver::{BindError, SubmitError, submit_checked};
 use crate::engine::RequestId;
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use interleave::{AtomicBool, Context, LockClass, MaySleep, Ordering, SpinLock};
 use mmu_notifier::{Access, PageAddr, Range};
 

@@ -11,9 +11,10 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::Callbacks;
-use crate::device::{Binding, Device, DeviceContext, DeviceFault, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, check_ops, in_process};
 use crate::engine::{RequestId, refuse};
+use crate::op::{Binding, DeviceFault, DeviceOp};
 use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::{Access, Range};
 use softmm::{Foll, Mm, UserPages};

@@ -13,9 +13,10 @@
 
 use crate::bindings::Bindings;
 use crate::callbacks::Callbacks;
-use crate::device::{Binding, Device, DeviceContext, DeviceOp, Root};
+use crate::device::{Device, DeviceContext, Root};
 use crate::driver::{BindError, Driver, Holds, Kind, SubmitError, in_process, submit_checked};
 use crate::engine::RequestId;
+use crate::op::{Binding, DeviceOp};
 use interleave::{LockClass, MaySleep, Mutex};
 use mmu_notifier::{Access, Range};
 use softmm::{Foll, Mm, UserPages};

@@ -270,14 +270,17 @@ fn main() {
             let mut line = String::new();
             std::io::stdin().read_line(&mut line).unwrap();
         },
-        // A daemon, which works when its parent is gone, and says so in the file args[3].
+        // A daemon, which works when its parent is gone and there is no file args[4], and says so in the file args[3].
         "daemon" => unsafe {
-            let file = args[3].clone();
+            let (file, hold) = (args[3].clone(), std::path::PathBuf::from(&args[4]));
             if fork() == 0 {
                 setsid();
                 close_range(0, u32::MAX, 0);
                 if fork() == 0 {
                     std::thread::sleep(std::time::Duration::from_millis(200));
+                    while hold.exists() {
+                        std::thread::sleep(std::time::Duration::from_millis(5));
+                    }
                     each(n, |at| assert_eq!(munmap(at.cast(), PAGE), 0));
                     std::fs::write(file, "done").unwrap();
                 }

@@ -3,6 +3,7 @@
 
 use crate::run::{Session, able, patient, pause, run, status, subject, watch};
 use hostmm::testing::skip_for;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 #[test]
@@ -98,12 +99,19 @@ fn daemons_are_waited_for_when_they_are_followed() {
     if !able() {
         return;
     }
-    let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("daemon-was-here");
+    let [file, hold] =
+        ["daemon-was-here", "daemon-waits"].map(|name| Path::new(env!("CARGO_TARGET_TMPDIR")).join(name));
     for (options, count) in [(&["--follow"][..], 12), (&[][..], 0)] {
         let _ = std::fs::remove_file(&file);
-        let (output, json) = watch(options, &subject("static"), &["daemon", "12", file.to_str().unwrap()]);
+        // Whom nobody waits for is held until that has been seen.
+        if count == 0 {
+            std::fs::write(&hold, "").unwrap();
+        }
+        let args = ["daemon", "12", file.to_str().unwrap(), hold.to_str().unwrap()];
+        let (output, json) = watch(options, &subject("static"), &args);
         assert!(output.status.success());
         assert_eq!(file.exists(), count != 0, "waited for it, or not");
+        let _ = std::fs::remove_file(&hold);
         let programs = json["processes"].as_array().unwrap();
         assert_eq!(crate::run::amount(&json, "munmap").0, count + 1, "the loader's one, {json}");
         assert_eq!(programs.len(), if count == 0 { 1 } else { 3 });

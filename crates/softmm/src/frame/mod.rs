@@ -29,16 +29,17 @@
 //! first, which reuses freed frames as soon as possible and so helps to catch who still uses them. References can
 //! be dropped in any context, as `put_page` can.
 
+mod dma;
+mod owner;
+
 use crate::bitmap::Bitmap;
 use crate::error::OutOfMemory;
-use crate::swap::Slot;
 use interleave::{
     AtomicBool, AtomicU32, AtomicU64, Context, Digest, LockClass, MaySleep, Mutex, MutexGuard, Ordering,
 };
-use mmu_notifier::{PAGE_SHIFT, PageAddr, Pfn};
+use mmu_notifier::Pfn;
 
-/// In the place of an anon_vma: a page of KSM's.
-const KSM: u64 = u64::MAX;
+pub use dma::{FrameFreed, FrameId};
 
 static PAGE_LOCK: LockClass = LockClass::new("page_lock");
 
@@ -49,33 +50,6 @@ pub const POISON: u64 = 0xaaaa_dead_aaaa_dead;
 
 /// The zero page.
 pub const ZERO_PAGE: Pfn = Pfn(0);
-
-/// One life of a frame: its number and how often it had been allocated. What a device's page table holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FrameId {
-    /// The frame.
-    pub pfn: Pfn,
-    /// Which of its lives.
-    pub generation: u64,
-}
-
-impl Digest for FrameId {
-    fn digest(&self) -> u64 {
-        (self.pfn.0, self.generation).digest()
-    }
-}
-
-/// Access to a frame that is free, or has been freed and given to somebody else.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{pfn:?} was freed: its {generation}th life is over, so whoever used it missed an invalidation or a reference"
-)]
-pub struct FrameFreed {
-    /// The frame.
-    pub pfn: Pfn,
-    /// The life that the user of the frame had in mind.
-    pub generation: u64,
-}
 
 struct Frame {
     refcount: AtomicU32,
@@ -89,7 +63,7 @@ struct Frame {
     file: AtomicBool,
     /// The file whose page cache holds the frame; 0 is none.
     mapping: AtomicU64,
-    /// Whose page it is, for rmap: 0 not anonymous, [`KSM`], else the name of an anon_vma. Changes under the page
+    /// Whose page it is, for rmap: 0 not anonymous, KSM, else the name of an anon_vma. Changes under the page
     /// lock, or while nobody else knows the page.
     anon_vma: AtomicU64,
     /// Which page of that file, or the page number at which the anon_vma has it.
@@ -109,7 +83,6 @@ pub struct Frames {
     /// One bit a frame, set while it is allocated.
     allocated: Bitmap,
 }
-
 impl Frames {
     pub(crate) fn new(frames: u32, words_per_page: usize) -> Frames {
         let count = frames as usize + 1;
@@ -265,45 +238,6 @@ impl Frames {
         Held { frames: self, pfn }
     }
 
-    /// Makes the page anonymous, found through that anon_vma at that address (page_set_anon_rmap, page_move_anon_rmap).
-    pub(crate) fn set_anon_vma(&self, pfn: Pfn, anon_vma: u64, page: PageAddr) {
-        self.frame(pfn).index.store(page.vpn(), Ordering::SeqCst);
-        self.frame(pfn).anon_vma.store(anon_vma, Ordering::SeqCst);
-    }
-
-    /// Where rmap looks for the ptes of an anonymous page. None for KSM pages too.
-    pub(crate) fn anon_vma(&self, pfn: Pfn) -> Option<(u64, PageAddr)> {
-        let frame = self.frame(pfn);
-        let anon_vma = Some(frame.anon_vma.load(Ordering::SeqCst)).filter(|&id| id != 0 && id != KSM)?;
-        let page = PageAddr::new(frame.index.load(Ordering::SeqCst) << PAGE_SHIFT).ok()?;
-        Some((anon_vma, page))
-    }
-
-    /// set_page_stable_node: the page is KSM's from now on.
-    pub(crate) fn set_ksm(&self, pfn: Pfn) {
-        self.frame(pfn).anon_vma.store(KSM, Ordering::SeqCst);
-    }
-
-    /// PageAnon: private memory, KSM's included. False for the page cache and the zero page.
-    pub fn is_anon(&self, pfn: Pfn) -> bool {
-        self.frame(pfn).anon_vma.load(Ordering::SeqCst) != 0
-    }
-
-    /// PageKsm: merged by KSM, so never written again.
-    pub fn is_ksm(&self, pfn: Pfn) -> bool {
-        self.frame(pfn).anon_vma.load(Ordering::SeqCst) == KSM
-    }
-
-    /// Its slot, while the page is in the swap cache.
-    pub(crate) fn swap_slot(&self, pfn: Pfn) -> Option<Slot> {
-        let slot = self.frame(pfn).swap.load(Ordering::SeqCst);
-        slot.checked_sub(1).map(|slot| Slot(slot as u32))
-    }
-
-    pub(crate) fn set_swap_slot(&self, pfn: Pfn, slot: Option<Slot>) {
-        self.frame(pfn).swap.store(slot.map_or(0, |slot| u64::from(slot.0) + 1), Ordering::SeqCst);
-    }
-
     pub(crate) fn set_exclusive(&self, pfn: Pfn, exclusive: bool) {
         self.frame(pfn).exclusive.store(exclusive, Ordering::SeqCst);
     }
@@ -353,30 +287,6 @@ impl Frames {
         pfn: Pfn,
     ) -> Option<MutexGuard<'_, ()>> {
         self.frame(pfn).lock.try_lock(cx)
-    }
-
-    /// The frame is page `index` of `file` from now on; nobody else sees it yet.
-    pub(crate) fn set_mapping(&self, pfn: Pfn, file: u64, index: u64) {
-        let frame = self.frame(pfn);
-        frame.index.store(index, Ordering::SeqCst);
-        frame.mapping.store(file, Ordering::SeqCst);
-        frame.file.store(true, Ordering::SeqCst);
-    }
-
-    /// The page cache lets go of the frame. Under the page lock.
-    pub(crate) fn clear_mapping(&self, pfn: Pfn) {
-        self.frame(pfn).mapping.store(0, Ordering::SeqCst);
-    }
-
-    /// Is the frame page `index` of `file`? Stable under the page lock.
-    pub(crate) fn is_page_of(&self, pfn: Pfn, file: u64, index: u64) -> bool {
-        let frame = self.frame(pfn);
-        frame.mapping.load(Ordering::SeqCst) == file && frame.index.load(Ordering::SeqCst) == index
-    }
-
-    /// Is it a page of a file, in the page cache or truncated (not PageAnon)?
-    pub fn is_file(&self, pfn: Pfn) -> bool {
-        self.frame(pfn).file.load(Ordering::SeqCst)
     }
 
     /// Takes the last `expected` references away from everyone at once, if these are all there are (folio_ref_freeze)
@@ -441,58 +351,6 @@ impl Frames {
         self.refcount(pfn) >= GUP_PIN_COUNTING_BIAS
     }
 
-    /// The present life of `pfn`.
-    pub fn id(&self, pfn: Pfn) -> FrameId {
-        FrameId { pfn, generation: self.frame(pfn).generation.load(Ordering::SeqCst) }
-    }
-
-    /// Is this life of the frame still going on?
-    pub fn is_live(&self, id: FrameId) -> bool {
-        self.id(id.pfn) == id && self.refcount(id.pfn) != 0
-    }
-
-    /// What a device reads from word `word` of the frame.
-    ///
-    /// # Errors
-    /// [`FrameFreed`] if that life of the frame was over before or at the end of the access.
-    ///
-    /// # Panics
-    /// If `word` is not below [`Frames::words_per_page`].
-    pub fn read(&self, id: FrameId, word: usize) -> Result<u64, FrameFreed> {
-        let value = self.words_of(id.pfn)[word].load(Ordering::SeqCst);
-        if self.is_live(id) { Ok(value) } else { Err(id.into()) }
-    }
-
-    /// A device writes word `word` of the frame. The write lands wherever the frame number leads, as DMA does; it
-    /// is not made when the life is known to be over.
-    ///
-    /// # Errors
-    /// As [`Frames::read`].
-    ///
-    /// # Panics
-    /// As [`Frames::read`].
-    pub fn write(&self, id: FrameId, word: usize, value: u64) -> Result<(), FrameFreed> {
-        if !self.is_live(id) {
-            return Err(id.into());
-        }
-        self.words_of(id.pfn)[word].store(value, Ordering::SeqCst);
-        if self.is_live(id) { Ok(()) } else { Err(id.into()) }
-    }
-
-    /// set_page_dirty by a driver that mirrors the page and has no reference on it, before it lets go of the mapping.
-    ///
-    /// # Errors
-    /// [`FrameFreed`] if that life of the frame is over: the driver let go too late.
-    pub fn mark_dirty(&self, id: FrameId) -> Result<(), FrameFreed> {
-        if !self.is_live(id) {
-            return Err(id.into());
-        }
-        if id.pfn != ZERO_PAGE {
-            self.set_dirty(id.pfn);
-        }
-        Ok(())
-    }
-
     fn frame(&self, pfn: Pfn) -> &Frame {
         &self.frames[index_of(pfn)]
     }
@@ -529,12 +387,6 @@ fn bug(what: std::fmt::Arguments<'_>) {
 
 const fn index_of(pfn: Pfn) -> usize {
     pfn.0 as usize
-}
-
-impl From<FrameId> for FrameFreed {
-    fn from(id: FrameId) -> FrameFreed {
-        FrameFreed { pfn: id.pfn, generation: id.generation }
-    }
 }
 
 #[cfg(test)]
