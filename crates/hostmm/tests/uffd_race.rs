@@ -4,39 +4,29 @@
 #[macro_use]
 mod uffd_support;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use hostmm::race::{Nothing, Outcome, RaceError, Way, churn, reuse};
-use hostmm::testing::{self, skip_for};
+use hostmm::race::{Length, Nothing, Outcome, RaceError, Way, churn, has_two_cpus, repeat, reuse};
+use hostmm::testing::{PATIENCE, skip_for};
 use hostmm::uffd::raced::{Ordered, Strict};
 use uffd_support::*;
 
-/// Rounds for what must never be stale, if they take no longer than [`LONG`].
-const ROUNDS: u64 = 20_000;
-/// Where threads wait for time slices a round takes milliseconds.
-const LONG: Duration = Duration::from_secs(10);
-const PIECE: u64 = 200;
-
-/// `race` in pieces of some rounds: how many of them were stale.
+/// What must never be stale.
 fn stale(race: impl Fn(u64) -> Result<Outcome, RaceError>) -> u64 {
-    let (start, mut rounds, mut stale) = (Instant::now(), 0, 0);
-    while rounds < ROUNDS && start.elapsed() < LONG {
-        stale += race(PIECE).unwrap().stale;
-        rounds += PIECE;
-    }
-    println!("{stale} stale of {rounds} in {:?}", start.elapsed());
-    stale
+    let length = Length { rounds: 20_000, time: Duration::from_secs(10), until_stale: false };
+    let out = repeat(length, race).unwrap();
+    println!("{out:?}");
+    out.stale
 }
 
 /// The control: without the probe some round is stale.
 fn has_teeth(race: impl Fn(u64) -> Result<Outcome, RaceError>) {
-    if std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() == 1) {
-        // The thread that unmaps wakes the monitor, which comes before whoever has been running all the time.
-        skip_for("two_cpus", "the control: on one CPU the monitor comes first");
+    if !has_two_cpus() {
+        skip_for("two_cpus", "the control has no race to lose");
         return;
     }
-    let shown = testing::until(|| (race(PIECE).unwrap().stale > 0).then_some(()));
-    assert!(shown.is_some(), "the control has no teeth");
+    let control = repeat(Length { rounds: 1, time: PATIENCE, until_stale: true }, race).unwrap();
+    assert!(control.stale > 0, "the control has no teeth: {control:?}");
 }
 
 live!(without_a_source_every_reuse_is_stale, || {
