@@ -3,7 +3,9 @@
 
 use crate::memory::{Memory, PAGE};
 use crate::{live, live_both};
+use hostmm::capability::Capability;
 use hostmm::kvm::{Buckets, KvmSource, OpenError, Options, Prefer};
+use hostmm::pin::Pinner;
 use hostmm::testing;
 use interleave::{AtomicBool, Ordering};
 
@@ -48,6 +50,20 @@ fn odd_options() {
             Options { prefer: Prefer::PerfRing, ring: Some(0), ..base },
         ] {
             assert!(matches!(refusal(&options), OpenError::Options(_)), "{options:?}");
+        }
+    });
+}
+
+/// The kernel takes a ring apart in the thread that had it, at a moment of its own, and has it leave what it is at for that.
+#[test]
+fn opens_while_rings_of_io_uring_go() {
+    if !testing::require(Capability::IoUring) {
+        return;
+    }
+    live("limits::opens_while_rings_of_io_uring_go", || {
+        for _ in 0..30 {
+            drop(Pinner::new(1).unwrap());
+            crate::open(Prefer::Bpf);
         }
     });
 }
