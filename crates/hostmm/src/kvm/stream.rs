@@ -145,7 +145,8 @@ impl Stream {
         let mut heard = Vec::new();
         self.drain(&mut heard);
         let ours = |c: &&Change| (c.record.start, c.record.end) == (range.start(), range.end());
-        let Some(change) = heard.iter().find(ours) else {
+        // The last: to map the page announces it as well.
+        let Some(change) = heard.iter().rfind(ours) else {
             return Err(OpenError::Canary(format!("no record tells of madvise of {range:?}")));
         };
         let expected = (Some(libc::SYS_madvise as u32), libc::MADV_DONTNEED as u64, std::process::id());
