@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! What a borrowed thread does for us, as code that runs at any address: it asks for /dev/kvm, makes a VM, and closes
+//! What a borrowed thread does for us, as code that runs at any address: it gets hold of /dev/kvm, makes a VM, and closes
 //! all that was opened for it.
 //!
-//! It stops three times, by SIGTRAP of its own to itself, which its tracer takes: a stop costs two switches of context,
-//! and a call made from outside costs two stops. So all of it is done in one go but for what needs us.
+//! Where something is needed of us it stops, by a SIGTRAP that it sends to itself and that its tracer takes. A stop costs
+//! two switches of context, and a system call made from outside costs two stops, so all else is done in one go.
 //!
 //! | stop | registers | the tracer |
 //! |---|---|---|
@@ -11,9 +11,11 @@
 //! | [`VM`] | rbp: the VM | copies it |
 //! | the end | rbp: the VM or a negative errno, ebx: the [`STEPS`] that failed | puts the thread back |
 //!
-//! The number of the stop is in r14, and the end (3) may come first. Memory is a page of its own: to write to what a forked
-//! child shares with its parent would be to copy it. The page is gone before there is a VM, so that the program's
-//! own stream begins empty. The stack is not touched.
+//! The number of the stop is in r14. There is no stop at [`SOCKET`] if the thread can open /dev/kvm itself, and none at
+//! [`VM`] if there is none. A program that may not, or whose root has none or a false one, is sent it.
+//!
+//! Memory is a page of its own: to write to what a forked child shares with its parent would be to copy it. The page is
+//! gone before there is a VM, so that the program's own stream begins empty. The stack is not touched.
 
 use std::arch::global_asm;
 
@@ -24,13 +26,24 @@ pub(super) const STEPS: [&str; 4] = ["mmap", "socketpair", "recvmsg", "KVM_CREAT
 /// What r13 and r15 are at the start: descriptors that there are none of.
 pub(super) const NONE: u64 = u64::MAX;
 
-// r12: the page; r15: /dev/kvm; r8: where to go on after a stop. System calls change rax, rcx and r11 alone.
+// r12: the page (0: none yet); r15: /dev/kvm; r8: where to go on after a stop. System calls change rax, rcx and r11 alone.
 // In the page: the two ends at 0, struct msghdr at 64, iovec at 192, its byte at 256, the control message at 320.
 global_asm!(
     ".pushsection .rodata.userptr_errand, \"a\", @progbits",
+    ".local userptr_errand_path",
     ".hidden userptr_errand, userptr_errand_stop, userptr_errand_end",
     ".globl userptr_errand, userptr_errand_stop, userptr_errand_end",
     "userptr_errand:",
+    "lea rdi, [rip + userptr_errand_path]",
+    "mov esi, 0x80902", // O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC
+    "mov eax, 2",       // open
+    "syscall",
+    "movsxd r15, eax",
+    "xor r12d, r12d",
+    "mov ebx, 3",
+    "test eax, eax",
+    "jns 6f",
+    "4:",
     "xor ebx, ebx",
     "xor edi, edi",
     "mov esi, 4096",
@@ -102,7 +115,16 @@ global_asm!(
     "je 6b",
     "movsxd rbp, eax",
     "test eax, eax",
-    "js 7f",
+    "jns 2f",
+    // What was opened here is no KVM; what was sent is, and refuses.
+    "test r12, r12",
+    "jnz 7f",
+    "mov edi, r15d",
+    "mov eax, 3",
+    "syscall",
+    "mov r15, -1",
+    "jmp 4b",
+    "2:",
     "mov r14d, 2",
     "lea r8, [rip + 3f]",
     "jmp 9f",
@@ -136,6 +158,8 @@ global_asm!(
     "syscall",
     "userptr_errand_stop:",
     "jmp r8",
+    "userptr_errand_path:",
+    ".asciz \"/dev/kvm\"",
     "userptr_errand_end:",
     ".popsection",
 );

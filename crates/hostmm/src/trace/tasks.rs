@@ -103,13 +103,21 @@ impl<'a> Tasks<'a> {
 
     /// Handles every stop that there is.
     pub(super) fn handle_stops(&mut self) -> Result<Left, TraceError> {
+        let mut stopped = Vec::new();
         loop {
-            let stopped = ptrace::wait(-1, true);
-            match stopped.map_err(|cause| TraceError::System { what: "wait4", cause })? {
-                Waited::For(tid, stop) => self.handle(tid, stop)?,
-                Waited::Nothing => return Ok(Left::Some),
+            let waited = ptrace::wait(-1, true);
+            match waited.map_err(|cause| TraceError::System { what: "wait4", cause })? {
+                Waited::For(tid, stop) => stopped.push((tid, stop)),
+                Waited::Nothing if stopped.is_empty() => return Ok(Left::Some),
                 // Not "no thread is known": a child that has not stopped yet may outlive its parent.
-                Waited::Nobody => return Ok(Left::None),
+                Waited::Nobody if stopped.is_empty() => return Ok(Left::None),
+                Waited::Nothing | Waited::Nobody => {
+                    // A parent need not wait until its child has a VM.
+                    stopped.sort_by_key(|(_, stop)| *stop != Stop::Child);
+                    for (tid, stop) in stopped.drain(..) {
+                        self.handle(tid, stop)?;
+                    }
+                }
             }
         }
     }
@@ -123,7 +131,9 @@ impl<'a> Tasks<'a> {
                 self.attached(tid)?
             }
             Stop::Exit => {
-                if self.threads.get(&tid) == Some(&tid) {
+                // One whose mm is another's, too, does not end it.
+                let vm = self.vms.get(&tid).and_then(Option::as_ref);
+                if self.threads.get(&tid) == Some(&tid) && vm.is_some_and(|vm| Rc::strong_count(vm) == 1) {
                     self.observer.mm_ends(tid);
                 }
                 Then::Resume(0)

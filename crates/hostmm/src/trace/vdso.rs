@@ -7,6 +7,7 @@
 //!
 //! What stays is that the vDSO now has a page of its own (an anon_vma), and so fork announces its range, too.
 
+use super::facts::read;
 use super::inject::InjectError;
 use super::ptrace::Tid;
 use std::fs::{self, File, OpenOptions};
@@ -86,7 +87,7 @@ impl Lodged {
 /// Where the vDSO of `tid` begins.
 fn image_start(tid: Tid) -> Result<u64, InjectError> {
     // A 32-bit program has words of four bytes in it, among which this finds nothing.
-    let words = fs::read(format!("/proc/{tid}/auxv"))?;
+    let words = read(&format!("/proc/{tid}/auxv"))?;
     let word = |bytes: &[u8]| bytes.try_into().map(u64::from_ne_bytes);
     let mut pairs = words.chunks_exact(16).map(|pair| (word(&pair[..8]), word(&pair[8..])));
     pairs

@@ -11,7 +11,7 @@
 use super::calls::Calls;
 use super::cause;
 use super::cost::{Cost, WorkingSet};
-use super::regions::{Region, Regions};
+use super::regions::Regions;
 use super::timeline::Timeline;
 use super::unwind::Unwind;
 use hostmm::kvm::stream::Change;
@@ -32,7 +32,7 @@ pub(super) enum News {
     /// It has no notifier.
     Unwatched { tgid: Tgid, why: String },
     /// Its mappings, for the last time.
-    Ends { tgid: Tgid, maps: BTreeMap<u64, Region> },
+    Ends { tgid: Tgid, maps: Vec<u8> },
     /// It is gone, since `at`.
     Gone { tgid: Tgid, at: u64 },
 }
@@ -117,7 +117,7 @@ impl Tally {
             News::Unwatched { tgid, why } => self.unwatched.push((tgid, why)),
             News::Ends { tgid, maps } => {
                 if let Some(mm) = self.mm_of(tgid) {
-                    self.mms[mm].regions.know(maps);
+                    self.mms[mm].regions.know(&maps);
                 }
             }
             News::Gone { tgid, at } => self.end(tgid, at),

@@ -21,6 +21,22 @@ fn what_a_program_sees_of_itself_is_as_without_us() {
     }
 }
 
+/// The watcher makes the program's thread stop by that signal.
+#[test]
+fn a_sigtrap_of_the_programs_own_stays_its_own() {
+    if !able() {
+        return;
+    }
+    for (ignored, is_ignored) in [("", false), ("trap '' TRAP; ", true)] {
+        let script = format!("{ignored}exec {} trap", subject("static").display());
+        let alone = run(Command::new("sh").args(["-c", &script]));
+        let (watched, _) = watch(&["--follow"], std::path::Path::new("/bin/sh"), &["-c", &script]);
+        let text = String::from_utf8_lossy(&alone.stdout);
+        assert_eq!(text, format!("pending true blocked true ignored {is_ignored}\n"), "{alone:?}");
+        assert_eq!(text, String::from_utf8_lossy(&watched.stdout));
+    }
+}
+
 #[test]
 fn the_exit_code_is_the_programs() {
     if !able() {
