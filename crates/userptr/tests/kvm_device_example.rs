@@ -16,7 +16,7 @@ fn the_picture_is_painted() {
     if !require(Capability::DevKvm) {
         return;
     }
-    in_child("the_picture_is_painted", Duration::from_secs(20), || {
+    in_child("the_picture_is_painted", Duration::from_secs(180), || {
         let picture = gpu_batch::paint(&KvmDevice::open(Polling::default()).unwrap()).unwrap();
         let rows: Vec<&[u8]> = picture.chunks(64).collect();
         assert_eq!((&rows[0][..3], &rows[1][..3]), (&b"/\\."[..], &b"\\/."[..]));

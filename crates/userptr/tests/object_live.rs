@@ -21,7 +21,7 @@ use userptr::source::{self, AnonymousUffd, AnySource};
 #[path = "../examples/objects.rs"]
 mod objects;
 
-const DEADLINE: Duration = Duration::from_secs(40);
+const DEADLINE: Duration = Duration::from_secs(180);
 const PAGE: usize = 4096;
 const READ_ONLY: Flags = Flags { read_only: true, probe: false };
 

@@ -113,7 +113,7 @@ fn explored(scenario: Scenario, holds: Holds, how: How) -> Report {
     if how.has_monitor() {
         return run(Strategy::CachedPreemptions(2), if how == How::UffdReadsFirst { 60 } else { 2 });
     }
-    let first = run(Strategy::Preemptions(1), 30);
+    let first = run(Strategy::Preemptions(1), 300);
     if first.failures.is_empty() {
         assert!(first.exhausted, "{} executions in {:?}", first.executions, first.elapsed);
         return run(Strategy::Preemptions(2), 2);
