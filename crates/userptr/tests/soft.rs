@@ -185,7 +185,7 @@ fn more_leases_than_slots_are_counted_in_the_entry() {
 }
 
 #[test]
-fn a_registration_that_fails_leaves_nothing() {
+fn b6_34_a_registration_that_fails_half_way_leaves_nothing() {
     with_mm(|cx, mm| {
         let cache = Cache::new(mm.clone(), Pinned { mappings: 64 }, options(1)).unwrap();
         map(cx, mm, pages(0, 1), 7);
