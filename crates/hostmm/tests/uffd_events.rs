@@ -5,7 +5,6 @@
 mod uffd_support;
 
 use std::sync::mpsc;
-use std::time::Duration;
 
 use hostmm::uffd::{Gone, Seq, UffdSource, Watch};
 use mmu_notifier::Range;
@@ -255,7 +254,10 @@ live!(huge_pages_are_heard, || {
     assert_eq!(hears(s, thp, || unmap(thp)), Dead);
     match hostmm::setting::Setting::set("/proc/sys/vm/nr_hugepages", "2") {
         Ok(_pages) => {
-            let range = map_at(0, HUGE, RW, ANON | libc::MAP_HUGETLB, -1).unwrap();
+            // What was asked for is had as far as there is memory in one piece.
+            let Ok(range) = map_at(0, HUGE, RW, ANON | libc::MAP_HUGETLB, -1) else {
+                return hostmm::testing::skip_for("huge_page", "no memory in one piece");
+            };
             touch(range);
             assert_eq!(hears(s, range, || madvise(range, libc::MADV_DONTNEED).unwrap()), Changed);
             assert!(s.watch(part(range, 1, 1)).is_err(), "part of a huge page");
@@ -303,15 +305,15 @@ live!(callbacks_tell_what_happened_and_drop_is_a_fence, || {
     let (tx, rx) = mpsc::channel();
     let watch = s.watch_with(r, move |change| tx.send(*change).unwrap()).unwrap();
     madvise(part(r, 1, 1), libc::MADV_DONTNEED).unwrap();
-    let change = rx.recv_timeout(Duration::from_secs(10)).unwrap();
+    let change = rx.recv_timeout(SOON).unwrap();
     assert!(change.removed && !change.unmapped && change.range == part(r, 1, 1), "{change:?}");
     unmap(part(r, 2, 2));
-    let change = rx.recv_timeout(Duration::from_secs(10)).unwrap();
+    let change = rx.recv_timeout(SOON).unwrap();
     assert!(change.unmapped && change.range == part(r, 2, 2), "{change:?}");
     madvise(part(r, 0, 1), libc::MADV_DONTNEED).unwrap();
     drop(watch);
     let _ = rx.try_iter().count();
     madvise(part(r, 0, 1), libc::MADV_DONTNEED).unwrap();
     // The closure is dropped with the watch, and its sender with it.
-    assert_eq!(rx.recv_timeout(Duration::from_secs(10)), Err(mpsc::RecvTimeoutError::Disconnected));
+    assert_eq!(rx.recv_timeout(SOON), Err(mpsc::RecvTimeoutError::Disconnected));
 });

@@ -6,7 +6,6 @@
 mod uffd_support;
 
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
 
 use hostmm::uffd::{Fault, Gone, OpenError, Options, UffdSource, WatchError};
 use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering};
@@ -54,7 +53,7 @@ live!(a_monitor_that_ends_frees_unmappers_and_closes_every_handle, || {
         assert!(eventually(|| watch.snapshot() == Err(Gone::Closed)));
         is_closed(&source, &watch, seq);
         unmap(r);
-        let told = rx.recv_timeout(Duration::from_secs(10)).unwrap();
+        let told = rx.recv_timeout(SOON).unwrap();
         assert!(told.lost || told.unmapped, "{told:?}");
         // The descriptor is really gone: another can have the memory.
         let again = open();
@@ -133,7 +132,7 @@ live!(forked_children_refuse_and_may_unmap, || {
         assert!(!watch.changed_since_strict(seq));
         unmap(part(r, 0, 1));
         assert!(watch.changed_since_ordered(seq));
-        assert!(rx.recv_timeout(Duration::from_secs(10)).unwrap().unmapped);
+        assert!(rx.recv_timeout(SOON).unwrap().unmapped);
     }
 });
 

@@ -13,11 +13,15 @@ use crate::digest::mix;
 use crate::here::Here;
 use crate::world::OpKind;
 
+/// Words of a quad.
+const QUAD: usize = 4;
 /// Words of a cache line.
-const LINE: usize = 8;
+const LINE: usize = 2 * QUAD;
+
+struct Quad([plain::AtomicU64; QUAD]);
 
 #[repr(align(64))]
-struct Line([plain::AtomicU64; LINE]);
+struct Line([Quad; LINE / QUAD]);
 
 /// A fixed number of atomic `u64`; each eight of them, from the first on, are a cache line. Any context; not in statics.
 pub struct AtomicWords {
@@ -32,7 +36,8 @@ impl AtomicWords {
     /// `count` words that begin as `value`, in the world of the calling thread.
     #[track_caller]
     pub fn new(count: usize, value: u64) -> AtomicWords {
-        let line = || Line(std::array::from_fn(|_| plain::AtomicU64::new(value)));
+        let quad = || Quad(std::array::from_fn(|_| plain::AtomicU64::new(value)));
+        let line = || Line([quad(), quad()]);
         AtomicWords {
             lines: (0..count.div_ceil(LINE)).map(|_| line()).collect(),
             len: count,
@@ -63,33 +68,45 @@ impl AtomicWords {
         AtomicWord { all: self, word }
     }
 
-    /// The eight from `8 * n` on.
+    /// The four from `4 * n` on.
     ///
     /// # Panics
     /// If there are not as many.
     #[inline(always)]
-    pub fn line(&self, n: usize) -> AtomicLine<'_> {
-        assert!(n < self.len / LINE);
+    pub fn quad(&self, n: usize) -> AtomicQuad<'_> {
+        assert!(n < self.len / QUAD);
         // SAFETY: `new` made as many lines as `len` words need, and none is ever taken away.
-        AtomicLine { all: self, line: unsafe { self.lines.get_unchecked(n) } }
+        let line = unsafe { self.lines.get_unchecked(n * QUAD / LINE) };
+        AtomicQuad { all: self, quad: &line.0[n % (LINE / QUAD)] }
     }
 }
 
-/// Eight of [`AtomicWords`] that are a cache line.
+/// Four of [`AtomicWords`] that are half a cache line.
 #[derive(Clone, Copy)]
-pub struct AtomicLine<'a> {
+pub struct AtomicQuad<'a> {
     all: &'a AtomicWords,
-    line: &'a Line,
+    quad: &'a Quad,
 }
 
-impl<'a> AtomicLine<'a> {
+impl<'a> AtomicQuad<'a> {
     /// One of them.
     ///
     /// # Panics
-    /// If `n` is not below eight.
+    /// If `n` is not below four.
     #[inline(always)]
     pub fn word(self, n: usize) -> AtomicWord<'a> {
-        AtomicWord { all: self.all, word: &self.line.0[n] }
+        AtomicWord { all: self.all, word: &self.quad.0[n] }
+    }
+
+    /// Asks for its cache line and waits for nothing: no access, and no more than a hint.
+    #[inline(always)]
+    pub fn prefetch(self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a hint, which has no effect on memory and takes any address.
+        unsafe {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(self.quad).cast());
+        }
     }
 }
 
@@ -256,6 +273,15 @@ mod tests {
         assert_eq!(words.word(2).fetch_or(2, Ordering::SeqCst), 5);
         let values: Vec<_> = (0..words.len()).map(|n| words.word(n).load(Ordering::SeqCst)).collect();
         assert_eq!(values, [5, 7, 7]);
+    }
+
+    #[test]
+    fn quads_are_the_words_in_order() {
+        let words = AtomicWords::new(12, 0);
+        for n in 0..words.len() {
+            words.quad(n / QUAD).word(n % QUAD).store(n as u64, Ordering::Relaxed);
+        }
+        assert!((0..words.len()).all(|n| words.word(n).load(Ordering::Relaxed) == n as u64));
     }
 
     /// Two threads that add to a word without care; a value cache that confused words would miss it.

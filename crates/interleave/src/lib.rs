@@ -92,7 +92,7 @@ mod world;
 
 pub use asymmetric::{AsymmetricFence, NoBarrier};
 pub use atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
-pub use atomic_words::{AtomicLine, AtomicWord, AtomicWords};
+pub use atomic_words::{AtomicQuad, AtomicWord, AtomicWords};
 pub use class::{LockClass, MAX_SUBCLASSES};
 pub use context::{
     Atomic, AtomicContext, Context, MaySleep, NonBlock, PageContext, Sleep,

@@ -13,11 +13,11 @@ use interleave::{
 const THREADS: usize = 4;
 const ROUNDS: usize = 20_000;
 
-/// Aborts the process if `f` takes a minute: a lost wake-up must not hang whoever runs the tests.
+/// Aborts the process if `f` takes ten minutes: a lost wake-up must not hang whoever runs the tests.
 fn deadline<R>(f: impl FnOnce(&mut MaySleep<'_>) -> R) -> R {
     let (done, wait) = std::sync::mpsc::channel::<()>();
     let watchdog = std::thread::Builder::new().spawn(move || {
-        if wait.recv_timeout(Duration::from_secs(60)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if wait.recv_timeout(Duration::from_secs(600)) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
             std::process::abort();
         }
     });

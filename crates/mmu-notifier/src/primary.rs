@@ -268,7 +268,7 @@ pub trait PrimaryMmu: Send + Sync {
 /// What is counted of a range: see [`Subscription::count_at`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Count {
-    /// Where it is counted, for [`PrimaryMmu::count`]. Never `u64::MAX`.
+    /// Where it is counted, for [`PrimaryMmu::count`]. Less than `i64::MAX`: users keep a mark beside it.
     pub key: u64,
     /// What it is while nothing changes.
     pub value: u64,

@@ -118,18 +118,16 @@ impl Range {
     ///
     /// # Errors
     /// [`RangeError`] if there is no byte or the pages reach past user space.
+    #[inline]
     pub const fn enclosing(start: u64, len: u64) -> Result<Range, RangeError> {
-        let first = start & !(PAGE_SIZE - 1);
         if len == 0 {
             return Err(RangeError::Empty { start });
         }
-        let Some(last) = start.checked_add(len - 1) else {
-            return Err(RangeError::Overflow { start, len });
-        };
-        let last = last & !(PAGE_SIZE - 1);
-        match (last - first).checked_add(PAGE_SIZE) {
-            Some(len) => Range::new(first, len),
-            None => Err(RangeError::Overflow { start, len }),
+        match start.checked_add(len - 1) {
+            Some(last) if last < TASK_SIZE => {
+                Ok(Range { start: start & !(PAGE_SIZE - 1), end: (last | (PAGE_SIZE - 1)) + 1 })
+            }
+            _ => Err(RangeError::Overflow { start, len }),
         }
     }
 
@@ -249,6 +247,11 @@ mod tests {
         let r = Range::enclosing(0x1fff, 2).unwrap();
         assert_eq!((r.start(), r.end(), r.pages()), (0x1000, 0x3000, 2));
         assert_eq!(r.iter_pages().map(PageAddr::get).collect::<Vec<_>>(), [0x1000, 0x2000]);
+        assert_eq!(Range::enclosing(TASK_SIZE - 1, 1).unwrap().end(), TASK_SIZE);
+        assert_eq!(Range::enclosing(5, 0), Err(RangeError::Empty { start: 5 }));
+        for (start, len) in [(TASK_SIZE - 1, 2), (TASK_SIZE, 1), (u64::MAX, 1), (u64::MAX - 3, 9)] {
+            assert_eq!(Range::enclosing(start, len), Err(RangeError::Overflow { start, len }));
+        }
     }
 
     #[test]

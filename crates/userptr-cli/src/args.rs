@@ -244,6 +244,9 @@ pub(crate) struct LiveArgs {
     /// Rounds of each race
     #[arg(long, default_value_t = 20_000, requires = "race", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) rounds: u64,
+    /// Seconds for each contestant of a race at most; rounds that there is no time for are left out
+    #[arg(long, default_value_t = 300, requires = "race", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) seconds: u64,
     /// Threads of the malloc, get, free churn
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8", requires = "race", value_parser = threads)]
     pub(crate) threads: Vec<usize>,
@@ -353,8 +356,13 @@ pub(crate) struct RaceRowArgs {
     pub(crate) source: String,
     /// Rounds
     pub(crate) rounds: u64,
+    /// Seconds
+    pub(crate) seconds: u64,
     /// Threads
     pub(crate) threads: usize,
+    /// Go on until an answer is stale
+    #[arg(long)]
+    pub(crate) until_stale: bool,
 }
 
 #[derive(Args)]

@@ -81,6 +81,10 @@ impl Source for AnonymousUffd {
 
 /// One of the sources, or none.
 #[derive(Debug)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a process has one, and every hit would follow the pointer of a box"
+)]
 pub enum AnySource {
     /// Complete.
     Kvm(KvmSource),

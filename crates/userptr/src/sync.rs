@@ -2,7 +2,7 @@
 //! What the lease slots are made of. Apart, so that tests/loom.rs can put loom's in their place.
 
 pub(crate) use interleave::{
-    AsymmetricFence, AtomicLine, AtomicU64, AtomicWord, AtomicWords, Here, NoBarrier, Ordering,
+    AsymmetricFence, AtomicQuad, AtomicU64, AtomicWord, AtomicWords, Here, NoBarrier, Ordering,
 };
 
 /// Lease slots of one thread: with a count beside them, a pair of cache lines. Loom has fewer.

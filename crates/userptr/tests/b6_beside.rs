@@ -19,19 +19,26 @@ use mmu_notifier::Range;
 use userptr::cache::{Options, Stats};
 use userptr::source::AnonymousUffd;
 
-/// What the cache counts before and after `body`, in a round in which no VM of the machine has changed memory at the address of
-/// `memory`: what is dropped for that is no sign of anything.
+/// Far from what the kernel maps by itself: the kvm source cannot tell close neighbours apart.
+const FAR: u64 = (1 << 32) + (37 << 20);
+
+/// What the cache counts before and after `body`, in a round in which nothing of the machine has changed memory that the source
+/// takes for this: what is dropped for that is no sign of anything.
 fn once_quiet<S: Source + 'static>(
     cache: &Cache<S>,
-    memory: &Memory,
-    mut body: impl FnMut(),
+    stamp: u64,
+    mut body: impl FnMut(&Memory),
 ) -> (Stats, Stats) {
     let dropped = |stats: &Stats| stats.stale + stats.told + stats.retried;
-    let mut rounds = (0..20).map(|_| {
-        cache.invalidate(memory.0.start() as usize, memory.0.len() as usize).unwrap();
+    let near = Memory::stamped(1, 0).0.start();
+    let mut rounds = (1..20).map(|n| {
+        let memory = Memory::map(near - n * FAR, 4, ANON, None).unwrap();
+        memory.fill(stamp);
         let before = cache.stats().unwrap();
-        body();
-        (before, cache.stats().unwrap())
+        body(&memory);
+        let after = cache.stats().unwrap();
+        assert_eq!(see(cache, &get(cache, memory.0).unwrap()), stamp);
+        (before, after)
     });
     rounds.find(|(before, after)| dropped(before) == dropped(after)).expect("a quiet round")
 }
@@ -44,8 +51,7 @@ fn b6_38_threads_that_hit_one_entry_write_no_word_together() {
     const ROUNDS: u64 = 20_000;
     fn body<S: Source + 'static>(source: S) {
         let cache = cache(source, Options { threads: 64, ..Options::default() });
-        let memory = Memory::stamped(4, 38);
-        let (before, after) = once_quiet(&cache, &memory, || {
+        let (before, after) = once_quiet(&cache, 38, |memory| {
             drop(get(&cache, memory.0).unwrap());
             MaySleep::enter(|cx| {
                 scope(cx, |threads, _| {
@@ -59,26 +65,20 @@ fn b6_38_threads_that_hit_one_entry_write_no_word_together() {
         });
         let counted = (after.hits - before.hits, after.registered - before.registered);
         assert_eq!(counted, (THREADS * ROUNDS, 1), "{after:?}");
-        assert_eq!(see(&cache, &get(&cache, memory.0).unwrap()), 38);
     }
     let test = "b6_38_threads_that_hit_one_entry_write_no_word_together";
     over_both(test, || body(kvm_source()), || body(uffd_source()));
 }
-
-/// Far enough from what is registered for the kvm source to tell it apart.
-const FAR: u64 = (1 << 32) + (37 << 20);
 
 /// What others do to memory of theirs takes nothing out of use.
 #[test]
 fn b6_39_memory_that_nobody_registered_is_nobodys_business() {
     fn body<S: Source + 'static>(source: S) {
         let cache = cache(source, Options::default());
-        let memory = Memory::stamped(16, 39);
-        let (before, after) = once_quiet(&cache, &memory, || {
+        let (before, after) = once_quiet(&cache, 39, |memory| {
             drop(get(&cache, memory.0).unwrap());
             for _ in 0..100 {
-                let stranger = Memory::map(memory.0.start() - FAR, 16, ANON, None).unwrap();
-                stranger.fill(1);
+                let stranger = Memory::stamped(16, 1);
                 stranger.madvise(stranger.page(3), libc::MADV_DONTNEED).unwrap();
                 stranger.unmap();
                 assert_eq!(see(&cache, &get(&cache, memory.0).unwrap()), 39);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! The lease slots under weak memory: src/cache/slab.rs itself, over loom's atomics and cells instead of our own.
+//! The lease slots under weak memory: src/cache/slab itself, over loom's atomics and cells instead of our own.
 //!
 //! interleave explores sequentially consistent memory; the slots are what the cache has of weaker orders and of `unsafe`.
 
@@ -9,8 +9,8 @@ use loom::thread;
 use slab::{Phase, Slab, State, USERS};
 use sync::{Here, Ordering, SLOTS};
 
-#[allow(dead_code, reason = "the cache uses more of it")]
-#[path = "../src/cache/slab.rs"]
+#[allow(dead_code, unused_imports, reason = "the cache uses more of it")]
+#[path = "../src/cache/slab/mod.rs"]
 mod slab;
 
 /// Loom's twins of what src/sync.rs has.
@@ -129,11 +129,11 @@ mod sync {
 
     pub(crate) type AtomicWord<'a> = &'a AtomicU64;
 
-    /// Eight of them.
+    /// Four of them.
     #[derive(Clone, Copy)]
-    pub(crate) struct AtomicLine<'a>(&'a [AtomicU64]);
+    pub(crate) struct AtomicQuad<'a>(&'a [AtomicU64]);
 
-    impl<'a> AtomicLine<'a> {
+    impl<'a> AtomicQuad<'a> {
         pub(crate) fn word(self, n: usize) -> AtomicWord<'a> {
             &self.0[n]
         }
@@ -144,8 +144,12 @@ mod sync {
             AtomicWords((0..count).map(|_| AtomicU64::new(value)).collect())
         }
 
-        pub(crate) fn line(&self, n: usize) -> AtomicLine<'_> {
-            AtomicLine(&self.0[8 * n..][..8])
+        pub(crate) fn word(&self, n: usize) -> AtomicWord<'_> {
+            &self.0[n]
+        }
+
+        pub(crate) fn quad(&self, n: usize) -> AtomicQuad<'_> {
+            AtomicQuad(&self.0[4 * n..][..4])
         }
     }
 
@@ -177,16 +181,16 @@ fn one(threads: usize) -> Arc<Bodies> {
 
 fn bring_up(slab: &Bodies, body: u64) {
     slab.build(0);
-    slab.line(0).word(USERS).store(body, Ordering::Release);
+    slab.words(0).word(USERS).store(body, Ordering::Release);
     slab.publish(0, Arc::new(body), 0);
 }
 
 /// Reads the body if the entry is alive, as a lookup does, and finds the words of the same life.
 fn read(slab: &Bodies) -> Option<u64> {
-    let (here, line) = (Here::ask(), slab.line(0));
-    let state = State::of(here, line);
-    let word = line.word(USERS).load_here(here, Ordering::Acquire);
-    let claim = state.is_live().then(|| slab.claim(here, 0, line, state))??;
+    let (here, words) = (Here::ask(), slab.words(0));
+    let state = State::of(here, words);
+    let word = words.word(USERS).load_here(here, Ordering::Acquire);
+    let claim = state.is_live().then(|| slab.claim(here, 0, words, state))??;
     let body = **slab.body(&claim);
     assert_eq!(word, body, "the words are another life's");
     slab.end(here, claim);
@@ -195,7 +199,8 @@ fn read(slab: &Bodies) -> Option<u64> {
 
 /// As who finds it dead: takes it apart when it can.
 fn take(slab: &Bodies) -> bool {
-    let mut dead = vec![0];
+    let mut dead = Vec::new();
+    slab.count_dead(std::iter::once(0), &mut dead);
     // Loom's cell reports whoever reads the body beside this.
     slab.take(&mut dead, |_, body| drop(body)).expect("there is a fence");
     if dead.is_empty() {
@@ -204,26 +209,63 @@ fn take(slab: &Bodies) -> bool {
     dead.is_empty()
 }
 
+/// As a lookup of a batch does.
+fn glance(slab: &Bodies) -> Option<u64> {
+    let here = Here::ask();
+    let pin = slab.pin();
+    let seen = pin.see(here, 0);
+    let word = slab.words(0).word(USERS).load_here(here, Ordering::Acquire);
+    let body = **seen.body()?;
+    assert_eq!(word, body, "the words are another life's");
+    Some(body)
+}
+
+/// A lookup beside somebody who takes the entry apart and uses it again.
+fn a_lookup_beside_a_taker(look: fn(&Bodies) -> Option<u64>, threads: usize) {
+    loom::model(move || {
+        let slab = one(threads);
+        let reader = {
+            let slab = Arc::clone(&slab);
+            thread::spawn(move || {
+                Here::set_thread(0);
+                assert!(matches!(look(&slab), None | Some(7 | 8)));
+            })
+        };
+        let state = slab.state(0);
+        assert!(slab.kill(0, state));
+        let taken = take(&slab);
+        if taken {
+            bring_up(&slab, 8);
+        }
+        reader.join().expect("it does not panic");
+        assert!(taken || take(&slab), "the lease has ended");
+    });
+}
+
+// With slots of its own, and without.
 #[test]
 fn a_leased_body_is_not_taken_apart() {
-    // With slots of its own, and without.
-    for threads in [1, 0] {
-        loom::model(move || {
-            let slab = one(threads);
-            let reader = {
-                let slab = Arc::clone(&slab);
-                thread::spawn(move || {
-                    Here::set_thread(0);
-                    assert!(matches!(read(&slab), None | Some(7)));
-                })
-            };
-            let state = slab.state(0);
-            assert!(slab.kill(0, state));
-            let taken = take(&slab);
-            reader.join().expect("it does not panic");
-            assert!(taken || take(&slab), "the lease has ended");
-        });
-    }
+    [1, 0].into_iter().for_each(|threads| a_lookup_beside_a_taker(read, threads));
+}
+
+#[test]
+fn what_is_seen_alive_under_a_pin_is_not_taken_apart() {
+    [1, 0].into_iter().for_each(|threads| a_lookup_beside_a_taker(glance, threads));
+}
+
+#[test]
+fn a_pin_of_a_later_epoch_keeps_nothing() {
+    loom::model(|| {
+        let slab = one(1);
+        Here::set_thread(0);
+        assert!(slab.kill(0, slab.state(0)));
+        let mut dead = Vec::new();
+        slab.count_dead(std::iter::once(0), &mut dead);
+        let pin = slab.pin();
+        assert!(pin.see(Here::ask(), 0).body().is_none(), "it was dead before");
+        let kept = slab.take(&mut dead, |_, body| drop(body)).expect("there is a fence");
+        assert!(dead.is_empty() && !kept.by_pins);
+    });
 }
 
 #[test]

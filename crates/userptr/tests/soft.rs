@@ -185,6 +185,73 @@ fn more_leases_than_slots_are_counted_in_the_entry() {
 }
 
 #[test]
+fn a_batch_finds_what_is_there_in_the_order_asked_for_and_keeps_it() {
+    with_mm(|cx, mm| {
+        let cache = Cache::new(mm.clone(), Pinned { mappings: 64 }, options(128)).unwrap();
+        map(cx, mm, pages(0, 100), 7);
+        // Every third page, the first of them for reading only.
+        for first in (0..99).step_by(3) {
+            let access = if first == 0 { Access::Read } else { Access::Write };
+            drop(get(&cache, pages(first, 1), access).unwrap());
+        }
+        let before = cache.stats().unwrap().hits;
+        let batch = cache.batch().unwrap();
+        let asked = |n: u64| (pages(n, 1).start() as usize + 8, 16);
+        let mut found = Vec::new();
+        batch.lookup_all((0..99).map(asked).chain([(usize::MAX - 3, 9)]), Access::Write, |n, registered| {
+            assert_eq!(n, found.len());
+            found.push(registered);
+        });
+        assert_eq!(found.len(), 100);
+        for (n, registered) in (0_u64..).zip(&found) {
+            let expected = n % 3 == 0 && n > 0 && n < 99;
+            assert_eq!(registered.is_some(), expected, "page {n}");
+            let Some(registered) = registered else { continue };
+            assert_eq!((registered.addr(), registered.registered()), (asked(n).0, pages(n, 1)));
+            assert_eq!((registered.device_addr().0, registered.rights()), (asked(n).0 as u64, Access::Write));
+        }
+        // All of them die, and one is asked for again.
+        mm.munmap(cx, pages(0, 100));
+        assert!(batch.lookup(asked(3).0, 16, Access::Write).is_none());
+        cache.invalidate(asked(0).0, 100 * PAGE_SIZE as usize).unwrap();
+        let stats = cache.stats().unwrap();
+        assert_eq!((stats.entries, stats.released, stats.hits), (33, 0, before));
+        let last = found[96].as_ref().unwrap();
+        assert!(!last.is_current());
+        assert_eq!(see(mm.machine(), last.mapping(), pages(96, 1).first_page()), 7, "its pages stay");
+        drop(found);
+        drop(batch);
+        cache.reap().unwrap();
+        let stats = cache.stats().unwrap();
+        assert_eq!((stats.entries, stats.released, stats.hits), (0, 33, before + 32));
+    });
+}
+
+#[test]
+fn who_registers_in_a_full_cache_waits_for_the_batches_of_others() {
+    let scenario = |cx: &mut MaySleep<'_>| {
+        let machine = small_machine();
+        let user = machine.new_mm().unwrap();
+        let cache = Cache::new(user.clone(), Pinned { mappings: 4 }, options(1)).unwrap();
+        map(cx, &user, pages(0, 2), 1);
+        drop(get(&cache, pages(0, 1), Access::Write).unwrap());
+        let batch = cache.batch().unwrap();
+        // There is no end to wait for but the caller's.
+        assert!(matches!(get(&cache, pages(1, 1), Access::Write), Err(CacheError::Full { .. })));
+        drop(batch);
+        scope(cx, |threads, cx| {
+            let reader = threads.spawn("reader", |_| drop(cache.batch().unwrap()));
+            assert!(get(&cache, pages(1, 1), Access::Write).is_ok());
+            reader.join(cx).unwrap();
+        });
+        drop(cache);
+        user.mmput(cx);
+        assert_eq!(machine.frames().free_frames(), machine.frames().total_frames(), "a pin was leaked");
+    };
+    MaySleep::enter(scenario);
+}
+
+#[test]
 fn b6_34_a_registration_that_fails_half_way_leaves_nothing() {
     with_mm(|cx, mm| {
         let cache = Cache::new(mm.clone(), Pinned { mappings: 64 }, options(1)).unwrap();
@@ -222,15 +289,33 @@ fn an_audit_finds_what_nobody_told_of_and_nothing_else() {
     }
 }
 
-/// How a lookup is asked for.
-type Look = fn(&RegistrationCache<Told, Pinned>) -> Result<Lease<'_, Told, Pinned>, CacheError>;
+type ToldCache = RegistrationCache<Told, Pinned>;
 
-fn strict(cache: &RegistrationCache<Told, Pinned>) -> Result<Lease<'_, Told, Pinned>, CacheError> {
-    cache.get(pages(0, 1).start() as usize, PAGE_SIZE as usize, Access::Write)
+/// A lookup of page 0, and what the device sees there.
+type Look = fn(&ToldCache, &Machine) -> Option<u64>;
+
+fn see_first(machine: &Machine, pin: &MmPin) -> u64 {
+    see(machine, pin, pages(0, 1).first_page())
 }
 
-fn ordered(cache: &RegistrationCache<Told, Pinned>) -> Result<Lease<'_, Told, Pinned>, CacheError> {
-    cache.get_ordered(pages(0, 1).start() as usize, PAGE_SIZE as usize, Access::Write)
+fn strict(cache: &ToldCache, machine: &Machine) -> Option<u64> {
+    let lease = cache.get(pages(0, 1).start() as usize, PAGE_SIZE as usize, Access::Write).ok()?;
+    Some(see_first(machine, lease.mapping()))
+}
+
+fn ordered(cache: &ToldCache, machine: &Machine) -> Option<u64> {
+    let lease = cache.get_ordered(pages(0, 1).start() as usize, PAGE_SIZE as usize, Access::Write).ok()?;
+    Some(see_first(machine, lease.mapping()))
+}
+
+fn batched(cache: &ToldCache, machine: &Machine) -> Option<u64> {
+    let batch = cache.batch().ok()?;
+    let found = batch.lookup(pages(0, 1).start() as usize, PAGE_SIZE as usize, Access::Write);
+    if let Some(found) = found {
+        return Some(see_first(machine, found.mapping()));
+    }
+    drop(batch);
+    strict(cache, machine)
 }
 
 /// A cache over a mm whose page 0 holds 1; afterwards the device must see 2 there, and nothing may be leaked.
@@ -243,10 +328,7 @@ fn with_cache(
     let user = machine.new_mm().unwrap();
     let told = Told::new(cx, &user, how);
     let cache = RegistrationCache::new(Arc::clone(&told), Pinned { mappings: 4 }, options(2)).unwrap();
-    let look = |look: Look| {
-        let lease = look(&cache).ok()?;
-        Some(see(&machine, lease.mapping(), pages(0, 1).first_page()))
-    };
+    let look = |look: Look| look(&cache, &machine);
     map(cx, &user, pages(0, 1), 1);
     f(cx, &user, &told, &look);
     assert_eq!(look(strict), Some(2), "sees the past, and 2 was complete");
@@ -288,7 +370,7 @@ fn lookups_beside_a_replacement(cx: &mut MaySleep<'_>, how: How, registered_befo
 
 /// One thread is in munmap, which does not return before its news are read, while another maps the very address and looks
 /// it up. Only a strict lookup is promised to be right.
-fn a_lookup_of_memory_that_another_thread_is_giving_back(cx: &mut MaySleep<'_>, how: How) {
+fn a_lookup_of_memory_that_another_thread_is_giving_back(cx: &mut MaySleep<'_>, how: How, by: Look) {
     with_cache(cx, how, |cx, user, told, look| {
         assert_eq!(look(strict), Some(1));
         let mut mapped = false;
@@ -298,7 +380,7 @@ fn a_lookup_of_memory_that_another_thread_is_giving_back(cx: &mut MaySleep<'_>, 
             mapped = user.mmap(cx, Placement::FixedNoReplace(pages(0, 1)), Prot::ReadWrite).is_ok();
             if mapped {
                 user.machine().cpus()[0].store(cx, user, pages(0, 1).start(), 2).unwrap();
-                assert_eq!(look(strict), Some(2), "sees what another thread has given back");
+                assert_eq!(look(by), Some(2), "sees what another thread has given back");
             }
             unmapper.join(cx).unwrap();
             told.stop();
@@ -314,17 +396,21 @@ fn explored(seconds: u64, scenario: impl Fn(&mut MaySleep<'_>)) -> Report {
     explore(&config, scenario)
 }
 
-/// Silent, and every order was tried, or as many as there was time for.
-fn holds(report: &Report) {
-    report.assert_ok();
-    assert!(report.exhausted || report.executions > 100, "only {}", report.executions);
+/// Silent, and every order was tried, or as many as there was time for: more where others take the time.
+fn holds(seconds: u64, scenario: impl Fn(&mut MaySleep<'_>)) {
+    let enough = [seconds, 10 * seconds].into_iter().any(|seconds| {
+        let report = explored(seconds, &scenario);
+        report.assert_ok();
+        report.exhausted || report.executions > 100
+    });
+    assert!(enough, "not even a hundred");
 }
 
 #[test]
 fn no_order_of_lookup_and_replacement_shows_the_past() {
     for how in [How::Blocks, How::Kvm, How::KvmEras, How::Uffd] {
-        for (before, by) in [(true, strict as Look), (true, ordered), (false, strict)] {
-            holds(&explored(2, |cx| lookups_beside_a_replacement(cx, how, before, by)));
+        for (before, by) in [(true, strict as Look), (true, ordered), (true, batched), (false, strict)] {
+            holds(2, |cx| lookups_beside_a_replacement(cx, how, before, by));
         }
     }
 }
@@ -333,7 +419,7 @@ fn no_order_of_lookup_and_replacement_shows_the_past() {
 fn no_order_of_late_callbacks_shows_the_past() {
     for how in [How::KvmCalls, How::UffdCalls] {
         for before in [true, false] {
-            holds(&explored(2, |cx| lookups_beside_a_replacement(cx, how, before, strict)));
+            holds(2, |cx| lookups_beside_a_replacement(cx, how, before, strict));
         }
     }
 }
@@ -341,7 +427,9 @@ fn no_order_of_late_callbacks_shows_the_past() {
 #[test]
 fn no_order_of_unmapping_and_mapping_by_two_threads_shows_the_past() {
     for how in [How::Blocks, How::Kvm, How::KvmEras, How::Uffd] {
-        holds(&explored(3, |cx| a_lookup_of_memory_that_another_thread_is_giving_back(cx, how)));
+        for by in [strict as Look, batched] {
+            holds(2, |cx| a_lookup_of_memory_that_another_thread_is_giving_back(cx, how, by));
+        }
     }
 }
 
@@ -368,13 +456,16 @@ fn a_total_that_moves_before_its_bucket_is_found() {
 fn a_monitor_that_reads_before_it_says_so_is_found() {
     replacement_fails(How::UffdReadsFirst, true, strict);
     replacement_fails(How::UffdReadsFirst, true, ordered);
+    replacement_fails(How::UffdReadsFirst, true, batched);
 }
 
 #[test]
 fn a_strict_lookup_that_does_not_probe_is_found() {
-    let report = explored(60, |cx| {
-        a_lookup_of_memory_that_another_thread_is_giving_back(cx, How::UffdNoProbe);
-    });
-    let failure = report.failures.first().expect("the missing probe was not found");
-    assert!(failure.message.contains("given back"), "{failure}");
+    for by in [strict as Look, batched] {
+        let report = explored(60, |cx| {
+            a_lookup_of_memory_that_another_thread_is_giving_back(cx, How::UffdNoProbe, by);
+        });
+        let failure = report.failures.first().expect("the missing probe was not found");
+        assert!(failure.message.contains("given back"), "{failure}");
+    }
 }

@@ -7,14 +7,23 @@ use super::perf_rings::{self, Fields};
 use super::program::RECORD_WORDS;
 use super::record::Record;
 use super::shared::{Counters, Shared};
-use crate::sys::map::Mapping;
+use crate::sys::map::{Mapping, Word};
 use crate::sys::ringbuf::RingReader;
 use mmu_notifier::{PageAddr, Range};
 use std::io;
 
-/// A private page that holds nothing.
+/// A private page that holds nothing, and addresses behind it, which are kept: what is still told of them when the source
+/// is open must be nobody's.
 #[derive(Debug)]
-pub(crate) struct Canary(Mapping);
+pub(crate) struct Canary {
+    page: Mapping,
+    _room: Mapping,
+}
+
+const PAGE: usize = 4096;
+/// Bytes that hold a wide granule of the [default layout](super::Buckets) wherever they start.
+const SPAN: usize = 8 << 20;
+const RW: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
 impl Canary {
     /// Reserves the page.
@@ -22,32 +31,75 @@ impl Canary {
     /// # Errors
     /// No memory.
     pub(crate) fn reserve() -> io::Result<Canary> {
-        Ok(Canary(Mapping::anonymous(4096)?))
+        let mut page = Mapping::reserved(SPAN)?;
+        let _room = page.split_off(PAGE);
+        let canary = Canary { page, _room };
+        canary.overlay(PAGE, RW)?;
+        Ok(canary)
     }
 
     /// The page.
     pub(crate) fn range(&self) -> Range {
-        let page = PageAddr::containing(self.0.ptr().as_ptr() as u64);
+        let page = PageAddr::containing(self.page.ptr().as_ptr() as u64);
         Range::page(page.unwrap_or_else(|_| unreachable!("mmap without a hint stays below TASK_SIZE")))
     }
 
     /// Makes the kernel announce the page: MADV_DONTNEED does so even where nothing is mapped (measured on 6.18).
     pub(crate) fn poke(&self) {
         // Fails only for a range that is not ours, and then there is nothing to announce.
-        let _ = self.0.advise(libc::MADV_DONTNEED);
+        let _ = self.page.advise(libc::MADV_DONTNEED);
     }
 
-    /// Maps a fresh page over it, which unmaps the old one: what munmap does, without losing the address.
-    fn overlay(&self) -> io::Result<()> {
-        let ptr = self.0.ptr().as_ptr();
-        // SAFETY: the page is ours, holds nothing and nothing borrows from it; the write touches it first, so that
-        // there is something to unmap.
-        let new = unsafe {
-            ptr.write_volatile(1);
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-            libc::mmap(ptr.cast(), self.0.len(), libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
-        };
+    /// Maps fresh memory over `len` bytes from the page on, which unmaps the old: what munmap does, without losing the
+    /// address.
+    fn overlay(&self, len: usize, prot: i32) -> io::Result<()> {
+        assert!(len <= SPAN, "{len} bytes");
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        let ptr = self.page.ptr().as_ptr().cast();
+        // SAFETY: page and room are ours, lie one behind the other, hold nothing, and nothing borrows from them.
+        let new = unsafe { libc::mmap(ptr, len, prot, flags, -1, 0) };
         if new == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Has the kernel announce what `change` says.
+    fn make(&self, change: &Change) -> io::Result<()> {
+        if change.how == How::Madvise {
+            self.poke();
+            return Ok(());
+        }
+        // Touched first, so that there is something to unmap.
+        // SAFETY: the page is ours, writable, and nothing borrows from it.
+        unsafe { self.page.ptr().as_ptr().write_volatile(1) };
+        match change.how {
+            How::Wide => {
+                self.overlay(SPAN, libc::PROT_NONE)?;
+                self.overlay(PAGE, RW)
+            }
+            _ => self.overlay(PAGE, RW),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    Madvise,
+    Munmap,
+    /// munmap of the room behind it too.
+    Wide,
+}
+
+/// A change that is made to be heard.
+struct Change {
+    how: How,
+    range: Range,
+    /// The word that tells of it and of little else.
+    word: Option<Word>,
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let name = if self.how == How::Madvise { "madvise" } else { "munmap" };
+        write!(f, "{name} of {:?}", self.range)
     }
 }
 
@@ -63,13 +115,16 @@ const ATTEMPTS: u32 = 100;
 
 /// Changes the page several times and demands that counters, bucket and record tell of exactly that.
 pub(crate) fn verify(canary: &Canary, shared: &Shared, mut records: Records<'_>) -> Result<(), OpenError> {
-    let range = canary.range();
-    for how in ["madvise", "munmap", "madvise", "munmap"] {
+    let page = canary.range();
+    let word = shared.local(Kind::Unmap, page).last().copied();
+    let twice = [How::Madvise, How::Munmap, How::Madvise, How::Munmap];
+    let changes = twice.into_iter().map(|how| Change { how, range: page, word });
+    for change in changes.chain(wide(page, shared)) {
         let mut attempts = 1..ATTEMPTS;
-        while !is_told(canary, shared, &mut records, how)? {
+        while !is_told(canary, shared, &mut records, &change)? {
             if attempts.next().is_none() {
                 return Err(OpenError::Canary(format!(
-                    "no record tells of {how} of {range:?}: the ring overflows as fast as it is read, or holds what is no record"
+                    "no record tells of {change}: the ring overflows as fast as it is read, or holds what is no record"
                 )));
             }
         }
@@ -77,32 +132,41 @@ pub(crate) fn verify(canary: &Canary, shared: &Shared, mut records: Records<'_>)
     Ok(())
 }
 
-/// Changes it once. `false` if records were lost meanwhile, and with them perhaps the one that matters.
+/// The change of page and room, and the word of a wide granule in it; `None` if none fits in.
+fn wide(page: Range, shared: &Shared) -> Option<Change> {
+    let range = Range::new(page.start(), SPAN as u64).ok()?;
+    let bytes = match &*shared.counters {
+        Counters::Bpf { layout, .. } => layout.buckets.map(|b| u64::from(b.wide) << b.granule_shift),
+        Counters::Perf { .. } => None,
+    };
+    let Some(bytes) = bytes else { return Some(Change { how: How::Wide, range, word: None }) };
+    let whole = Range::new(range.start().next_multiple_of(bytes), bytes).ok()?;
+    let first = Range::page(whole.first_page());
+    let word = shared.local(Kind::Unmap, first).first().copied();
+    range.contains(whole).then_some(Change { how: How::Wide, range, word })
+}
+
+/// Makes the change once. `false` if records were lost meanwhile, and with them perhaps the one that matters.
 fn is_told(
     canary: &Canary,
     shared: &Shared,
     records: &mut Records<'_>,
-    how: &str,
+    change: &Change,
 ) -> Result<bool, OpenError> {
-    let range = canary.range();
+    let range = change.range;
     let global = shared.heads(Kind::Unmap);
-    let bucket = shared.local(Kind::Unmap, range).last().copied();
     if let Records::Bpf(ring) = records {
         drain(ring)?;
     }
     let lost = shared.lost();
     let before: Vec<u64> = global.iter().map(|w| w.load()).collect();
-    let bucket_before = bucket.map(|b| b.load());
-    if how == "madvise" {
-        canary.poke();
-    } else {
-        canary.overlay().map_err(super::error::system("changing the canary page"))?;
-    }
+    let word_before = change.word.map(Word::load);
+    canary.make(change).map_err(super::error::system("changing the canary page"))?;
     if global.iter().map(|w| w.load()).eq(before.iter().copied()) {
-        return Err(OpenError::Canary(format!("{how} of {range:?} did not move the global counter")));
+        return Err(OpenError::Canary(format!("{change} did not move the global counter")));
     }
-    if bucket.is_some_and(|b| Some(b.load()) == bucket_before) {
-        return Err(OpenError::Canary(format!("{how} of {range:?} did not move its bucket")));
+    if change.word.is_some_and(|word| Some(word.load()) == word_before) {
+        return Err(OpenError::Canary(format!("{change} did not move its bucket")));
     }
     let of_canary = |r: &Record| (r.kind, r.start, r.end) == (Kind::Unmap, range.start(), range.end());
     let (heard, complete) = match records {
@@ -117,7 +181,7 @@ fn is_told(
         }
     };
     if !heard && complete {
-        return Err(OpenError::Canary(format!("no record tells of {how} of {range:?}")));
+        return Err(OpenError::Canary(format!("no record tells of {change}")));
     }
     Ok(heard)
 }

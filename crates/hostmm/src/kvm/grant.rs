@@ -30,7 +30,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// First word of the message; its last byte is the version of the layout.
-const MAGIC: u32 = 0x6b76_6d01;
+const MAGIC: u32 = 0x6b76_6d02;
 const WORDS: usize = 8;
 /// /dev/kvm, counters, two events, ring.
 const FDS_MAX: usize = 5;

@@ -4,7 +4,7 @@
 //! No lock here but that of `subs`; see [`super::subscription`].
 
 use super::error::Gone;
-use super::layout::{Kind, LOST, Layout};
+use super::layout::{Buckets, Kind, LOST, Layout};
 use super::subscription::Subs;
 use crate::sys::map::{Mapping, Word, WordRing};
 use crate::sys::perf::Ring;
@@ -41,20 +41,31 @@ const KEY_BITS: u32 = 52;
 /// Where the counts of ranges are, without a look at the layout. Whoever has it keeps the [`Shared`] that it is of.
 #[derive(Debug)]
 pub(super) struct Near {
-    wide: Word,
     buckets: WordRing,
+    wide: WordRing,
+    /// log2 of the granules in a wide one.
+    wide_shift: u32,
 }
 
 impl Near {
     /// The sum of the words that a [key](Shared::key) names.
     #[inline]
     pub(super) fn count(&self, key: u64) -> u64 {
-        let count = self.wide.load().wrapping_add(self.buckets.at(key).load());
         // A bucket's number is counted around, whatever is above it.
+        let count = self.buckets.at(key).load().wrapping_add(self.wide.at(key >> self.wide_shift).load());
         match key >> KEY_BITS {
             0 => count,
-            more => (1..=more).fold(count, |n, next| n.wrapping_add(self.buckets.at(key + next).load())),
+            more => self.count_more(count, key, more),
         }
+    }
+
+    /// The same as [`Layout::words`], where a range of several granules can lie in several wide ones.
+    fn count_more(&self, count: u64, key: u64, more: u64) -> u64 {
+        let first = key & ((1 << KEY_BITS) - 1);
+        let wide = (first >> self.wide_shift) + 1..=(first + more) >> self.wide_shift;
+        let buckets = (first + 1..=first + more).map(|granule| self.buckets.at(granule));
+        let words = buckets.chain(wide.map(|granule| self.wide.at(granule)));
+        words.fold(count, |n, word| n.wrapping_add(word.load()))
     }
 }
 
@@ -144,9 +155,12 @@ impl Shared {
     /// Where [`Shared::local`]'s words are, ready to be asked; `None` where only the heads can tell.
     pub(super) fn near(&self, kind: Kind) -> Option<Near> {
         let Counters::Bpf { map, layout } = &*self.counters else { return None };
-        let count = layout.buckets?.count as usize;
-        let wide = map.word(Layout::wide(kind) as usize)?;
-        Some(Near { wide, buckets: map.words(layout.table(kind) as usize, count)? })
+        let buckets = layout.buckets?;
+        Some(Near {
+            buckets: map.words(layout.table(kind) as usize, buckets.count as usize)?,
+            wide: map.words(layout.wide_table(kind) as usize, Buckets::WIDE_COUNT as usize)?,
+            wide_shift: buckets.wide_shift(),
+        })
     }
 
     /// Which words [`Shared::local`] names, for [`Near::count`]; `None` where they are many.

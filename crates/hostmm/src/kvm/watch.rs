@@ -46,7 +46,7 @@ struct Words {
     /// Moves with anything at all: the program's global counter, the case to be fast in. With perf rings the head of
     /// the first, which is never asked alone.
     first: Word,
-    /// The words that decide if `first` has moved: the wide counter and buckets of the range, or the heads of all perf
+    /// The words that decide if `first` has moved: the buckets of the range, wide ones included, or the heads of all perf
     /// rings; empty where `first` decides alone.
     rest: Box<[Word]>,
     /// Several words stand for "anything", so that `first` says nothing by itself.

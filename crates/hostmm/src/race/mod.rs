@@ -61,6 +61,50 @@ pub struct Outcome {
     pub elapsed: Duration,
 }
 
+/// How long a race goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Length {
+    /// Rounds, as far as there is time for them.
+    pub rounds: u64,
+    /// Time: where threads have to wait for time slices, a round takes many milliseconds.
+    pub time: Duration,
+    /// Go on after these rounds until one is stale: for a control, which loses now and then.
+    pub until_stale: bool,
+}
+
+/// Runs `race` with some rounds again and again, for as long as `length` says and at least once. All of it together.
+///
+/// # Errors
+/// That of the first piece which fails.
+pub fn repeat(
+    length: Length,
+    race: impl Fn(u64) -> Result<Outcome, RaceError>,
+) -> Result<Outcome, RaceError> {
+    let (mut all, mut piece) = (Outcome::default(), 100);
+    loop {
+        let left = length.rounds.saturating_sub(all.rounds);
+        let out = race(if left == 0 { piece } else { piece.min(left) })?;
+        if out.elapsed < length.time / 20 {
+            piece *= 2;
+        }
+        all.rounds += out.rounds;
+        all.lookups += out.lookups;
+        all.stale += out.stale;
+        all.elapsed += out.elapsed;
+        let done = all.rounds >= length.rounds && !(length.until_stale && all.stale == 0);
+        if done || all.elapsed >= length.time {
+            return Ok(all);
+        }
+    }
+}
+
+/// May two threads of this process run at once? On one CPU a monitor that wakes up comes before a thread that has run all
+/// the time, so a source that only lacks its probe has nothing to lose.
+#[must_use]
+pub fn has_two_cpus() -> bool {
+    std::thread::available_parallelism().is_ok_and(|cpus| cpus.get() > 1)
+}
+
 /// Why a race could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum RaceError {

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering, scope};
+use interleave::{AtomicBool, AtomicU64, LockClass, MaySleep, Mutex, Ordering, scope, yield_now};
 use mmu_notifier::{PAGE_SIZE, Range};
 
 use super::{Outcome, RaceError, StopOnDrop, Subject, wait_for, with_hogs};
@@ -108,9 +108,15 @@ impl<S: Subject> Race<'_, S> {
             }
             let token = self.token.lock(cx).take();
             let addr = self.page.start();
+            let mut tries = 0;
             while map(addr, PAGE_SIZE, RW, libc::MAP_FIXED_NOREPLACE).is_none() {
                 if self.stop.load(Ordering::Relaxed) {
                     return stale;
+                }
+                tries += 1;
+                // Far more than fit into A's system call: A does not run.
+                if tries % 1000 == 0 {
+                    yield_now();
                 }
             }
             // From here on the address is ours, whatever A is doing.

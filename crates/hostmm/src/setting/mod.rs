@@ -89,21 +89,20 @@ fn write(path: &Path, value: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::env;
     use std::time::Duration;
 
     use rustix::process::{Signal, getpid, kill_process};
 
     use super::*;
     use crate::capability::Capability;
-    use crate::testing::{in_child, is_child, require};
+    use crate::testing::{in_child, is_child, own_file, require};
 
     const SHORT: Duration = Duration::from_secs(20);
 
     #[test]
     fn a_setting_comes_back_on_drop_on_panic_and_after_a_kill() {
         let name = "setting::tests::a_setting_comes_back_on_drop_on_panic_and_after_a_kill";
-        let path = env::temp_dir().join("userptr-setting-test");
+        let path = own_file("setting-test");
         for case in ["#drop", "#panic", "#kill"] {
             if !is_child() {
                 fs::write(&path, "1").unwrap();
@@ -139,7 +138,7 @@ mod tests {
             return;
         }
         for case in ["#drop", "#kill"] {
-            let node = env::temp_dir().join("userptr-swap-test");
+            let node = own_file("swap-test");
             let child = std::panic::catch_unwind(|| {
                 in_child(&format!("{name}{case}"), Duration::from_secs(60), || {
                     let swap = SwapSpace::add().unwrap();

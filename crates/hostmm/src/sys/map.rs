@@ -57,6 +57,12 @@ impl Mapping {
         Mapping::map(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
     }
 
+    /// Addresses with nothing behind them.
+    pub(crate) fn reserved(len: usize) -> io::Result<Mapping> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        Mapping::map(len, libc::PROT_NONE, flags, -1, 0)
+    }
+
     /// Shared anonymous memory, readable and writable: a forked child has the same pages.
     pub(crate) fn shared_anonymous(len: usize) -> io::Result<Mapping> {
         Mapping::map(len, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS, -1, 0)
@@ -70,6 +76,15 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         Ok(())
+    }
+
+    /// Cuts off what lies behind the first `len` bytes, whole pages and not all of it.
+    pub(crate) fn split_off(&mut self, len: usize) -> Mapping {
+        assert!(len.is_multiple_of(4096) && 0 < len && len < self.len, "{len} of {} bytes", self.len);
+        let rest = self.len - len;
+        self.len = len;
+        // SAFETY: inside the mapping.
+        Mapping { ptr: unsafe { self.ptr.add(len) }, len: rest }
     }
 
     /// First byte.

@@ -4,8 +4,8 @@
 use super::Tgid;
 use super::ptrace::Tid;
 use rustix::time::{ClockId, clock_gettime};
-use std::fs;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 
 const KCMP_VM: libc::c_long = 1;
 
@@ -16,16 +16,32 @@ pub fn now() -> u64 {
     now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
 }
 
+/// A file of /proc, mostly in two reads: std's begins with small ones, and somebody is stopped meanwhile.
+pub(super) fn read(path: &str) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(8192);
+    File::open(path)?.take(u64::MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// `/proc/TID/status`.
+fn status(tid: Tid) -> Option<String> {
+    String::from_utf8(read(&format!("/proc/{tid}/status")).ok()?).ok()
+}
+
+/// A field of it.
+fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+}
+
 /// A field of `/proc/TID/status`.
-pub(super) fn status_field(tid: Tid, field: &str) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{tid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    Some(line.trim().to_owned())
+fn status_field(tid: Tid, name: &str) -> Option<String> {
+    field(&status(tid)?, name).map(str::to_owned)
 }
 
 /// Process and parent of a thread.
 pub(super) fn kinship(tid: Tid) -> Option<(Tgid, Tgid)> {
-    let number = |field| status_field(tid, field)?.parse().ok();
+    let status = status(tid)?;
+    let number = |name| field(&status, name)?.parse().ok();
     Some((number("Tgid")?, number("PPid")?))
 }
 
@@ -41,7 +57,8 @@ pub(super) fn is_dead(tid: Tid) -> bool {
 
 /// Its command.
 pub(super) fn command(tgid: Tgid) -> String {
-    fs::read_to_string(format!("/proc/{tgid}/comm")).map(|s| s.trim_end().to_owned()).unwrap_or_default()
+    let comm = read(&format!("/proc/{tgid}/comm")).unwrap_or_default();
+    String::from_utf8_lossy(&comm).trim_end().to_owned()
 }
 
 /// Do two processes live in one mm?

@@ -1,34 +1,37 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! System calls made by a stopped thread on our behalf.
+//! A stopped thread, borrowed for work of ours.
 //!
-//! The thread is sent to a `syscall` instruction of its vDSO, stopped again at the entry and at the exit of the call,
-//! and put back where it was, so none of its code is written to: no text page is copied.
-//! Signals are blocked meanwhile; one that arrives waits and is delivered afterwards. Stops at system calls and not
-//! single steps, because a step ends in a forced SIGTRAP, which resets the program's own action for that signal.
+//! The thread is sent to code that [`super::vdso`] lodged in its vDSO, runs there until it stops itself, and is put back
+//! where it was: none of the program's own code is written to. It stops by a SIGTRAP that it sends to itself and that we
+//! take: not by a breakpoint or a single step, whose forced SIGTRAP resets the program's own action for that signal,
+//! and not at system calls, each of which would be two stops. All other signals are blocked meanwhile; one that arrives
+//! waits and is delivered afterwards.
 //!
 //! A thread that was interrupted inside of a restartable sequence is put back at its abort handler ([`super::rseq`]).
+//! One that was interrupted in a system call begins it again, or not, as it would have: it is put back at a stop for a
+//! signal, behind which the kernel decides that.
 //!
 //! While the thread is borrowed seccomp filters look away from it, and should we die it is killed: to go on at a place
 //! that is not its own could do anything.
 //!
-//! Preconditions of every call: the thread is stopped and ours. On any error but the death of the thread its registers
-//! and mask are put back.
+//! Preconditions: the thread is stopped and ours. On any error but the death of the thread it is put back.
 
+use super::errand;
 use super::facts::has_seccomp;
-use super::ptrace::{self, EXITKILL, OPTIONS, Regs, SUSPEND_SECCOMP, Stop, Tid, Waited};
+use super::ptrace::{self, EXITKILL, OPTIONS, Regs, SUSPEND_SECCOMP, SigInfo, Stop, Tid, Waited};
 use super::rseq;
-use std::fs;
+use super::vdso::{Lodged, Room};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
 
-/// Every signal but SIGKILL and SIGSTOP, which cannot be blocked.
-const ALL: u64 = u64::MAX;
-/// `syscall`
-const SYSCALL: [u8; 2] = [0x0f, 0x05];
-/// More stops than this without the call: it will not come.
+/// Every signal but SIGKILL and SIGSTOP, which cannot be blocked, and the one that the thread stops by.
+const ALL: u64 = !(1 << (libc::SIGTRAP - 1));
+/// More stops than this that are not its own: it will not come to that.
 const PATIENCE: u32 = 64;
+/// Only what is always set.
+const EFLAGS: u64 = 0x202;
 
-/// Why the thread could not be made to call.
+/// Why the thread could not be made to work for us.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum InjectError {
     /// Gone meanwhile, with this wait status; `None`: on its way, and its end will be told by a later wait.
@@ -40,8 +43,8 @@ pub(super) enum InjectError {
     /// ptrace, wait or /proc.
     #[error(transparent)]
     System(io::Error),
-    /// Nothing to call with.
-    #[error("it has no vDSO with a system call instruction in it (a 32-bit program, or vdso=0)")]
+    /// Nowhere for our code.
+    #[error("it has no vDSO of this kernel with room in it (a 32-bit program, a restored one, or vdso=0)")]
     NoVdso,
 }
 
@@ -55,27 +58,40 @@ impl From<io::Error> for InjectError {
     }
 }
 
+/// Where a thread stands that is borrowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stands {
+    /// At the event of exec, whose result the kernel has yet to put into rax.
+    InExec,
+    /// At the end of the fork that made it, or of such a borrowing.
+    BetweenCalls,
+    /// Wherever it was interrupted.
+    Anywhere,
+}
+
 /// A stopped thread that is borrowed. [`Borrowed::give_back`] or dropping it puts the thread back as it was.
 pub(super) struct Borrowed {
     tid: Tid,
     regs: Regs,
     mask: u64,
-    call_at: u64,
+    code: Lodged,
+    /// Where it is to go on: at the beginning, or behind its last stop.
+    begun: bool,
     /// It ended meanwhile, or is about to.
     gone: bool,
-    /// One that it is about to be given.
-    signal: i32,
+    /// A signal that could not be blocked, for afterwards.
+    held: Option<(i32, SigInfo)>,
     given_back: bool,
 }
 
 impl Borrowed {
-    /// Borrows `tid`, which stands at a ptrace stop; `in_call`: at the event of a system call (exec), which is let out
-    /// of that call first, so that the call's result is among what is put back.
-    pub(super) fn new(tid: Tid, in_call: bool) -> Result<Borrowed, InjectError> {
-        let call_at = find_syscall(tid)?;
+    /// Borrows `tid`, which stands at a ptrace stop, for the errand.
+    pub(super) fn new(tid: Tid, stands: Stands, room: &Room) -> Result<Borrowed, InjectError> {
         let mut regs = ptrace::regs(tid)?;
-        if !in_call {
-            regs.rip = rseq::resume_at(tid, regs.rip);
+        match stands {
+            Stands::InExec => regs.rax = 0,
+            Stands::BetweenCalls => {}
+            Stands::Anywhere => regs.rip = rseq::resume_at(tid, regs.rip),
         }
         let mask = ptrace::signal_mask(tid)?;
         if let Err(refused) = ptrace::set_options(tid, OPTIONS | EXITKILL | SUSPEND_SECCOMP) {
@@ -84,26 +100,43 @@ impl Borrowed {
             }
             ptrace::set_options(tid, OPTIONS | EXITKILL)?;
         }
-        let mut borrowed = Borrowed { tid, regs, mask, call_at, gone: false, signal: 0, given_back: false };
+        let code = match Lodged::enter(tid, room, errand::code()) {
+            Ok(code) => code,
+            Err(error) => {
+                let _ = ptrace::set_options(tid, OPTIONS);
+                return Err(error);
+            }
+        };
+        let borrowed =
+            Borrowed { tid, regs, mask, code, begun: false, gone: false, held: None, given_back: false };
         ptrace::set_signal_mask(tid, ALL)?;
-        if in_call {
-            borrowed.next_call_stop()?;
-            borrowed.regs = ptrace::regs(tid)?;
-        }
         Ok(borrowed)
     }
 
-    /// Its stack pointer.
-    pub(super) fn sp(&self) -> u64 {
-        self.regs.rsp
+    /// Its vDSO.
+    pub(super) fn vdso(&self) -> Range<u64> {
+        self.code.vdso()
     }
 
-    /// Lets the thread run to the next stop at a system call.
-    fn next_call_stop(&mut self) -> Result<(), InjectError> {
+    /// Lets the thread run to the next stop of its own; its registers there.
+    pub(super) fn run(&mut self) -> Result<Regs, InjectError> {
+        if !self.begun {
+            self.begun = true;
+            let at_start = Regs {
+                rip: self.code.at(),
+                // Not in a system call: nothing is restarted on the way out of the stop.
+                orig_rax: u64::MAX,
+                eflags: EFLAGS,
+                r13: errand::NONE,
+                r15: errand::NONE,
+                ..self.regs
+            };
+            ptrace::set_regs(self.tid, &at_start)?;
+        }
+        let stop = self.code.at() + errand::stop_offset();
         for _ in 0..PATIENCE {
-            ptrace::resume_to_syscall(self.tid)?;
+            ptrace::resume(self.tid, 0)?;
             match ptrace::wait(self.tid, false)? {
-                Waited::For(_, Stop::Syscall) => return Ok(()),
                 Waited::For(_, Stop::Gone(status)) => return Err(self.ends(Some(status))),
                 // To wait for its end could be for ever: a first thread's is told after those of threads that
                 // themselves wait for us.
@@ -112,17 +145,26 @@ impl Borrowed {
                     return Err(self.ends(None));
                 }
                 Waited::Nobody => return Err(self.ends(None)),
-                // It cannot be blocked, but it can wait.
-                Waited::For(_, Stop::Signal(libc::SIGSTOP)) => self.signal = libc::SIGSTOP,
-                // Blocked signals do not come here; a synchronous one would be our own mistake.
                 Waited::For(_, Stop::Signal(signal)) => {
-                    return Err(io::Error::other(format!("signal {signal} during a borrowed call")).into());
+                    let regs = ptrace::regs(self.tid)?;
+                    match signal {
+                        libc::SIGTRAP if regs.rip == stop => return Ok(regs),
+                        // They cannot be blocked, but they can wait.
+                        libc::SIGTRAP | libc::SIGSTOP => {
+                            self.held.get_or_insert((signal, ptrace::siginfo(self.tid)?));
+                        }
+                        // Blocked signals do not come here; a synchronous one would be our own mistake.
+                        _ => {
+                            let what = format!("signal {signal} in borrowed code at {:#x}", regs.rip);
+                            return Err(io::Error::other(what).into());
+                        }
+                    }
                 }
                 // Job control and interrupts change nothing about where it stands.
                 Waited::For(..) | Waited::Nothing => {}
             }
         }
-        Err(io::Error::other("the thread does not reach the borrowed call").into())
+        Err(io::Error::other("the thread does not reach the end of the borrowed code").into())
     }
 
     fn ends(&mut self, status: Option<i32>) -> InjectError {
@@ -130,76 +172,25 @@ impl Borrowed {
         InjectError::Gone(status)
     }
 
-    /// Makes the thread call `number` with up to six arguments. The kernel's answer, an errno as an error.
-    pub(super) fn call(&mut self, number: i64, args: [u64; 6]) -> Result<io::Result<u64>, InjectError> {
-        let [rdi, rsi, rdx, r10, r8, r9] = args;
-        let want = Regs {
-            rip: self.call_at,
-            rax: number as u64,
-            // Not in a system call: nothing is restarted on the way out of the stop.
-            orig_rax: u64::MAX,
-            rdi,
-            rsi,
-            rdx,
-            r10,
-            r8,
-            r9,
-            ..self.regs
-        };
-        ptrace::set_regs(self.tid, &want)?;
-        self.next_call_stop()?;
-        if !ptrace::at_syscall_entry(self.tid)? {
-            return Err(io::Error::other("the thread left a call where it should have entered one").into());
-        }
-        self.next_call_stop()?;
-        let answer = ptrace::regs(self.tid)?.rax as i64;
-        Ok(match answer {
-            -4095..0 => Err(io::Error::from_raw_os_error(-answer as i32)),
-            _ => Ok(answer as u64),
-        })
-    }
-
     /// Puts the thread back; it stays stopped, and is to go on with the signal returned (0: none).
     pub(super) fn give_back(mut self) -> Result<i32, InjectError> {
         self.given_back = true;
-        self.restore()?;
-        Ok(self.signal)
+        self.restore()
     }
 
-    fn restore(&mut self) -> Result<(), InjectError> {
+    fn restore(&mut self) -> Result<i32, InjectError> {
         if self.gone {
-            return Ok(());
+            return Ok(0);
         }
         let regs = ptrace::set_regs(self.tid, &self.regs);
         // Whatever happens to the one, try the other.
-        ptrace::set_signal_mask(self.tid, self.mask)?;
-        regs?;
+        let mask = ptrace::set_signal_mask(self.tid, self.mask);
+        self.code.leave()?;
+        mask.and(regs)?;
         ptrace::set_options(self.tid, OPTIONS)?;
-        if self.was_interrupted() {
-            // Only on its way through a signal stop does the kernel begin an interrupted call again, or not.
-            ptrace::interrupt(self.tid)?;
-            ptrace::resume(self.tid, 0)?;
-            match ptrace::wait(self.tid, false)? {
-                Waited::For(_, Stop::Trap | Stop::Group) => {}
-                Waited::For(_, Stop::Gone(status)) => return Err(self.ends(Some(status))),
-                Waited::For(_, Stop::Exit) => {
-                    ptrace::resume(self.tid, 0)?;
-                    return Err(self.ends(None));
-                }
-                // Its signal comes again.
-                Waited::For(_, Stop::Signal(signal)) => self.signal = signal,
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
-    /// Did it stand in a system call that an interruption has ended, to be begun again?
-    fn was_interrupted(&self) -> bool {
-        const ERESTART_RESTARTBLOCK: i64 = 516;
-        const ERESTARTSYS: i64 = 512;
-        let answer = -(self.regs.rax as i64);
-        (self.regs.orig_rax as i64) >= 0 && (ERESTARTSYS..=ERESTART_RESTARTBLOCK).contains(&answer)
+        let Some((signal, info)) = self.held.take() else { return Ok(0) };
+        ptrace::set_siginfo(self.tid, &info)?;
+        Ok(signal)
     }
 }
 
@@ -209,23 +200,4 @@ impl Drop for Borrowed {
             let _ = self.restore();
         }
     }
-}
-
-/// The address of a `syscall` instruction in the vDSO of `tid`.
-fn find_syscall(tid: Tid) -> Result<u64, InjectError> {
-    let maps = fs::read_to_string(format!("/proc/{tid}/maps"))?;
-    let line = maps.lines().find(|line| line.ends_with("[vdso]")).ok_or(InjectError::NoVdso)?;
-    let (start, end) = line
-        .split_once(' ')
-        .and_then(|(range, _)| range.split_once('-'))
-        .and_then(|(a, b)| Some((u64::from_str_radix(a, 16).ok()?, u64::from_str_radix(b, 16).ok()?)))
-        .ok_or(InjectError::NoVdso)?;
-    // A 32-bit vDSO lies below 4 GiB and speaks another language.
-    if end <= 1 << 32 {
-        return Err(InjectError::NoVdso);
-    }
-    let mut code = vec![0; (end - start) as usize];
-    fs::File::open(format!("/proc/{tid}/mem"))?.read_exact_at(&mut code, start)?;
-    let at = code.windows(2).position(|two| two == SYSCALL).ok_or(InjectError::NoVdso)?;
-    Ok(start + at as u64)
 }

@@ -21,6 +21,7 @@
 //! would be waited for. Others close the VMs.
 
 mod attach;
+mod errand;
 mod facts;
 mod inject;
 mod launch;
@@ -31,6 +32,7 @@ mod reaper;
 mod rseq;
 mod signals;
 mod tasks;
+mod vdso;
 
 use crate::kvm::OpenError;
 use crate::sys::vm;
@@ -38,6 +40,7 @@ use interleave::{MaySleep, scope};
 use reaper::Reaper;
 use std::ffi::OsString;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::Path;
 use tasks::Tasks;
@@ -69,8 +72,8 @@ pub struct Options {
 /// Times are CLOCK_MONOTONIC in nanoseconds, as in the stream's records.
 pub trait Observer {
     /// From `at` on what `tgid` does is about a new mm, with a notifier on it; `program` is its command. What is opened
-    /// of it in /proc now stays about this mm whatever becomes of the process.
-    fn mm_made(&mut self, tgid: Tgid, at: u64, program: &str);
+    /// of it in /proc now stays about this mm whatever becomes of the process. Because of us fork announces `vdso`, too.
+    fn mm_made(&mut self, tgid: Tgid, at: u64, program: &str, vdso: Range<u64>);
     /// `tgid` begins its life in the mm of `with` (vfork, clone with CLONE_VM).
     fn mm_shared(&mut self, tgid: Tgid, with: Tgid, at: u64);
     /// There is no notifier on the mm of `tgid`, and this is why.

@@ -14,9 +14,11 @@ pub(super) type Tid = libc::pid_t;
 /// The registers of a stopped thread.
 pub(super) type Regs = libc::user_regs_struct;
 
-/// Which stops we ask for: where an mm is made, shared or lost, and system calls told from SIGTRAP.
-pub(super) const OPTIONS: i32 = libc::PTRACE_O_TRACESYSGOOD
-    | libc::PTRACE_O_TRACEEXEC
+/// What a signal tells besides its number.
+pub(super) type SigInfo = libc::siginfo_t;
+
+/// Which stops we ask for: where an mm is made, shared or lost.
+pub(super) const OPTIONS: i32 = libc::PTRACE_O_TRACEEXEC
     | libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_TRACEFORK
     | libc::PTRACE_O_TRACEVFORK
@@ -28,7 +30,6 @@ pub(super) const SUSPEND_SECCOMP: i32 = 1 << 21;
 
 const GETSIGMASK: libc::c_uint = 0x420a;
 const SETSIGMASK: libc::c_uint = 0x420b;
-const GET_SYSCALL_INFO: libc::c_uint = 0x420e;
 const GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
 /// Bytes of a kernel sigset.
 const SIGSET: usize = 8;
@@ -59,11 +60,6 @@ pub(super) fn interrupt(tid: Tid) -> io::Result<()> {
 /// Lets it go on, delivering `signal` if that is not 0.
 pub(super) fn resume(tid: Tid, signal: i32) -> io::Result<()> {
     request(libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
-}
-
-/// Lets it go on to the next entry to or exit from a system call.
-pub(super) fn resume_to_syscall(tid: Tid) -> io::Result<()> {
-    request(libc::PTRACE_SYSCALL, tid, 0, 0).map(drop)
 }
 
 /// Leaves it stopped, as its job control wants, but listens for the end of that.
@@ -104,12 +100,17 @@ pub(super) fn set_signal_mask(tid: Tid, mask: u64) -> io::Result<()> {
     request(SETSIGMASK, tid, SIGSET, &raw const mask as usize).map(drop)
 }
 
-/// Is the thread at the entry to a system call?
-pub(super) fn at_syscall_entry(tid: Tid) -> io::Result<bool> {
-    const ENTRY: u8 = 1;
-    let mut info = [0_u64; 16];
-    request(GET_SYSCALL_INFO, tid, size_of_val(&info), info.as_mut_ptr() as usize)?;
-    Ok(info[0].to_ne_bytes()[0] == ENTRY)
+/// Of the signal that it has stopped for.
+pub(super) fn siginfo(tid: Tid) -> io::Result<SigInfo> {
+    let mut info = MaybeUninit::<SigInfo>::zeroed();
+    request(libc::PTRACE_GETSIGINFO, tid, 0, info.as_mut_ptr() as usize)?;
+    // SAFETY: the request succeeded, so it filled all of it; any bits are valid.
+    Ok(unsafe { info.assume_init() })
+}
+
+/// Makes it another signal that it has stopped for.
+pub(super) fn set_siginfo(tid: Tid, info: &SigInfo) -> io::Result<()> {
+    request(libc::PTRACE_SETSIGINFO, tid, 0, std::ptr::from_ref(info) as usize).map(drop)
 }
 
 /// Where the thread's struct rseq lies, if it has one.
@@ -126,8 +127,6 @@ pub(super) fn rseq_area(tid: Tid) -> io::Result<Option<u64>> {
 pub(super) enum Stop {
     /// It is gone, with this wait status.
     Gone(i32),
-    /// At the entry to or exit from a system call, after [`resume_to_syscall`].
-    Syscall,
     /// It made a child or a thread; the message is its id.
     Child,
     /// It has a new program, and a new mm.
@@ -150,7 +149,6 @@ impl Stop {
         }
         let signal = libc::WSTOPSIG(status);
         match status >> 16 {
-            0 if signal == libc::SIGTRAP | 0x80 => Stop::Syscall,
             0 => Stop::Signal(signal),
             libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK => Stop::Child,
             libc::PTRACE_EVENT_EXEC => Stop::Exec,

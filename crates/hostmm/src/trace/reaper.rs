@@ -16,8 +16,9 @@ use std::sync::mpsc;
 
 /// A program that forks and execs in a loop on one CPU fills about so many.
 const CLOSERS: usize = 4;
-/// VMs that each closer keeps.
-const KEPT: usize = 2;
+/// VMs that each closer keeps, at about 100 KiB of the kernel's memory each. A program of some dozens of address spaces
+/// has none closed while it runs: that costs as much as to make one (most of both is the VM's directory in debugfs).
+const KEPT: usize = 16;
 
 /// Where VMs go to be closed. The closers end when this and every [`Planted`] are gone.
 pub(super) struct Reaper {

@@ -14,9 +14,10 @@
 //! Invariant: whenever [`Tasks::handle_stops`] returns no thread is stopped by us.
 
 use super::facts::{command, kinship, now, same_mm};
+use super::inject::Stands;
 use super::launch::{self, Exec};
 use super::limit::{FileLimit, Raise};
-use super::plant::plant;
+use super::plant::{Made, Planter};
 use super::ptrace::{self, OPTIONS, Stop, Tid, Waited};
 use super::reaper::{Planted, Reaper};
 use super::signals::Signals;
@@ -33,7 +34,7 @@ pub(super) enum Left {
 }
 
 pub(super) struct Tasks<'a> {
-    kvm: BorrowedFd<'a>,
+    planter: Planter<'a>,
     options: Options,
     observer: &'a mut dyn Observer,
     reaper: Reaper,
@@ -70,7 +71,7 @@ impl<'a> Tasks<'a> {
     ) -> Tasks<'a> {
         let (threads, vms, ends) = (BTreeMap::new(), HashMap::new(), HashMap::new());
         Tasks {
-            kvm,
+            planter: Planter::new(kvm),
             options,
             observer,
             reaper,
@@ -102,13 +103,21 @@ impl<'a> Tasks<'a> {
 
     /// Handles every stop that there is.
     pub(super) fn handle_stops(&mut self) -> Result<Left, TraceError> {
+        let mut stopped = Vec::new();
         loop {
-            let stopped = ptrace::wait(-1, true);
-            match stopped.map_err(|cause| TraceError::System { what: "wait4", cause })? {
-                Waited::For(tid, stop) => self.handle(tid, stop)?,
-                Waited::Nothing => return Ok(Left::Some),
+            let waited = ptrace::wait(-1, true);
+            match waited.map_err(|cause| TraceError::System { what: "wait4", cause })? {
+                Waited::For(tid, stop) => stopped.push((tid, stop)),
+                Waited::Nothing if stopped.is_empty() => return Ok(Left::Some),
                 // Not "no thread is known": a child that has not stopped yet may outlive its parent.
-                Waited::Nobody => return Ok(Left::None),
+                Waited::Nobody if stopped.is_empty() => return Ok(Left::None),
+                Waited::Nothing | Waited::Nobody => {
+                    // A parent need not wait until its child has a VM.
+                    stopped.sort_by_key(|(_, stop)| *stop != Stop::Child);
+                    for (tid, stop) in stopped.drain(..) {
+                        self.handle(tid, stop)?;
+                    }
+                }
             }
         }
     }
@@ -122,7 +131,9 @@ impl<'a> Tasks<'a> {
                 self.attached(tid)?
             }
             Stop::Exit => {
-                if self.threads.get(&tid) == Some(&tid) {
+                // One whose mm is another's, too, does not end it.
+                let vm = self.vms.get(&tid).and_then(Option::as_ref);
+                if self.threads.get(&tid) == Some(&tid) && vm.is_some_and(|vm| Rc::strong_count(vm) == 1) {
                     self.observer.mm_ends(tid);
                 }
                 Then::Resume(0)
@@ -133,7 +144,7 @@ impl<'a> Tasks<'a> {
                 Then::Leave
             }
             Stop::Signal(signal) => Then::Resume(signal),
-            Stop::Trap | Stop::Child | Stop::Syscall => Then::Resume(0),
+            Stop::Trap | Stop::Child => Then::Resume(0),
         };
         if let Then::Resume(signal) = then {
             // Fails only if it was killed meanwhile, which the next wait tells.
@@ -158,7 +169,7 @@ impl<'a> Tasks<'a> {
         if !self.options.follow {
             return self.let_go(tid);
         }
-        self.new_mm(tid, tid, false).unwrap_or(Then::Resume(0))
+        self.new_mm(tid, tid, Stands::BetweenCalls).unwrap_or(Then::Resume(0))
     }
 
     /// The traced process in whose mm `tid` lives: mostly its parent, but CLONE_PARENT makes it a sibling.
@@ -185,7 +196,7 @@ impl<'a> Tasks<'a> {
             return Ok(self.let_go(tid));
         }
         let first = self.starting.take_if(|(pid, ..)| *pid == tid);
-        match (first, self.new_mm(tid, tid, true)) {
+        match (first, self.new_mm(tid, tid, Stands::InExec)) {
             (Some(_), Err(why)) => {
                 // It was started to be watched.
                 let _ = ptrace::kill(tid, libc::SIGKILL);
@@ -197,7 +208,7 @@ impl<'a> Tasks<'a> {
 
     fn attached(&mut self, tid: Tid) -> Result<Then, TraceError> {
         let Some(tgid) = self.attaching else { return Ok(Then::Resume(0)) };
-        match self.new_mm(tgid, tid, false) {
+        match self.new_mm(tgid, tid, Stands::Anywhere) {
             Ok(then) => {
                 // A thread that died under us leaves it to another one.
                 if self.vms.contains_key(&tgid) {
@@ -214,12 +225,12 @@ impl<'a> Tasks<'a> {
     }
 
     /// Puts a VM on the mm of `tgid` by its thread `tid`.
-    fn new_mm(&mut self, tgid: Tgid, tid: Tid, in_call: bool) -> Result<Then, String> {
+    fn new_mm(&mut self, tgid: Tgid, tid: Tid, stands: Stands) -> Result<Then, String> {
         let at = now();
-        match plant(self.kvm, tgid, tid, in_call) {
-            Ok((vm, signal)) => {
+        match self.planter.plant(tgid, tid, stands) {
+            Ok(Made { vm, signal, vdso }) => {
                 self.vms.insert(tgid, Some(self.reaper.keep(vm)));
-                self.observer.mm_made(tgid, at, &command(tgid));
+                self.observer.mm_made(tgid, at, &command(tgid), vdso);
                 Ok(Then::Resume(signal))
             }
             Err(error) => {

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Handing a source to a process without privileges.
 
-use crate::live;
 use crate::memory::{Memory, PAGE, forked};
+use crate::{SOON, live};
 use hostmm::kvm::{CanaryPage, Grant, KvmSource, OpenError, Options};
 use hostmm::testing;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
-use std::time::Duration;
 
 /// Asks for a grant for `canary`, in a helper that is forked now and is gone when this returns.
 fn from_helper(options: &Options, canary: mmu_notifier::Range) -> Result<Grant, OpenError> {
@@ -44,7 +43,7 @@ fn nobody_hears_its_own_changes() {
         assert!(!sub.watch().changed_since(seq), "outside the window");
         m.advise(libc::MADV_DONTNEED);
         assert!(sub.watch().changed_since(seq));
-        rx.recv_timeout(Duration::from_secs(5)).unwrap();
+        rx.recv_timeout(SOON).unwrap();
         let seq = sub.watch().snapshot().unwrap();
         m.unmap();
         assert!(sub.watch().changed_since(seq));

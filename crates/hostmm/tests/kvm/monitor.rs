@@ -2,15 +2,13 @@
 //! Callbacks.
 
 use crate::memory::{Memory, PAGE};
-use crate::{live, live_both, open_ring};
+use crate::{SOON, live, live_both, open_ring};
 use hostmm::kvm::{Gone, Kind, KvmSource, Notice, Options, Prefer, SubscribeError};
 use interleave::{AtomicBool, MaySleep, Ordering, time};
 use mmu_notifier::Range;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
-
-const SOON: Duration = Duration::from_secs(5);
 
 /// The next notice that is not about something else of this process.
 fn next(rx: &Receiver<Notice>) -> Notice {
@@ -20,8 +18,8 @@ fn next(rx: &Receiver<Notice>) -> Notice {
 #[test]
 fn a_callback_hears_the_exact_range() {
     live_both("monitor::a_callback_hears_the_exact_range", |prefer| {
-        let source = open_ring(prefer, 1 << 16);
         let m = Memory::touched(16 * PAGE);
+        let source = open_ring(prefer, 1 << 16, m.range());
         let (tx, rx) = channel();
         let sub = source.subscribe(m.part(4, 4), move |n| _ = tx.send(*n)).unwrap();
         let (elsewhere, inside) = (m.part(0, 4), m.part(6, 6));
@@ -45,8 +43,8 @@ fn a_callback_hears_the_exact_range() {
 #[test]
 fn many_subscribers_share_one_program() {
     live("monitor::many_subscribers_share_one_program", || {
-        let source = open_ring(Prefer::Bpf, 1 << 18);
         let m = Memory::touched(64 * PAGE);
+        let source = open_ring(Prefer::Bpf, 1 << 18, m.range());
         let (tx, rx) = channel();
         let subs: Vec<_> = (0..64)
             .map(|i| {
@@ -67,8 +65,8 @@ fn many_subscribers_share_one_program() {
 fn only_the_subscribers_that_overlap_are_called() {
     const SUBSCRIBERS: usize = 5000;
     live("monitor::only_the_subscribers_that_overlap_are_called", || {
-        let source = open_ring(Prefer::Bpf, 1 << 18);
         let m = Memory::touched((SUBSCRIBERS + 1) * PAGE);
+        let source = open_ring(Prefer::Bpf, 1 << 18, m.range());
         let (tx, rx) = channel();
         let mut subs: Vec<_> = (0..SUBSCRIBERS)
             .map(|i| {
@@ -103,8 +101,8 @@ fn only_the_subscribers_that_overlap_are_called() {
 #[test]
 fn unsubscribing_waits_for_a_callback_that_runs() {
     live("monitor::unsubscribing_waits_for_a_callback_that_runs", || {
-        let source = open_ring(Prefer::Bpf, 1 << 16);
         let m = Memory::touched(PAGE);
+        let source = open_ring(Prefer::Bpf, 1 << 16, m.range());
         let running = Arc::new(AtomicBool::new(false));
         let (began, begun) = channel();
         let sub = source
@@ -130,8 +128,8 @@ fn unsubscribing_waits_for_a_callback_that_runs() {
 #[test]
 fn a_callback_may_unsubscribe_others() {
     live("monitor::a_callback_may_unsubscribe_others", || {
-        let source = open_ring(Prefer::Bpf, 1 << 16);
         let m = Memory::touched(2 * PAGE);
+        let source = open_ring(Prefer::Bpf, 1 << 16, m.range());
         let (tx, rx) = channel();
         let other = {
             let tx = tx.clone();
@@ -156,9 +154,10 @@ fn a_callback_may_unsubscribe_others() {
 #[test]
 fn a_full_ring_tells_everybody_and_is_counted() {
     live_both("monitor::a_full_ring_tells_everybody_and_is_counted", |prefer| {
-        let source = open_ring(prefer, 4096);
-        let m = Memory::touched(PAGE);
-        let far = Memory::touched(PAGE);
+        let (m, far) = (Memory::touched(PAGE), Memory::touched(PAGE));
+        let (low, high) =
+            (m.range().start().min(far.range().start()), m.range().end().max(far.range().end()));
+        let source = open_ring(prefer, 4096, Range::new(low, high - low).unwrap());
         let (tx, rx) = channel();
         let (release, gate) = channel::<()>();
         // This one blocks the monitor, so that the ring fills up behind it.
@@ -198,8 +197,8 @@ fn a_full_ring_tells_everybody_and_is_counted() {
 #[test]
 fn a_panicking_callback_kills_the_monitor_and_everybody_knows() {
     live("monitor::a_panicking_callback_kills_the_monitor_and_everybody_knows", || {
-        let source = open_ring(Prefer::Bpf, 1 << 16);
         let m = Memory::touched(PAGE);
+        let source = open_ring(Prefer::Bpf, 1 << 16, m.range());
         let other = source.subscribe(Range::ALL, |_| ()).unwrap();
         let plain = source.watch(m.range()).unwrap();
         let seq = other.watch().snapshot().unwrap();
@@ -224,8 +223,8 @@ fn a_panicking_callback_kills_the_monitor_and_everybody_knows() {
 #[test]
 fn callbacks_may_change_memory_and_unsubscribe() {
     live("monitor::callbacks_may_change_memory_and_unsubscribe", || {
-        let source = open_ring(Prefer::Bpf, 1 << 16);
         let m = Memory::touched(PAGE);
+        let source = open_ring(Prefer::Bpf, 1 << 16, m.range());
         let (tx, rx) = channel();
         let (give, take) = channel();
         let sub = source
@@ -248,8 +247,8 @@ fn callbacks_may_change_memory_and_unsubscribe() {
 #[test]
 fn closing_silences_everything() {
     live_both("monitor::closing_silences_everything", |prefer| {
-        let source = open_ring(prefer, 1 << 16);
         let m = Memory::touched(PAGE);
+        let source = open_ring(prefer, 1 << 16, m.range());
         let (tx, rx) = channel();
         let sub = source.subscribe(m.range(), move |n| _ = tx.send(*n)).unwrap();
         let watch = source.watch(m.range()).unwrap();
@@ -277,8 +276,8 @@ fn a_storm_of_signals_changes_nothing() {
             libc::setitimer(libc::ITIMER_REAL, &timer, std::ptr::null_mut());
         }
         for _ in 0..5 {
-            let source = open_ring(prefer, 1 << 20);
             let m = Memory::touched(PAGE);
+            let source = open_ring(prefer, 1 << 20, m.range());
             let (tx, rx) = channel();
             let sub = source.subscribe(m.range(), move |n| _ = tx.send(*n)).unwrap();
             for _ in 0..200 {

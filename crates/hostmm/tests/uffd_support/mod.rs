@@ -9,7 +9,9 @@ use hostmm::uffd::{Options, UffdSource};
 use mmu_notifier::{PAGE_SIZE, Range};
 
 pub const PAGE: u64 = PAGE_SIZE;
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub const DEADLINE: Duration = Duration::from_secs(300);
+/// For what another thread does in its own time.
+pub const SOON: Duration = Duration::from_secs(60);
 
 /// A test whose body runs in a child process with a deadline.
 #[macro_export]
@@ -25,8 +27,9 @@ macro_rules! live {
     };
 }
 
+/// With more patience than programs have: here a monitor that is late is the machine's doing.
 pub fn open() -> UffdSource {
-    UffdSource::open(&Options::default()).expect("a userfaultfd")
+    UffdSource::open(&Options { patience: SOON, ..Options::default() }).expect("a userfaultfd")
 }
 
 pub fn call(number: libc::c_long, args: [u64; 6]) -> io::Result<u64> {
@@ -82,9 +85,9 @@ pub fn part(range: Range, first: u64, pages: u64) -> Range {
     Range::new(range.start() + first * PAGE, pages * PAGE).unwrap()
 }
 
-/// Polls `what` for some seconds: for what another thread does in its own time.
+/// Polls `what`: for what another thread does in its own time.
 pub fn eventually(what: impl Fn() -> bool) -> bool {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + SOON;
     while Instant::now() < end {
         if what() {
             return true;

@@ -23,7 +23,7 @@ use crate::{Error, print_json};
 use contestant::{How, Side};
 use report::{Cell, Column, Point, Report, What};
 use side::Process;
-use work::{Measured, Turn};
+use work::{Measured, Turn, WIDE};
 
 pub(crate) use change::answer as answer_change;
 pub(crate) use side::serve;
@@ -221,16 +221,18 @@ fn pressure(sides: &mut Sides, effort: &Effort) -> Vec<Cell> {
     // Another process with a VM of its own: the tracepoint that the kvm source counts at is the machine's.
     if let Ok(mut other) = Process::start(Side::Kvm, None) {
         let mut busy = false;
-        let mut storm = || {
-            // The turn before has lasted about as long as the storm: its answer is near.
-            if std::mem::take(&mut busy) {
-                let _ = other.answer::<Measured>();
-            }
-            busy = other.tell(&Turn::Storm { millis: 2 * effort.millis }).is_ok();
-        };
-        let turn = |how| Turn::Hit { how, threads: 1, millis: effort.millis };
-        sides.fill(1000);
-        cells.extend(sides.measure(point(What::HitUnderOtherVm), effort.batches, true, turn, &mut storm));
+        for (what, pages) in [(What::HitUnderOtherVm, 4), (What::HitUnderOtherVmWide, WIDE)] {
+            let mut storm = || {
+                // The turn before has lasted about as long as the storm: its answer is near.
+                if std::mem::take(&mut busy) {
+                    let _ = other.answer::<Measured>();
+                }
+                busy = other.tell(&Turn::Storm { millis: 2 * effort.millis, pages }).is_ok();
+            };
+            let turn = |how| Turn::Hit { how, threads: 1, millis: effort.millis };
+            sides.fill(1000);
+            cells.extend(sides.measure(point(what), effort.batches, true, turn, &mut storm));
+        }
     }
     cells
 }

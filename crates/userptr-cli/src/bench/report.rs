@@ -48,6 +48,7 @@ pub(super) enum What {
     HitUnderGlibc,
     HitUnderJemalloc,
     HitUnderOtherVm,
+    HitUnderOtherVmWide,
 }
 
 /// One kind of measurement at one size.

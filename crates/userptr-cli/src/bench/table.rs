@@ -76,7 +76,8 @@ fn label(point: Point) -> String {
         What::Churn => format!("malloc, get, free: {threads} thread{s}"),
         What::HitUnderGlibc => "hit while glibc churns".into(),
         What::HitUnderJemalloc => "hit while jemalloc churns".into(),
-        What::HitUnderOtherVm => "hit while another VM unmaps".into(),
+        What::HitUnderOtherVm => "hit while another VM unmaps 16 KiB".into(),
+        What::HitUnderOtherVmWide => "hit while another VM unmaps 8 MiB".into(),
     }
 }
 
@@ -104,7 +105,7 @@ fn number(cell: Option<&Cell>, peer: Option<&Cell>) -> Field {
     }
     match cell.point.what {
         What::Churn => text.push_str(&format!(", {} stale of {}", cell.stale, cell.lookups)),
-        What::HitUnderGlibc | What::HitUnderJemalloc | What::HitUnderOtherVm => {
+        What::HitUnderGlibc | What::HitUnderJemalloc | What::HitUnderOtherVm | What::HitUnderOtherVmWide => {
             text.push_str(&format!(", {:.2} % hits", 100.0 * cell.hit_rate()));
         }
         What::Hit if cell.hit_rate() < 0.9999 => {

@@ -33,9 +33,12 @@ pub(super) enum Turn {
     Churn { threads: usize, rounds: u64 },
     /// As `Hit` by one thread, while another allocates and frees.
     HitUnderAllocator { how: How, millis: u64 },
-    /// Map, touch and unmap at full speed. Nanoseconds a round.
-    Storm { millis: u64 },
+    /// Map, touch and unmap so many pages at full speed; from [`WIDE`] on they are not touched. Nanoseconds a round.
+    Storm { millis: u64, pages: usize },
 }
+
+/// Pages of a change that a source counts otherwise than a few: 8 MiB.
+pub(super) const WIDE: usize = 2048;
 
 /// How it went.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
@@ -75,7 +78,7 @@ impl<C: Contestant> Bench<C> {
             Turn::HitUnderAllocator { how, millis } => self.hit(how, 1, millis, true, &before)?,
             Turn::Unmap { registered, rounds } => self.unmap(registered, rounds)?,
             Turn::Churn { threads, rounds } => self.churn(threads, rounds)?,
-            Turn::Storm { millis } => storm(millis)?,
+            Turn::Storm { millis, pages } => storm(millis, pages)?,
         };
         measured.missed = self.contestant.registered() - before.get();
         Ok(measured)
@@ -122,10 +125,9 @@ impl<C: Contestant> Bench<C> {
                         let (go, ready) = (&go, &ready);
                         scope.spawn("bench-hit", move |_| {
                             pin_to(cpus, t);
-                            // An order of its own for each thread, as good as random to the caches.
                             let len = (*pages).max(1024).next_multiple_of(BATCH);
-                            let order: Vec<usize> =
-                                (0..len).map(|n| memory.page(n * (7919 + 2 * t) % pages)).collect();
+                            let mut order: Vec<usize> = (0..len).map(|n| memory.page(n % pages)).collect();
+                            shuffle(&mut order, t);
                             // What was taken for changed since (the thread's own stack was mapped just now) is registered
                             // again before the clock runs.
                             let warm =
@@ -196,6 +198,17 @@ impl<C: Contestant> Bench<C> {
     }
 }
 
+/// An order of its own for each thread, which no prefetcher guesses.
+fn shuffle(order: &mut [usize], thread: usize) {
+    let mut state = 0x9e37_79b9_7f4a_7c15 + thread as u64;
+    for last in (1..order.len()).rev() {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        order.swap(last, (state % (last as u64 + 1)) as usize);
+    }
+}
+
 /// What a program does that has nothing to do with the cache.
 fn allocate_and_free() {
     let mut chunk: Vec<u8> = Vec::with_capacity(CHUNK);
@@ -203,11 +216,13 @@ fn allocate_and_free() {
     std::hint::black_box(chunk.as_ptr());
 }
 
-fn storm(millis: u64) -> Result<Measured, String> {
+fn storm(millis: u64, pages: usize) -> Result<Measured, String> {
     let (start, mut rounds) = (Instant::now(), 0);
     while start.elapsed() < Duration::from_millis(millis) {
-        let memory = Anonymous::new(4).map_err(|e| format!("mmap: {e}"))?;
-        memory.touch();
+        let memory = Anonymous::new(pages).map_err(|e| format!("mmap: {e}"))?;
+        if pages < WIDE {
+            memory.touch();
+        }
         rounds += 1;
     }
     let nanos = start.elapsed().as_nanos() as f64 / rounds as f64;

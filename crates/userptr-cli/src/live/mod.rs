@@ -24,8 +24,8 @@ use crate::args::{LiveArgs, RowArgs, Sources};
 use crate::{Error, Saved, child, print_json};
 use report::{Answer, CannotHear, Column, Declared, Report, Row};
 
-/// The slowest rows wait for a kernel thread.
-const DEADLINE: Duration = Duration::from_secs(30);
+/// The slowest rows wait for a kernel thread, several times; a busy one says so long before.
+const DEADLINE: Duration = Duration::from_secs(120);
 
 /// Where rows put files; a disk file system lets the writeback rows run.
 fn scratch() -> PathBuf {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 use hostmm::kvm::KvmSource;
 use hostmm::primary::HostMm;
-use hostmm::race::{self, Nothing, Outcome, RaceError, Subject, Way};
+use hostmm::race::{self, Length, Nothing, Outcome, RaceError, Subject, Way};
 use hostmm::uffd::{UffdSource, raced};
 use serde::{Deserialize, Serialize};
 
@@ -18,10 +18,8 @@ use super::Listener;
 use crate::args::{LiveArgs, RaceRowArgs, Sources};
 use crate::{Error, Saved, child, print_json};
 
-/// A control needs no more rounds than this.
+/// A control needs no more rounds than this, if it loses.
 const CONTROL_ROUNDS: u64 = 20_000;
-/// And so many tries, if it must lose and does not.
-const CONTROL_TRIES: u32 = 5;
 /// Rounds with busy CPUs wait for time slices.
 const BUSY_SHARE: u64 = 20;
 /// Threads that only burn CPU time.
@@ -116,13 +114,16 @@ fn race(args: &RaceRowArgs) -> Result<Outcome, RaceRowError> {
 }
 
 fn against<S: Subject>(subject: &S, args: &RaceRowArgs) -> Result<Outcome, RaceRowError> {
-    Ok(match args.race.as_str() {
-        "munmap" => race::reuse(subject, Way::Munmap, args.rounds, 0)?,
-        "munmap, busy CPUs" => race::reuse(subject, Way::Munmap, args.rounds, HOGS)?,
-        "mremap" => race::reuse(subject, Way::Mremap, args.rounds, 0)?,
-        "malloc, get, free" => race::churn(subject, args.threads, args.rounds)?,
+    let race: &dyn Fn(u64) -> Result<Outcome, RaceError> = match args.race.as_str() {
+        "munmap" => &|rounds| race::reuse(subject, Way::Munmap, rounds, 0),
+        "munmap, busy CPUs" => &|rounds| race::reuse(subject, Way::Munmap, rounds, HOGS),
+        "mremap" => &|rounds| race::reuse(subject, Way::Mremap, rounds, 0),
+        "malloc, get, free" => &|rounds| race::churn(subject, args.threads, rounds),
         other => return Err(RaceRowError::NoRace(other.into())),
-    })
+    };
+    let RaceRowArgs { rounds, seconds, until_stale, .. } = *args;
+    let time = Duration::from_secs(seconds);
+    Ok(race::repeat(Length { rounds, time, until_stale }, race)?)
 }
 
 /// Race, threads, contestant, whether it is a control and must lose, rounds.
@@ -136,7 +137,7 @@ fn plan(args: &LiveArgs) -> Vec<Plan> {
         let rounds = if race.contains("busy") { args.rounds.div_ceil(BUSY_SHARE) } else { args.rounds };
         let few = rounds.min(CONTROL_ROUNDS);
         // One thread that looks up what itself has freed meets only system calls that have returned.
-        let probe_matters = threads > 1;
+        let probe_matters = threads > 1 && race::has_two_cpus();
         plan.push((race, threads, "nothing", Some(true), few));
         if args.source != Sources::Kvm {
             plan.push((race, threads, "uffd without probe", Some(probe_matters), few));
@@ -157,16 +158,10 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
     let progress = super::progress(plan.len());
     let races: Vec<Raced> = plan
         .into_iter()
-        .map(|(race, threads, contestant, control, rounds)| {
+        .map(|one| {
+            let (race, threads, contestant, ..) = one;
             progress.set_message(format!("{race}, {threads} threads: {contestant}"));
-            let mut raced = run_one(race, threads, contestant, control, rounds);
-            // A control that loses now and then may have been lucky.
-            for _ in 1..CONTROL_TRIES {
-                if raced.failed.is_some() || raced.holds() || raced.control.is_none() {
-                    break;
-                }
-                raced = run_one(race, threads, contestant, control, rounds);
-            }
+            let raced = run_one(one, args.seconds);
             progress.inc(1);
             raced
         })
@@ -182,12 +177,14 @@ pub(crate) fn run(args: &LiveArgs) -> Result<ExitCode, Error> {
     Ok(ExitCode::from(u8::from(!report.holds)))
 }
 
-fn run_one(race: &str, threads: usize, contestant: &str, control: Option<bool>, rounds: u64) -> Raced {
-    // A round takes some microseconds, with busy CPUs some time slices; a hang must end all the same.
-    let round = Duration::from_micros(if race.contains("busy") { 50_000 } else { 1000 });
-    let deadline = Duration::from_secs(60) + round * u32::try_from(rounds).unwrap_or(u32::MAX);
-    let (rounds_text, threads_text) = (rounds.to_string(), threads.to_string());
-    let words = ["live-race", race, contestant, &rounds_text, &threads_text];
+fn run_one((race, threads, contestant, control, rounds): Plan, seconds: u64) -> Raced {
+    let numbers = [rounds, seconds, threads as u64].map(|number| number.to_string());
+    let mut words = vec!["live-race", race, contestant];
+    words.extend(numbers.iter().map(String::as_str));
+    // A control that loses now and then may have been lucky.
+    words.extend((control == Some(true)).then_some("--until-stale"));
+    // A hang must end all the same.
+    let deadline = Duration::from_secs(2 * seconds + 60);
     let (numbers, failed) = match child::ask::<Numbers>(&words, deadline) {
         Ok(numbers) => (numbers, None),
         Err(e) => (Numbers { rounds, lookups: 0, stale: 0, seconds: 0.0 }, Some(e.to_string())),

@@ -84,6 +84,9 @@ const FAULTS: &[(u32, &str)] = &[
     (426, "io_uring_enter"),
 ];
 
+/// All calls that make a process.
+pub(super) const FORK: &str = "fork";
+
 const ADVICE: &[(u64, &str)] = &[
     (4, "MADV_DONTNEED"),
     (8, "MADV_FREE"),
@@ -113,7 +116,7 @@ pub(super) fn of_task(change: &Change) -> String {
             None => format!("madvise({})", change.third),
         },
         // What they announce is fork's write protection of the parent's pages.
-        Some("clone" | "clone3" | "fork" | "vfork") => "fork".to_owned(),
+        Some("clone" | "clone3" | "fork" | "vfork") => FORK.to_owned(),
         Some(name) => name.to_owned(),
         None => match named(FAULTS, &number) {
             Some(name) => format!("page fault in {name}"),

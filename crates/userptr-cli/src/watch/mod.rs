@@ -25,6 +25,7 @@ use regions::Regions;
 use report::Report;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use std::io::Write;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -61,8 +62,8 @@ impl Post<'_> {
 }
 
 impl Observer for Post<'_> {
-    fn mm_made(&mut self, tgid: Tgid, at: u64, program: &str) {
-        self.send(News::Made { tgid, at, program: program.to_owned(), maps: Regions::open(tgid) });
+    fn mm_made(&mut self, tgid: Tgid, at: u64, program: &str, vdso: Range<u64>) {
+        self.send(News::Made { tgid, at, program: program.to_owned(), maps: Regions::open(tgid), vdso });
     }
 
     fn mm_shared(&mut self, tgid: Tgid, with: Tgid, at: u64) {

@@ -55,21 +55,16 @@ impl Regions {
         first.or_else(|| threads().find_map(|t| File::open(t.path().join("maps")).ok().filter(has_some)))
     }
 
-    /// What process `pid` maps now.
-    pub(super) fn seen(pid: i32) -> BTreeMap<u64, Region> {
-        let mut regions = Regions::of(Regions::open(pid));
-        regions.look();
-        regions.now
+    /// What process `pid` maps now, to be read later: it is stopped meanwhile.
+    pub(super) fn seen(pid: i32) -> Vec<u8> {
+        Regions::open(pid).map(|file| read(&file)).unwrap_or_default()
     }
 
     /// Reads the maps; keeps what it knew if it cannot.
     fn look(&mut self) {
         self.looked = Some(Instant::now());
-        let Some(file) = &mut self.maps else { return };
-        let mut text = String::new();
-        let read = file.rewind().and_then(|()| file.read_to_string(&mut text));
-        let now = parse(&text);
-        if read.is_err() || now.is_empty() {
+        let now = self.maps.as_ref().map(|file| parse(&read(file))).unwrap_or_default();
+        if now.is_empty() {
             return;
         }
         let old = std::mem::replace(&mut self.now, now);
@@ -82,8 +77,8 @@ impl Regions {
     }
 
     /// Takes over what somebody else has seen.
-    pub(super) fn know(&mut self, other: BTreeMap<u64, Region>) {
-        self.now.extend(other);
+    pub(super) fn know(&mut self, seen: &[u8]) {
+        self.now.extend(parse(seen));
         self.looked = Some(Instant::now());
     }
 
@@ -120,8 +115,18 @@ fn around(map: &BTreeMap<u64, Region>, address: u64) -> Option<(u64, &Region)> {
     (address < region.end).then_some((*start, region))
 }
 
-fn parse(text: &str) -> BTreeMap<u64, Region> {
-    text.lines().filter_map(line).collect()
+/// All of it; what came before an error.
+fn read(mut maps: &File) -> Vec<u8> {
+    // Room at once: std's reading begins with small pieces.
+    let mut text = Vec::with_capacity(1 << 14);
+    if maps.rewind().is_ok() {
+        let _ = maps.take(u64::MAX).read_to_end(&mut text);
+    }
+    text
+}
+
+fn parse(text: &[u8]) -> BTreeMap<u64, Region> {
+    String::from_utf8_lossy(text).lines().filter_map(line).collect()
 }
 
 /// `start-end perms offset dev inode   name`
@@ -147,7 +152,7 @@ fn line(line: &str) -> Option<(u64, Region)> {
 mod tests {
     use super::*;
 
-    const MAPS: &str = "\
+    const MAPS: &[u8] = b"\
 55d0-55d8 r--p 00001000 fd:00 123                        /bin/with space
 55d8-55e0 rw-p 00000000 00:00 0                          [heap]
 7f00-7f10 rw-p 00000000 00:00 0 

@@ -11,7 +11,7 @@
 use super::calls::Calls;
 use super::cause;
 use super::cost::{Cost, WorkingSet};
-use super::regions::{Region, Regions};
+use super::regions::Regions;
 use super::timeline::Timeline;
 use super::unwind::Unwind;
 use hostmm::kvm::stream::Change;
@@ -25,14 +25,14 @@ use std::time::Duration;
 /// News of a process, in the order in which it happened.
 #[derive(Debug)]
 pub(super) enum News {
-    /// From `at` on `tgid` lives in a new mm; its maps, opened then.
-    Made { tgid: Tgid, at: u64, program: String, maps: Option<File> },
+    /// From `at` on `tgid` lives in a new mm; its maps, opened then, and what fork announces because of us.
+    Made { tgid: Tgid, at: u64, program: String, maps: Option<File>, vdso: Range<u64> },
     /// From `at` on it lives in that of `with`.
     Shared { tgid: Tgid, with: Tgid, at: u64 },
     /// It has no notifier.
     Unwatched { tgid: Tgid, why: String },
     /// Its mappings, for the last time.
-    Ends { tgid: Tgid, maps: BTreeMap<u64, Region> },
+    Ends { tgid: Tgid, maps: Vec<u8> },
     /// It is gone, since `at`.
     Gone { tgid: Tgid, at: u64 },
 }
@@ -46,6 +46,8 @@ pub(super) struct Mm {
     pub(super) changed: Amount,
     /// From when to when.
     lived: Range<u64>,
+    /// Fork announces it because the watcher has written to it; nobody else does.
+    vdso: Range<u64>,
 }
 
 /// How many changes and how many pages.
@@ -99,11 +101,12 @@ impl Tally {
 
     pub(super) fn news(&mut self, news: News) {
         match news {
-            News::Made { tgid, at, program, maps } => {
+            News::Made { tgid, at, program, maps, vdso } => {
                 self.end(tgid, at);
                 let mut regions = Regions::of(maps);
                 let _ = regions.at(0);
-                self.mms.push(Mm { tgid, program, regions, changed: Amount::default(), lived: at..u64::MAX });
+                let (changed, lived) = (Amount::default(), at..u64::MAX);
+                self.mms.push(Mm { tgid, program, regions, changed, lived, vdso });
                 self.lives.entry(tgid).or_default().push((at, self.mms.len() - 1));
             }
             News::Shared { tgid, with, at } => {
@@ -114,7 +117,7 @@ impl Tally {
             News::Unwatched { tgid, why } => self.unwatched.push((tgid, why)),
             News::Ends { tgid, maps } => {
                 if let Some(mm) = self.mm_of(tgid) {
-                    self.mms[mm].regions.know(maps);
+                    self.mms[mm].regions.know(&maps);
                 }
             }
             News::Gone { tgid, at } => self.end(tgid, at),
@@ -201,6 +204,9 @@ impl Tally {
 
     fn add(&mut self, mm: usize, change: &Change, cause: &str) {
         let (start, end) = (change.record.start, change.record.end);
+        if cause == cause::FORK && self.mms[mm].vdso == (start..end) {
+            return;
+        }
         // clear_refs announces everything: that is not so many pages.
         let whole = start >= end || end > 1 << 47;
         let pages = if whole { 0 } else { (end - start).div_ceil(PAGE_SIZE) };

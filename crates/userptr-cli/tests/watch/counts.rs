@@ -31,6 +31,10 @@ fn children_are_followed_when_asked_and_only_then() {
     assert_eq!(added(&[], "static", "fork", 17, "munmap"), (0, 0));
     let (_, json) = watch(&["--follow"], &subject("dynamic"), &["fork", "3"]);
     assert_eq!(json["processes"].as_array().map(Vec::len), Some(2));
+    // Fork announces the vDSO because we have written to it: that is not the program's.
+    let ranges = json["by_range"].as_array().unwrap();
+    assert!(ranges.iter().any(|r| r["range"] == "[stack]"), "{ranges:?}");
+    assert!(ranges.iter().all(|r| r["range"] != "[vdso]"), "{ranges:?}");
     assert_eq!(json["unwatched"], Value::Array(Vec::new()));
 }
 

@@ -138,9 +138,7 @@ fn a_32_bit_program_runs_unwatched_and_that_is_said() {
     std::fs::write(&path, elf32()).unwrap();
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
     if Command::new(&path).status().ok().and_then(|s| s.code()) != Some(3) {
-        println!(
-            "skipped: a_32_bit_program_runs_unwatched_and_that_is_said: ia32: this kernel cannot run it"
-        );
+        skip_for("ia32", "this kernel cannot run it");
         return;
     }
     let script = format!("{}; echo $?", path.display());
@@ -153,6 +151,14 @@ fn a_32_bit_program_runs_unwatched_and_that_is_said() {
     let output = run(Command::new(USERPTR).args(["watch", "--"]).arg(&path));
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(2) && error.contains("32-bit"), "{error}");
+}
+
+/// Has the process a VM of its own?
+fn holds_a_vm(pid: u32) -> bool {
+    let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    files
+        .filter_map(|file| std::fs::read_link(file.ok()?.path()).ok())
+        .any(|to| to.ends_with("anon_inode:kvm-vm"))
 }
 
 /// Watches a program that already runs while it works, and lets it go by an interrupt; what it said of its work.
@@ -181,8 +187,8 @@ fn attached(way: &str, n: i64) -> String {
         tids.into_iter().filter(|tid| status(*tid, "TracerPid").is_some_and(|tracer| tracer != "0")).count()
     };
     assert!(patient(&mut || tracers() > 0), "never attached");
-    // Attached is not yet heard: the VM comes within the first stop, and the program must not work before.
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    // Attached is not yet heard, and the program must not work before: what is done there counts from before the VM.
+    assert!(patient(&mut || holds_a_vm(watcher.id())), "never heard");
     to.write_all(b"go\n").unwrap();
     line.clear();
     from.read_line(&mut line).unwrap();

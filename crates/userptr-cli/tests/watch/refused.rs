@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! What cannot be watched: a clear error, exit code 2, and nothing left stopped.
 
-use crate::run::{USERPTR, able, pause, run};
+use crate::run::{USERPTR, able, patient, run};
 use hostmm::testing::skip_for;
 use std::process::{Command, Stdio};
 
@@ -32,13 +32,11 @@ fn bad_input_gets_a_clear_error() {
     let sleeper =
         || std::fs::read_to_string(&child).ok().and_then(|s| s.split_whitespace().next().map(str::to_owned));
     let mut pid = None;
-    for _ in 0..2000 {
+    patient(&mut || {
         pid = sleeper()
             .filter(|p| std::fs::read_to_string(format!("/proc/{p}/comm")).is_ok_and(|c| c == "sleep\n"));
-        if pid.is_some() || pause() {
-            break;
-        }
-    }
+        pid.is_some()
+    });
     let pid = pid.expect("the program runs");
     let error = fails(&["--pid", &pid]);
     assert!(error.contains("traces it already"), "{error}");

@@ -32,7 +32,7 @@ pub fn stay(work: impl FnOnce() + Send + 'static) {
     assert_eq!(unsafe { syscall(SYS_RSEQ, &raw const AREA, size_of::<Area>(), 0, SIGNATURE) }, 0);
     let other = std::thread::spawn(move || {
         let armed = || AREA.sequence.load(Ordering::SeqCst) != 0;
-        let soon = || (0..200).any(|_| armed() || { std::thread::sleep(Duration::from_millis(1)); false });
+        let soon = || (0..20_000).any(|_| armed() || { std::thread::sleep(Duration::from_millis(1)); false });
         assert!(soon());
         let mut line = String::new();
         println!("ready");

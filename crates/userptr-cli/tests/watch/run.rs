@@ -12,7 +12,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Nothing here takes longer.
-const DEADLINE: Duration = Duration::from_secs(120);
+const DEADLINE: Duration = Duration::from_secs(300);
 
 pub(crate) const USERPTR: &str = env!("CARGO_BIN_EXE_userptr");
 
@@ -183,9 +183,9 @@ impl Session {
     }
 }
 
-/// Waits until `what`, at most ten seconds.
+/// Waits until `what`, at most a minute.
 pub(crate) fn patient(what: &mut dyn FnMut() -> bool) -> bool {
-    (0..2000).any(|_| what() || pause())
+    (0..12_000).any(|_| what() || pause())
 }
 
 pub(crate) fn pause() -> bool {

@@ -3,6 +3,7 @@
 
 use crate::run::{Session, able, patient, pause, run, status, subject, watch};
 use hostmm::testing::skip_for;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 #[test]
@@ -17,6 +18,22 @@ fn what_a_program_sees_of_itself_is_as_without_us() {
         assert!(alone.status.success() && !alone.stdout.is_empty());
         assert_eq!(String::from_utf8_lossy(&alone.stdout), String::from_utf8_lossy(&watched.stdout));
         assert_eq!(alone.stderr, watched.stderr);
+    }
+}
+
+/// The watcher makes the program's thread stop by that signal.
+#[test]
+fn a_sigtrap_of_the_programs_own_stays_its_own() {
+    if !able() {
+        return;
+    }
+    for (ignored, is_ignored) in [("", false), ("trap '' TRAP; ", true)] {
+        let script = format!("{ignored}exec {} trap", subject("static").display());
+        let alone = run(Command::new("sh").args(["-c", &script]));
+        let (watched, _) = watch(&["--follow"], std::path::Path::new("/bin/sh"), &["-c", &script]);
+        let text = String::from_utf8_lossy(&alone.stdout);
+        assert_eq!(text, format!("pending true blocked true ignored {is_ignored}\n"), "{alone:?}");
+        assert_eq!(text, String::from_utf8_lossy(&watched.stdout));
     }
 }
 
@@ -82,12 +99,19 @@ fn daemons_are_waited_for_when_they_are_followed() {
     if !able() {
         return;
     }
-    let file = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("daemon-was-here");
+    let [file, hold] =
+        ["daemon-was-here", "daemon-waits"].map(|name| Path::new(env!("CARGO_TARGET_TMPDIR")).join(name));
     for (options, count) in [(&["--follow"][..], 12), (&[][..], 0)] {
         let _ = std::fs::remove_file(&file);
-        let (output, json) = watch(options, &subject("static"), &["daemon", "12", file.to_str().unwrap()]);
+        // Whom nobody waits for is held until that has been seen.
+        if count == 0 {
+            std::fs::write(&hold, "").unwrap();
+        }
+        let args = ["daemon", "12", file.to_str().unwrap(), hold.to_str().unwrap()];
+        let (output, json) = watch(options, &subject("static"), &args);
         assert!(output.status.success());
         assert_eq!(file.exists(), count != 0, "waited for it, or not");
+        let _ = std::fs::remove_file(&hold);
         let programs = json["processes"].as_array().unwrap();
         assert_eq!(crate::run::amount(&json, "munmap").0, count + 1, "the loader's one, {json}");
         assert_eq!(programs.len(), if count == 0 { 1 } else { 3 });

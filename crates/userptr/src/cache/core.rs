@@ -9,17 +9,18 @@
 use std::sync::Arc;
 
 use interleave::{
-    AtomicBool, AtomicLine, AtomicU64, AtomicWord, Here, LockClass, Mutex, Ordering, WaitQueue,
+    AtomicBool, AtomicQuad, AtomicU64, AtomicWords, Here, LockClass, Mutex, Ordering, WaitQueue,
 };
-use mmu_notifier::primary::{Count, PrimaryMmu, Subscription};
+use mmu_notifier::primary::{PrimaryMmu, Subscription};
 use mmu_notifier::{Access, IntervalIndex, Key, Range};
 
 use super::Options;
 use super::audit::Audit;
-use super::slab::{Claim, Held, Phase, Slab, State, USERS};
+use super::head::{Head, NEVER, NO_STAMP, WRITE};
+use super::slab::{Claim, Dead, Held, Phase, Pin, Seen, Slab, State};
 use super::stats::Counters;
 use super::table::{Levels, Table};
-use crate::device::Device;
+use crate::device::{Device, DeviceAddr};
 
 pub(super) static BOOKS: LockClass = LockClass::new("userptr_books");
 static REAPER: LockClass = LockClass::new("userptr_reaper");
@@ -35,6 +36,18 @@ pub(super) struct Registration<M: PrimaryMmu, D: Device<M>> {
     pub(super) watched: Option<Watched<M>>,
 }
 
+impl<M: PrimaryMmu, D: Device<M>> Registration<M, D> {
+    /// Of a byte of the range.
+    pub(super) fn device_addr(&self, device: &D, addr: u64) -> DeviceAddr {
+        DeviceAddr(device.address(&self.mapping).0 + (addr - self.range.start()))
+    }
+
+    /// Has the range not changed since it was registered? Of a registration for one lease nobody knows: false.
+    pub(super) fn is_current(&self) -> bool {
+        self.watched.as_ref().is_some_and(|w| !w.subscription.read_retry(w.seq))
+    }
+}
+
 pub(super) struct Watched<M: PrimaryMmu> {
     pub(super) subscription: M::Subscription,
     pub(super) seq: SeqOf<M>,
@@ -42,74 +55,10 @@ pub(super) struct Watched<M: PrimaryMmu> {
 
 pub(super) type SeqOf<M> = <<M as PrimaryMmu>::Subscription as Subscription>::Seq;
 
-/// The mark of an entry that the device may write.
-pub(super) const WRITE: u64 = 1;
-
-/// What anybody may read of an entry at any time, beside its state in one cache line. Of a leased entry the range and
-/// the stamp are its own: they are set before it comes alive, and again after it is taken apart.
-#[derive(Clone, Copy)]
-pub(super) struct Head<'c>(AtomicLine<'c>);
-
-/// The words of a head.
-const START: usize = 0;
-const END: usize = 1;
-/// Where the mm counts the range, or [`NEVER`].
-const KEY: usize = 2;
-/// Leased since the clock's hand passed.
-const USED: usize = 3;
-/// The next entry in the list of the dead, plus one.
-const NEXT: usize = 4;
-
-/// With a key what is counted there while the range has not changed; without one the mm's era when it last had not.
-const STAMP: usize = 5;
-
-/// No key, and no era.
-const NEVER: u64 = u64::MAX;
-
-impl<'c> Head<'c> {
-    #[inline(always)]
-    fn word(&self, word: usize) -> AtomicWord<'c> {
-        self.0.word(USERS + word)
-    }
-
-    /// By the owner of an entry that is being built; `count`: see [`Subscription::count_at`].
-    pub(super) fn set(&self, range: Range, count: Option<Count>) {
-        let Count { key, value } = count.unwrap_or(Count { key: NEVER, value: NEVER });
-        self.word(KEY).store(key, Ordering::Relaxed);
-        self.word(STAMP).store(value, Ordering::Relaxed);
-        // Release: a reader who finds them here finds the state of this life, or a later one.
-        self.word(START).store(range.start(), Ordering::Release);
-        self.word(END).store(range.end(), Ordering::Release);
-        self.word(USED).store(1, Ordering::Relaxed);
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        self.word(END).load(Ordering::Relaxed) - self.word(START).load(Ordering::Relaxed)
-    }
-
-    /// Between two looks at the state that say the same it is the entry's own.
-    #[inline(always)]
-    fn range(&self, here: Here) -> (u64, u64) {
-        let start = self.word(START).load_here(here, Ordering::Acquire);
-        (start, self.word(END).load_here(here, Ordering::Acquire))
-    }
-
-    /// Written only if it changes: threads that use one entry share the line.
-    #[inline(always)]
-    pub(super) fn touch(&self, here: Here) {
-        if self.word(USED).load_here(here, Ordering::Relaxed) == 0 {
-            self.word(USED).store_here(here, 1, Ordering::Relaxed);
-        }
-    }
-
-    /// Was it used since it was asked last?
-    pub(super) fn take_used(&self) -> bool {
-        self.word(USED).swap(0, Ordering::Relaxed) != 0
-    }
-}
-
 pub(super) type Entries<M, D> = Slab<Registration<M, D>>;
 pub(super) type Leased<'c, M, D> = Held<'c, Registration<M, D>>;
+pub(super) type Pinned<'c, M, D> = Pin<'c, Registration<M, D>>;
+pub(super) type Glance<'p, M, D> = Seen<'p, Registration<M, D>>;
 
 /// Which changes a lookup may not miss.
 #[derive(Clone, Copy)]
@@ -130,7 +79,9 @@ pub(super) struct Books {
     pub(super) levels: Levels,
     pub(super) free: Vec<u32>,
     /// Dead entries that somebody leases.
-    pub(super) leased: Vec<u32>,
+    pub(super) leased: Vec<Dead>,
+    /// Of these at least one is kept by nothing but batches.
+    pub(super) batched: bool,
     /// Held or about to be held by the device, whatever has become of the memory.
     pub(super) bytes: u64,
     /// Dead entries that somebody is letting go at this moment.
@@ -150,6 +101,8 @@ pub(super) struct Core<M: PrimaryMmu, D: Device<M>> {
     pub(super) books: Mutex<Books>,
     /// The first in the list of the dead, plus one: those that nobody has looked after yet.
     dead: AtomicU64,
+    /// The next in that list of each, plus one.
+    next_dead: AtomicWords,
     /// The reaper sleeps here.
     pub(super) reaper: WaitQueue,
     /// Who needs room sleeps here until somebody has let go of something.
@@ -175,6 +128,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             levels: Levels::default(),
             free: (0..entries as u32).rev().collect(),
             leased: Vec::with_capacity(entries),
+            batched: false,
             bytes: 0,
             going: 0,
             hand: 0,
@@ -187,6 +141,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             table: Table::new(entries),
             books: Mutex::new(&BOOKS, books),
             dead: AtomicU64::new(0),
+            next_dead: AtomicWords::new(entries, 0),
             reaper: WaitQueue::new(&REAPER),
             room: WaitQueue::new(&ROOM),
             stop: AtomicBool::new(false),
@@ -208,7 +163,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     /// The words of an entry that anybody may read.
     #[inline(always)]
     pub(super) fn head(&self, index: u32) -> Head<'_> {
-        Head(self.slab.line(index))
+        Head(self.slab.words(index))
     }
 
     /// A lease of a registration that contains `want`, allows `access`, and has not changed.
@@ -243,6 +198,42 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         self.try_claim(Here::ask(), index, want, access, check).map(|claim| self.slab.keep(claim))
     }
 
+    /// As [`hit`](Self::hit), of what is pinned, with the first entry that could contain `want`.
+    #[inline(always)]
+    pub(super) fn look<'p>(
+        &'p self,
+        here: Here,
+        pin: &'p Pinned<'_, M, D>,
+        index: u32,
+        want: Range,
+        access: Access,
+    ) -> Option<Glance<'p, M, D>> {
+        let seen = pin.see(here, index);
+        let (state, head) = (seen.state(), Head(seen.words()));
+        if state.is_live()
+            && head.pages(here).contain(want)
+            && (access == Access::Read || state.has(WRITE))
+            && self.stands(here, head, Check::Ordered)
+        {
+            head.touch(here);
+            return Some(seen);
+        }
+        let seen = pin.see(here, self.look_again(want, access)?);
+        seen.state().is_live().then_some(seen)
+    }
+
+    /// The entry that a lookup hits.
+    #[cold]
+    #[inline(never)]
+    fn look_again(&self, want: Range, access: Access) -> Option<u32> {
+        let found = self.hit(want, access, Check::Ordered)?;
+        self.counters.in_vain.add(1);
+        let (here, index) = (Here::ask(), found.index());
+        self.slab.end(here, found);
+        self.ended(here, self.slab.words(index));
+        Some(index)
+    }
+
     #[inline(always)]
     fn try_claim(
         &self,
@@ -252,17 +243,16 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         access: Access,
         check: Check,
     ) -> Option<Claim<'_>> {
-        let line = self.slab.line(index);
-        let (state, head) = (State::of(here, line), Head(line));
-        let (start, end) = head.range(here);
-        if !state.is_live() || want.start() < start || end < want.end() {
+        let words = self.slab.words(index);
+        let (state, head) = (State::of(here, words), Head(words));
+        if !head.pages(here).contain(want) || !state.is_live() {
             return None;
         }
         if access == Access::Write && !state.has(WRITE) {
             return None;
         }
-        // The state is looked at once more, so that the range was this life's.
-        let Some(found) = self.slab.claim(here, index, line, state) else {
+        // The state is looked at once more, so that the pages were this life's.
+        let Some(found) = self.slab.claim(here, index, words, state) else {
             self.in_vain();
             return None;
         };
@@ -286,12 +276,12 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     /// share, after every change anywhere.
     #[inline(always)]
     fn stands(&self, here: Here, head: Head<'_>, check: Check) -> bool {
-        let key = head.word(KEY).load_here(here, Ordering::Relaxed);
-        let stamp = head.word(STAMP).load_here(here, Ordering::Relaxed);
+        let key = head.key(here);
+        let stamp = head.stamp(here);
         if key != NEVER {
             return self.mm.count(key) == Some(stamp);
         }
-        stamp != NEVER && self.era(check) == Some(stamp)
+        stamp != NO_STAMP && self.era(check) == Some(stamp)
     }
 
     #[inline(always)]
@@ -319,9 +309,9 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         let head = self.head(index);
         // The era was read before the sequence, as the mm wants it. The lease keeps the entry from being another.
         if let Some(era) = era
-            && head.word(KEY).load(Ordering::Relaxed) == NEVER
+            && head.key(Here::ask()) == NEVER
         {
-            head.word(STAMP).store(era, Ordering::Relaxed);
+            head.set_stamp(era);
         }
         head.touch(Here::ask());
         Some(found)
@@ -342,7 +332,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         if !self.slab.kill(index, seen) {
             return false;
         }
-        let next = self.head(index).word(NEXT);
+        let next = self.next_dead.word(index as usize);
         let mut first = self.dead.load(Ordering::Relaxed);
         loop {
             next.store(first, Ordering::Relaxed);
@@ -367,7 +357,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         let mut next = self.dead.swap(0, Ordering::Acquire);
         std::iter::from_fn(move || {
             let index = u32::try_from(next.checked_sub(1)?).ok()?;
-            next = self.head(index).word(NEXT).load(Ordering::Relaxed);
+            next = self.next_dead.word(index as usize).load(Ordering::Relaxed);
             Some(index)
         })
     }
@@ -378,8 +368,8 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
 
     /// A lease has ended, of the entry with these words.
     #[inline(always)]
-    pub(super) fn ended(&self, here: Here, line: AtomicLine<'_>) {
-        if State::of(here, line).phase() == Phase::Dead {
+    pub(super) fn ended(&self, here: Here, words: AtomicQuad<'_>) {
+        if State::of(here, words).phase() == Phase::Dead {
             self.ended_of_the_dead();
         }
     }

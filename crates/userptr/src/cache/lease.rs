@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases: the right to use a registration until they are dropped.
 
-use interleave::{AtomicLine, Here};
+use interleave::{AtomicQuad, Here};
 use mmu_notifier::Access;
-use mmu_notifier::primary::{PrimaryMmu, Subscription};
+use mmu_notifier::primary::PrimaryMmu;
 
-use super::core::{Core, Leased, Registration, WRITE};
+use super::core::{Core, Leased, Registration};
+use super::head::WRITE;
 use super::slab::{Claim, State};
 use crate::device::{Device, DeviceAddr};
 
@@ -17,7 +18,7 @@ use crate::device::{Device, DeviceAddr};
 pub struct Lease<'c, M: PrimaryMmu, D: Device<M>> {
     core: &'c Core<M, D>,
     /// The words of the entry.
-    line: AtomicLine<'c>,
+    words: AtomicQuad<'c>,
     /// `None` once it has ended.
     claim: Option<Claim<'c>>,
     addr: u64,
@@ -41,7 +42,7 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     pub(super) fn of_hit(core: &'c Core<M, D>, found: Claim<'c>, addr: u64, len: u64) -> Self {
         Lease {
             core,
-            line: core.slab.line(found.index()),
+            words: core.slab.words(found.index()),
             claim: Some(found),
             addr,
             len,
@@ -88,7 +89,7 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     #[inline]
     pub fn rights(&self) -> Access {
         // A hit need not have looked at the registration; the mark says the same.
-        let write = State::of(Here::ask(), self.line).has(WRITE);
+        let write = State::of(Here::ask(), self.words).has(WRITE);
         if write { Access::Write } else { Access::Read }
     }
 
@@ -104,13 +105,12 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
 
     /// The device address of the first byte asked for.
     pub fn device_addr(&self) -> DeviceAddr {
-        let base = self.core.device.address(self.mapping());
-        DeviceAddr(base.0 + (self.addr - self.registration().range.start()))
+        self.registration().device_addr(&self.core.device, self.addr)
     }
 
     /// Has the range not changed since it was registered? Of a registration for one lease nobody knows: false.
     pub fn is_current(&self) -> bool {
-        self.registration().watched.as_ref().is_some_and(|w| !w.subscription.read_retry(w.seq))
+        self.registration().is_current()
     }
 
     /// Is it in the cache? If not, it was registered for this lease.
@@ -121,20 +121,20 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
 
 impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     #[inline(always)]
-    fn end(&self, here: Here, line: AtomicLine<'_>, claim: Claim<'_>, until: Until) {
+    fn end(&self, here: Here, words: AtomicQuad<'_>, claim: Claim<'_>, until: Until) {
         let index = claim.index();
         self.slab.end(here, claim);
         match until {
             // After the end: a reaper that was faster than it must look again.
-            Until::Changed => self.ended(here, line),
+            Until::Changed => self.ended(here, words),
             Until::Lease => self.end_one_shot(index),
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn end_explored(&self, line: AtomicLine<'_>, claim: Claim<'_>, until: Until) {
-        self.end(Here::ask(), line, claim, until);
+    fn end_explored(&self, words: AtomicQuad<'_>, claim: Claim<'_>, until: Until) {
+        self.end(Here::ask(), words, claim, until);
     }
 }
 
@@ -145,9 +145,9 @@ impl<M: PrimaryMmu, D: Device<M>> Drop for Lease<'_, M, D> {
         let Some(claim) = self.claim.take() else { return };
         let here = Here::ask();
         if here.is_plain() {
-            self.core.end(here, self.line, claim, self.until);
+            self.core.end(here, self.words, claim, self.until);
         } else {
-            self.core.end_explored(self.line, claim, self.until);
+            self.core.end_explored(self.words, claim, self.until);
         }
     }
 }

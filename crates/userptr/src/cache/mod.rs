@@ -29,9 +29,11 @@
 
 mod admission;
 mod audit;
+mod batch;
 mod core;
 mod error;
 mod explain;
+mod head;
 mod lease;
 mod owned;
 mod reap;
@@ -45,13 +47,14 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 
 use interleave::{JoinHandle, MaySleep, Ordering};
-use mmu_notifier::primary::PrimaryMmu;
+use mmu_notifier::primary::{Gone, PrimaryMmu};
 use mmu_notifier::{Access, PAGE_SIZE, Range};
 
 use self::core::{Check, Core};
 use crate::device::Device;
 
 pub use admission::Admit;
+pub use batch::{Batch, Registered};
 pub use error::{BuildError, CacheError};
 pub use explain::{Explanation, Found, Verdict};
 pub use lease::{Lease, LeaseMut, SliceLease, SliceMutLease};
@@ -249,6 +252,23 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     /// [`CacheError::Source`], [`CacheError::Forked`].
     pub fn session(&self) -> Result<Session<'_, M, D>, CacheError> {
         Session::new(self)
+    }
+
+    /// Lookups that share one question to the source and one lease: see [`Batch`].
+    ///
+    /// # Errors
+    /// [`CacheError::Source`], [`CacheError::Forked`].
+    pub fn batch(&self) -> Result<Batch<'_, M, D>, CacheError> {
+        Batch::new(self)
+    }
+
+    /// What happened before is known to the source afterwards.
+    fn settle(&self) -> Result<(), CacheError> {
+        match self.core.mm.settle() {
+            Ok(()) => Ok(()),
+            Err(Gone::Forked) => Err(CacheError::Forked),
+            Err(gone) => Err(gone.into()),
+        }
     }
 
     /// Lets go of every registration that shares a page with the bytes, as if they had changed: for what the source

@@ -18,6 +18,8 @@ use super::core::{Core, Registration};
 use crate::device::Device;
 
 const PATIENCE: Duration = Duration::from_millis(10);
+/// How often within that time it is looked whether batches have ended.
+const LOOKS: u32 = 8;
 /// Entries that an eviction lets go at a time, so that a full cache does not evict for each miss.
 const EVICT: usize = 8;
 
@@ -27,8 +29,8 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         let mut gone = Vec::new();
         let mut books = self.books.lock(cx);
         let mut leased = std::mem::take(&mut books.leased);
-        leased.extend(self.take_dead());
-        for &index in &leased {
+        self.slab.count_dead(self.take_dead(), &mut leased);
+        for index in leased.iter().map(|dead| dead.index) {
             // Struck off first: a lookup that finds it later finds it dead.
             if let Some((key, range)) = books.keys[index as usize].take() {
                 let books = &mut *books;
@@ -38,10 +40,9 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
                 books.ranges.remove(key);
             }
         }
-        if let Err(refused) =
-            self.slab.take(&mut leased, |index, registration| gone.push((index, registration)))
-        {
-            tracing::error!("dead registrations stay with the device: {refused}");
+        match self.slab.take(&mut leased, |index, registration| gone.push((index, registration))) {
+            Ok(kept) => books.batched = kept.by_pins,
+            Err(refused) => tracing::error!("dead registrations stay with the device: {refused}"),
         }
         books.leased = leased;
         books.going += gone.len();
@@ -90,11 +91,25 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             return true;
         }
         // The reaper may have been faster.
-        let others = self.books.lock(cx).going > 0;
+        let books = self.books.lock(cx);
+        let (others, batched) = (books.going > 0, books.batched);
+        drop(books);
         if others {
             self.room.wait_event(cx, || self.counters.released.get() != before);
+        } else if batched && self.outlast_batches(cx) {
+            return true;
         }
         others || self.counters.released.get() != before
+    }
+
+    /// Batches are short, unless one is the caller's own, or of somebody who waits for room too.
+    fn outlast_batches(&self, cx: &mut MaySleep<'_>) -> bool {
+        let before = self.counters.released.get();
+        let released = || self.counters.released.get() != before;
+        (0..LOOKS).any(|_| {
+            self.room.wait_event_timeout(cx, PATIENCE / LOOKS, released);
+            self.reap(cx) > 0 || released()
+        })
     }
 
     /// Takes up to `count` entries out of use that nobody leases and nobody used lately (the clock, a cheap LRU). How

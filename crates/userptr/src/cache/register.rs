@@ -22,8 +22,9 @@ use mmu_notifier::primary::{Invalidate, PrimaryMmu, SeqMoved, SetSeq, Subscripti
 use mmu_notifier::{Access, Gone, Invalidation, Range, WouldBlock};
 
 use super::Reaper;
-use super::core::{Check, Core, Leased, Registration, WRITE, Watched};
+use super::core::{Check, Core, Leased, Registration, Watched};
 use super::error::CacheError;
+use super::head::WRITE;
 use crate::device::{Device, DeviceError};
 
 /// Changes that are followed before the range is registered for one lease: somebody changes it all the time, or others'

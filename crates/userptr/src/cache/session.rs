@@ -2,7 +2,7 @@
 //! Many lookups for the price of one question to the source.
 
 use mmu_notifier::Access;
-use mmu_notifier::primary::{Gone, PrimaryMmu};
+use mmu_notifier::primary::PrimaryMmu;
 
 use super::{CacheError, Lease, RegistrationCache};
 use crate::device::Device;
@@ -19,11 +19,8 @@ pub struct Session<'c, M: PrimaryMmu + 'static, D: Device<M> + 'static> {
 
 impl<'c, M: PrimaryMmu + 'static, D: Device<M> + 'static> Session<'c, M, D> {
     pub(super) fn new(cache: &'c RegistrationCache<M, D>) -> Result<Self, CacheError> {
-        match cache.mm().settle() {
-            Ok(()) => Ok(Session { cache }),
-            Err(Gone::Forked) => Err(CacheError::Forked),
-            Err(gone) => Err(gone.into()),
-        }
+        cache.settle()?;
+        Ok(Session { cache })
     }
 
     /// As [`RegistrationCache::get`].

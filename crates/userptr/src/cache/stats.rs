@@ -5,6 +5,7 @@ use interleave::{AtomicU64, MaySleep, Ordering};
 use mmu_notifier::primary::PrimaryMmu;
 
 use super::core::Core;
+use super::slab::Dead;
 use crate::device::Device;
 
 /// A number that only grows.
@@ -45,6 +46,8 @@ counters! {
     in_vain,
     /// Leases of new registrations.
     fresh,
+    /// Lookups of batches that found something.
+    batched,
     registered,
     one_shot,
     unheard,
@@ -64,7 +67,7 @@ counters! {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Leases of something that was in the cache.
+    /// Leases of something that was in the cache, and as many as batches that have ended found there.
     pub hits: u64,
     /// Registrations put into the cache.
     pub registered: u64,
@@ -107,14 +110,14 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     pub(super) fn stats(&self, cx: &mut MaySleep<'_>) -> Stats {
         let counters = &self.counters;
         let books = self.books.lock(cx);
-        let dead = |index: &u32| self.head(*index).bytes();
+        let dead = |dead: &Dead| self.head(dead.index).bytes();
         let leased_dead_bytes = books.leased.iter().map(dead).sum();
         let entries = (self.slab.len() - books.free.len()) as u64;
         let bytes = books.bytes;
         drop(books);
         let leases = self.slab.leases_given().saturating_sub(counters.in_vain.get() + counters.fresh.get());
         Stats {
-            hits: leases,
+            hits: leases + counters.batched.get(),
             registered: counters.registered.get(),
             one_shot: counters.one_shot.get(),
             unheard: counters.unheard.get(),

@@ -413,6 +413,15 @@ impl PrimaryMmu for Told {
         &[]
     }
 
+    fn settle(&self) -> Result<(), Gone> {
+        let news = &self.news;
+        if news.how.is_uffd() && news.how != How::UffdNoProbe {
+            let quiet = || news.in_flight.load(Ordering::SeqCst) == 0 && news.even().is_some();
+            MaySleep::enter(|cx| news.wait.wait_event(cx, quiet));
+        }
+        Ok(())
+    }
+
     fn era(&self) -> Option<u64> {
         self.how.is_kvm().then(|| self.news.total.load(Ordering::SeqCst))
     }

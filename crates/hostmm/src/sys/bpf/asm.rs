@@ -9,11 +9,11 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Insn {
-    op: u8,
+    pub(super) op: u8,
     /// Destination in the low half, source in the high half.
-    regs: u8,
-    off: i16,
-    imm: i32,
+    pub(super) regs: u8,
+    pub(super) off: i16,
+    pub(super) imm: i32,
 }
 
 /// A register: R0 is the result, R1 to R5 are arguments and lost in a call, R6 to R9 survive.
@@ -36,6 +36,7 @@ pub(crate) enum Reg {
 pub(crate) enum Cond {
     Eq,
     Ge,
+    Lt,
     Le,
 }
 
@@ -44,6 +45,7 @@ impl Cond {
         match self {
             Cond::Eq => 0x10,
             Cond::Ge => 0x30,
+            Cond::Lt => 0xa0,
             Cond::Le => 0xb0,
         }
     }

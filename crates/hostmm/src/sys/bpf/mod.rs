@@ -4,6 +4,8 @@
 //! No clang, no BTF, no libbpf: the programs are a few dozen instructions, written with [`asm`].
 
 pub(crate) mod asm;
+#[cfg(test)]
+pub(crate) mod run;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -18,6 +20,9 @@ const BPF_MAP_TYPE_ARRAY: u32 = 2;
 const BPF_MAP_TYPE_RINGBUF: u32 = 27;
 const BPF_PROG_TYPE_TRACEPOINT: u32 = 5;
 const BPF_F_MMAPABLE: u32 = 1 << 10;
+/// The verifier gives up (EAGAIN) when the task has work to do, as for a signal: also what io_uring leaves to a thread
+/// that has closed a ring, which no mask keeps away, and which is done when the call returns.
+const LOAD_ATTEMPTS: u32 = 10;
 /// Bytes of verifier log kept in an error.
 const LOG_LEN: usize = 64 * 1024;
 
@@ -124,9 +129,13 @@ pub(crate) fn load_tracepoint(
         prog_flags: 0,
         name: object_name(name),
     };
-    let error = match bpf(BPF_PROG_LOAD, &mut attr) {
-        Ok(fd) => return Ok(own(fd)),
-        Err(e) => e,
+    let mut attempts = 0..LOAD_ATTEMPTS;
+    let error = loop {
+        match bpf(BPF_PROG_LOAD, &mut attr) {
+            Ok(fd) => return Ok(own(fd)),
+            Err(e) if e.raw_os_error() == Some(libc::EAGAIN) && attempts.next().is_some() => {}
+            Err(e) => break e,
+        }
     };
     // A log costs the verifier time and can itself fail the load (ENOSPC), so it is asked for only now.
     let mut log = vec![0u8; LOG_LEN];

@@ -23,87 +23,36 @@
 //! without slots, or with more leases than slots, claims one of those that all share, by compare-exchange, and at last a
 //! count in the entry. A lease may end in any thread: it alone writes a slot that is taken.
 //!
+//! A [pin] is a lease of whatever is alive meanwhile.
+//!
 //! Invariants:
 //! * the body is written by the owner of an entry in `Free` or `Building`, and read under a lease or by the taker;
 //! * Free -> Building -> Live -> Dead -> Free; Building -> Free. Each entry has one owner, except while it is Live:
 //!   whoever makes it Dead is the owner. A change to Free adds one to the generation;
-//! * a slot holds an entry's index plus one, or 0; a line of slots counts the leases that were given there, which is what
+//! * a slot holds an entry's index plus one, a pin's epoch with its mark, or 0; a line of slots counts the leases that were given there, which is what
 //!   statistics are made of.
 //!
-//! What a hit reads of an entry is one cache line of words, apart from the bodies: its state, and what the user
-//! keeps beside it.
+//! What a hit reads of an entry is half a cache line, apart from the bodies and from what is seldom asked: its state, and
+//! what the user keeps beside it.
+
+mod pin;
+mod state;
 
 use crate::sync::{
-    AsymmetricFence, AtomicLine, AtomicU64, AtomicWord, AtomicWords, Cell, Here, NoBarrier, Ordering, SLOTS,
+    AsymmetricFence, AtomicQuad, AtomicU64, AtomicWord, AtomicWords, Cell, Here, NoBarrier, Ordering, SLOTS,
 };
 
-/// The low half of [`GIVEN`].
+pub(crate) use pin::{Pin, Seen};
+use state::{GENERATION, STATE};
+pub(crate) use state::{Phase, State};
+
+/// The low half of what is [counted](Slab::given).
 const LASTING: u64 = 0xffff_ffff;
 
-/// Where an entry is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Phase {
-    Free,
-    Building,
-    Live,
-    Dead,
-}
-
-/// Phase and generation of an entry, and the marks that its user gave it when it came alive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct State(u64);
-
-impl State {
-    const PHASES: [Phase; 4] = [Phase::Free, Phase::Building, Phase::Live, Phase::Dead];
-
-    /// Of the entry with these words.
-    #[inline(always)]
-    pub(crate) fn of(here: Here, line: AtomicLine<'_>) -> State {
-        State(line.word(STATE).load_here(here, Ordering::Acquire))
-    }
-
-    #[inline]
-    pub(crate) fn phase(self) -> Phase {
-        Self::PHASES[(self.0 & 3) as usize]
-    }
-
-    #[inline(always)]
-    pub(crate) fn is_live(self) -> bool {
-        self.0 & 3 == Phase::Live as u64
-    }
-
-    /// Did the user give it this mark, one of bits 0 and 1?
-    #[inline(always)]
-    pub(crate) fn has(self, mark: u64) -> bool {
-        self.0 & mark << MARKS != 0
-    }
-
-    #[inline]
-    pub(crate) fn generation(self) -> u64 {
-        self.0 >> GENERATION
-    }
-
-    fn with(self, phase: Phase, marks: u64) -> State {
-        State(self.generation() << GENERATION | marks << MARKS | phase as u64)
-    }
-
-    fn marks(self) -> u64 {
-        self.0 >> MARKS & 3
-    }
-}
-
-/// Where in the state the marks are, and the generation.
-const MARKS: u32 = 2;
-const GENERATION: u32 = 4;
-
-/// The words of an entry: a cache line.
-const WORDS: usize = 8;
-/// Which of them is its state.
-const STATE: usize = 0;
-/// Leases that found no slot: those that last in the low half, all that were given in the high half.
-const GIVEN: usize = 1;
-/// Those from here on are the user's.
-pub(crate) const USERS: usize = 2;
+/// The words of an entry.
+const WORDS: usize = 4;
+/// Of these, those from here on are the user's; before them is its state.
+pub(crate) const USERS: usize = 1;
 
 /// Slots of one thread, or of all: a pair of cache lines.
 #[repr(align(128))]
@@ -115,6 +64,8 @@ struct Line {
 
 pub(crate) struct Slab<T> {
     words: AtomicWords,
+    /// Leases of each entry that found no slot: those that last in the low half, all that were given in the high half.
+    given: AtomicWords,
     bodies: Box<[Cell<Option<T>>]>,
     /// Line `n` is claimed by thread `n` only.
     lines: Box<[Line]>,
@@ -122,6 +73,10 @@ pub(crate) struct Slab<T> {
     shared: Line,
     /// Stands for the slot of a lease that is counted in its entry.
     counted: AtomicU64,
+    /// Pins that found no slot: they keep whatever there is.
+    pins: AtomicU64,
+    /// How often dead entries have been [counted](Slab::count_dead).
+    epoch: AtomicU64,
     fence: AsymmetricFence,
 }
 
@@ -138,6 +93,19 @@ pub(crate) struct Claim<'s> {
     slot: &'s AtomicU64,
 }
 
+/// A dead entry, and the epoch that ended after its death.
+pub(crate) struct Dead {
+    pub(crate) index: u32,
+    epoch: u64,
+}
+
+/// Why dead entries that were to be taken have not been.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Kept {
+    /// At least one by nothing but pins.
+    pub(crate) by_pins: bool,
+}
+
 /// A lease that ends when it is dropped.
 #[must_use]
 pub(crate) struct Held<'s, T> {
@@ -152,10 +120,13 @@ impl<T> Slab<T> {
         let line = || Line { slots: std::array::from_fn(|_| AtomicU64::new(0)), given: AtomicU64::new(0) };
         Slab {
             words: AtomicWords::new(capacity * WORDS, 0),
+            given: AtomicWords::new(capacity, 0),
             bodies: (0..capacity).map(|_| Cell::new(None)).collect(),
             lines: (0..threads).map(|_| line()).collect(),
             shared: line(),
             counted: AtomicU64::new(0),
+            pins: AtomicU64::new(0),
+            epoch: AtomicU64::new(0),
             fence: AsymmetricFence::new(),
         }
     }
@@ -166,17 +137,20 @@ impl<T> Slab<T> {
 
     /// All words of an entry. Those from [`USERS`] on are the user's, and anybody may read them at any time.
     #[inline(always)]
-    pub(crate) fn line(&self, index: u32) -> AtomicLine<'_> {
-        self.words.line(index as usize)
+    pub(crate) fn words(&self, index: u32) -> AtomicQuad<'_> {
+        self.words.quad(index as usize)
     }
 
-    #[inline(always)]
-    fn word(&self, index: u32, word: usize) -> AtomicWord<'_> {
-        self.line(index).word(word)
+    fn state_word(&self, index: u32) -> AtomicWord<'_> {
+        self.words(index).word(STATE)
+    }
+
+    fn given(&self, index: u32) -> AtomicWord<'_> {
+        self.given.word(index as usize)
     }
 
     pub(crate) fn state(&self, index: u32) -> State {
-        State::of(Here::ask(), self.line(index))
+        State::of(Here::ask(), self.words(index))
     }
 
     /// A lease of the entry, which has these words, if it is still as `seen`, which was Live. What the words were between
@@ -186,23 +160,24 @@ impl<T> Slab<T> {
         &'s self,
         here: Here,
         index: u32,
-        line: AtomicLine<'s>,
+        words: AtomicQuad<'s>,
         seen: State,
     ) -> Option<Claim<'s>> {
-        let slot = self.own_slot(here, here.known_thread(), index);
+        let slot = self.own_slot(here, here.known_thread(), u64::from(index) + 1);
         let slot = slot.unwrap_or_else(|| self.another_slot(index));
-        self.confirmed(here, Claim { index: index as usize, slot }, line, seen)
+        self.confirmed(here, Claim { index: index as usize, slot }, words, seen)
     }
 
     /// As [`claim`](Self::claim), for who is in no hurry.
     pub(crate) fn lease(&self, index: u32, seen: State) -> Option<Held<'_, T>> {
-        self.claim(Here::ask(), index, self.line(index), seen).map(|claim| self.keep(claim))
+        self.claim(Here::ask(), index, self.words(index), seen).map(|claim| self.keep(claim))
     }
 
     /// As [`lease`](Self::lease), by a thread that shall not get slots of its own: one that comes seldom.
     pub(crate) fn lease_shared(&self, index: u32, seen: State) -> Option<Held<'_, T>> {
-        let claim = Claim { index: index as usize, slot: self.shared_slot(index) };
-        self.confirmed(Here::ask(), claim, self.line(index), seen).map(|claim| self.keep(claim))
+        let slot = self.shared_slot(u64::from(index) + 1).unwrap_or_else(|| self.no_slot(index));
+        let claim = Claim { index: index as usize, slot };
+        self.confirmed(Here::ask(), claim, self.words(index), seen).map(|claim| self.keep(claim))
     }
 
     #[inline(always)]
@@ -210,11 +185,11 @@ impl<T> Slab<T> {
         &'s self,
         here: Here,
         claim: Claim<'s>,
-        line: AtomicLine<'s>,
+        words: AtomicQuad<'s>,
         seen: State,
     ) -> Option<Claim<'s>> {
         self.fence.light();
-        if State::of(here, line) == seen {
+        if State::of(here, words) == seen {
             return Some(claim);
         }
         self.end(here, claim);
@@ -223,13 +198,13 @@ impl<T> Slab<T> {
 
     /// One of those that `thread`, which is the caller, alone claims.
     #[inline(always)]
-    fn own_slot(&self, here: Here, thread: usize, index: u32) -> Option<&AtomicU64> {
+    fn own_slot(&self, here: Here, thread: usize, value: u64) -> Option<&AtomicU64> {
         let line = self.lines.get(thread)?;
         for slot in &line.slots {
             // Acquire and Release: what the last lease in this slot has released, wherever it ended, is carried on for
             // whoever sees this one.
             if slot.load_here(here, Ordering::Acquire) == 0 {
-                slot.store_here(here, u64::from(index) + 1, Ordering::Release);
+                slot.store_here(here, value, Ordering::Release);
                 let given = line.given.load_here(here, Ordering::Relaxed);
                 line.given.store_here(here, given + 1, Ordering::Relaxed);
                 return Some(slot);
@@ -243,20 +218,22 @@ impl<T> Slab<T> {
     #[inline(never)]
     fn another_slot(&self, index: u32) -> &AtomicU64 {
         let here = Here::ask();
-        let own = here.thread().and_then(|thread| self.own_slot(here, thread, index));
-        own.unwrap_or_else(|| self.shared_slot(index))
+        let value = u64::from(index) + 1;
+        let own = here.thread().and_then(|thread| self.own_slot(here, thread, value));
+        own.or_else(|| self.shared_slot(value)).unwrap_or_else(|| self.no_slot(index))
     }
 
-    fn shared_slot(&self, index: u32) -> &AtomicU64 {
-        for slot in &self.shared.slots {
-            if slot.load(Ordering::Relaxed) == 0
-                && slot.compare_exchange(0, u64::from(index) + 1, Ordering::AcqRel, Ordering::Relaxed).is_ok()
-            {
-                self.shared.given.fetch_add(1, Ordering::Relaxed);
-                return slot;
-            }
-        }
-        self.word(index, GIVEN).fetch_add(1 << 32 | 1, Ordering::AcqRel);
+    fn shared_slot(&self, value: u64) -> Option<&AtomicU64> {
+        let free = self.shared.slots.iter().find(|slot| {
+            slot.load(Ordering::Relaxed) == 0
+                && slot.compare_exchange(0, value, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        })?;
+        self.shared.given.fetch_add(1, Ordering::Relaxed);
+        Some(free)
+    }
+
+    fn no_slot(&self, index: u32) -> &AtomicU64 {
+        self.given(index).fetch_add(1 << 32 | 1, Ordering::AcqRel);
         &self.counted
     }
 
@@ -297,23 +274,22 @@ impl<T> Slab<T> {
     #[cold]
     #[inline(never)]
     fn end_counted(&self, index: u32) {
-        self.word(index, GIVEN).fetch_sub(1, Ordering::Release);
+        self.given(index).fetch_sub(1, Ordering::Release);
     }
 
     /// Is there a lease? As far as its slot is to be seen: a hint, but for what has been dead since before a heavy fence.
     /// Of that `false` is for good.
     pub(crate) fn is_leased(&self, index: u32) -> bool {
-        self.word(index, GIVEN).load(Ordering::Acquire) & LASTING != 0
+        self.given(index).load(Ordering::Acquire) & LASTING != 0
             || self
                 .lines()
                 .flat_map(|line| &line.slots)
                 .any(|slot| slot.load(Ordering::Acquire) == u64::from(index) + 1)
     }
 
-    /// How many leases were given, in vain or not.
+    /// How many leases and pins were given, in vain or not.
     pub(crate) fn leases_given(&self) -> u64 {
-        let counted =
-            (0..self.len() as u32).map(|index| self.word(index, GIVEN).load(Ordering::Relaxed) >> 32);
+        let counted = (0..self.len() as u32).map(|index| self.given(index).load(Ordering::Relaxed) >> 32);
         self.lines().map(|line| line.given.load(Ordering::Relaxed)).chain(counted).sum()
     }
 
@@ -323,7 +299,7 @@ impl<T> Slab<T> {
 
     /// Free -> Building. The caller alone knows of the free entry, and owns it now.
     pub(crate) fn build(&self, index: u32) -> State {
-        let word = self.word(index, STATE);
+        let word = self.state_word(index);
         let state = State(word.load(Ordering::Relaxed));
         debug_assert_eq!(state.phase(), Phase::Free);
         let state = state.with(Phase::Building, 0);
@@ -333,7 +309,7 @@ impl<T> Slab<T> {
 
     /// Building -> Live, by the owner, who owns it no longer.
     pub(crate) fn publish(&self, index: u32, body: T, marks: u64) -> State {
-        let word = self.word(index, STATE);
+        let word = self.state_word(index);
         let state = State(word.load(Ordering::Relaxed));
         assert_eq!(state.phase(), Phase::Building, "only the owner of a new entry brings it alive");
         // SAFETY: the entry is being built, so the caller owns it; nobody reads the body before it is Live.
@@ -346,42 +322,65 @@ impl<T> Slab<T> {
     /// Live -> Dead, if it is still as `seen`: the caller owns it then.
     pub(crate) fn kill(&self, index: u32, seen: State) -> bool {
         let dead = seen.with(Phase::Dead, seen.marks());
-        let word = self.word(index, STATE);
+        let word = self.state_word(index);
         seen.is_live() && word.compare_exchange(seen.0, dead.0, Ordering::SeqCst, Ordering::Relaxed).is_ok()
     }
 
-    /// Takes the bodies of those of the Dead entries `dead` that nobody leases, once each; the others stay in `dead`. By
-    /// their owner.
+    /// Ends an epoch after the death of `dead`, which are the caller's.
+    pub(crate) fn count_dead(&self, dead: impl Iterator<Item = u32>, into: &mut Vec<Dead>) {
+        let before = into.len();
+        into.extend(dead.map(|index| Dead { index, epoch: 0 }));
+        let new = &mut into[before..];
+        if new.is_empty() {
+            return;
+        }
+        for dead in new.iter() {
+            let state = State(self.state_word(dead.index).load(Ordering::SeqCst));
+            assert_eq!(state.phase(), Phase::Dead, "only the owner of a dead entry takes it apart");
+        }
+        let epoch = self.epoch.fetch_add(1, Ordering::AcqRel);
+        new.iter_mut().for_each(|dead| dead.epoch = epoch);
+    }
+
+    /// Takes the bodies of those of the dead entries that nobody leases, once each; the others stay in `dead`. By their
+    /// owner.
     ///
     /// # Errors
     /// [`NoBarrier`]: who leases them cannot be told, and all stay.
-    pub(crate) fn take(&self, dead: &mut Vec<u32>, mut taken: impl FnMut(u32, T)) -> Result<(), NoBarrier> {
+    pub(crate) fn take(
+        &self,
+        dead: &mut Vec<Dead>,
+        mut taken: impl FnMut(u32, T),
+    ) -> Result<Kept, NoBarrier> {
+        let mut kept = Kept::default();
         if dead.is_empty() {
-            return Ok(());
-        }
-        for index in dead.iter() {
-            let state = State(self.word(*index, STATE).load(Ordering::SeqCst));
-            assert_eq!(state.phase(), Phase::Dead, "only the owner of a dead entry takes it apart");
+            return Ok(kept);
         }
         self.fence.heavy()?;
-        dead.retain(|&index| {
-            if self.is_leased(index) {
+        let oldest = self.oldest_pin();
+        dead.retain(|dead| {
+            if self.is_leased(dead.index) {
                 return true;
             }
-            // SAFETY: the entry has been dead since before the heavy fence, and no slot holds it: every reader that saw
-            // it alive had written its slot before the fence and has released its lease (the slot's Release, our
-            // Acquire), and none will see it alive. The caller is the one owner.
-            let body = self.bodies[index as usize].with_mut(|at| unsafe { (*at).take() });
+            if oldest.is_some_and(|oldest| oldest <= dead.epoch) {
+                kept.by_pins = true;
+                return true;
+            }
+            // SAFETY: the entry has been dead since before the heavy fence, no slot holds it, and no pin is of its epoch or
+            // before: every reader that saw it alive had written its slot before the fence and has ended (the slot's
+            // Release, our Acquire), and none will see it alive, nor has one that pinned in a later epoch. The caller is
+            // the one owner.
+            let body = self.bodies[dead.index as usize].with_mut(|at| unsafe { (*at).take() });
             let body = body.unwrap_or_else(|| unreachable!("a body is taken once"));
-            taken(index, body);
+            taken(dead.index, body);
             false
         });
-        Ok(())
+        Ok(kept)
     }
 
     /// Building or Dead -> Free, by the owner, who has taken the body.
     pub(crate) fn free(&self, index: u32) {
-        let word = self.word(index, STATE);
+        let word = self.state_word(index);
         let state = State(word.load(Ordering::Relaxed));
         assert!(matches!(state.phase(), Phase::Building | Phase::Dead), "only the owner frees an entry");
         word.store((state.generation() + 1) << GENERATION, Ordering::Release);
