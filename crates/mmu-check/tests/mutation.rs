@@ -8,7 +8,7 @@ use mmu_check::Rule;
 use mmu_check::mutate::{Fate, Limits, Mutation, Off, SUBJECTS, Subject, mutate};
 
 fn of(driver: &str) -> Mutation {
-    let subjects: Vec<Subject> = SUBJECTS.iter().filter(|s| s.kind.name == driver).copied().collect();
+    let subjects: Vec<Subject> = SUBJECTS.iter().filter(|s| s.name() == driver).copied().collect();
     assert_eq!(subjects.len(), 1, "{driver}");
     MaySleep::enter(|cx| mutate(cx, &subjects, &Limits::default(), &|_, _| ()))
 }

@@ -44,7 +44,7 @@ fn in_their_own_kernel_no_path_breaks_a_rule() {
 #[test]
 fn no_order_with_one_preemption_shows_what_was_given_up() {
     for kind in OWN {
-        for path in ["dontneed", "munmap"].into_iter().filter_map(named) {
+        for path in ["dontneed", "munmap", "dontneed-close"].into_iter().filter_map(named) {
             let outcome = holds(&write(kind, path, KernelProfile::V6_18), 1);
             assert!(outcome.report.executions > 100, "only {}", outcome.report.executions);
         }
@@ -83,12 +83,14 @@ fn deaf_they_show_the_past() {
 fn without_its_check_each_is_noticed() {
     let checks = [
         (&driver::cache::KIND, "retry check in stands"),
+        (&driver::cache::KIND, "retry check in doubted"),
         (&driver::objects::KIND, "retry check in is_current"),
         (&driver::objects::EXACT, "sequence bump in invalidate"),
     ];
     for (kind, check) in checks {
         let paths = &["dontneed", "munmap"];
-        let subject = Subject { kind, profiles: &[KernelProfile::V6_18], paths };
+        let kinds: &[&Kind] = &*Box::leak(Box::new([kind]));
+        let subject = Subject { kinds, profiles: &[KernelProfile::V6_18], paths, scenes: &[] };
         let mutation = MaySleep::enter(|cx| mutate(cx, &[subject], &Limits::default(), &|_, _| ()));
         assert!(mutation.left_out.is_empty(), "{}: it breaks by itself", kind.name);
         let fate = mutation.fates.iter().find(|fate| fate.off.to_string().starts_with(check));

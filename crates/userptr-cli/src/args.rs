@@ -108,7 +108,8 @@ Examples:
   userptr watch -p 1234              until Ctrl-C or its end"
     )]
     Watch(WatchArgs),
-    /// Switch off each lock, retry check, flush, wait, sequence bump and callback of the safe drivers: is it noticed?
+    /// Switch off each lock, retry check, flush, wait, sequence bump and callback of the safe drivers, the cache and the
+    /// objects: is it noticed?
     #[command(
         after_help = "Exit codes: 0 at least 95 % were noticed and each survivor is explained, 1 not so, 2 could not run.
 

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use interleave::MaySleep;
-use mmu_check::mutate::{Fate, LIBRARY, Limits, Mutation, SUBJECTS, Subject, mutate};
+use mmu_check::mutate::{Fate, Limits, Mutation, SUBJECTS, Subject, mutate};
 use serde::Serialize;
 
 use crate::args::MutateArgs;
@@ -28,7 +28,7 @@ struct JsonFate {
 impl JsonFate {
     fn new(fate: &Fate) -> JsonFate {
         JsonFate {
-            driver: fate.subject.kind.name,
+            driver: fate.kind.name,
             off: fate.off.to_string(),
             noticed: fate.noticed.is_some(),
             by: fate.noticed.as_ref().map(|noticed| noticed.by()),
@@ -42,13 +42,10 @@ impl JsonFate {
 }
 
 pub(crate) fn run(args: &MutateArgs) -> Result<ExitCode, Error> {
-    let wanted =
-        |subject: &&Subject| args.driver.as_ref().is_none_or(|name| subject.kind.name.contains(name));
-    // The library's own when it is named.
-    let library = LIBRARY.iter().filter(|_| args.driver.is_some());
-    let subjects: Vec<Subject> = SUBJECTS.iter().chain(library).filter(wanted).copied().collect();
+    let wanted = |subject: &&Subject| args.driver.as_ref().is_none_or(|name| subject.name().contains(name));
+    let subjects: Vec<Subject> = SUBJECTS.iter().filter(wanted).copied().collect();
     if subjects.is_empty() {
-        let known: Vec<_> = SUBJECTS.iter().chain(LIBRARY).map(|subject| subject.kind.name).collect();
+        let known: Vec<_> = SUBJECTS.iter().map(Subject::name).collect();
         return Err(Error::NoSubject {
             name: args.driver.clone().unwrap_or_default(),
             known: known.join(", "),
@@ -82,7 +79,7 @@ fn print(mutation: &Mutation, all: bool) {
     }
     let mut last = None;
     for fate in mutation.fates.iter().filter(|fate| all || fate.noticed.is_none()) {
-        let name = fate.subject.kind.name;
+        let name = fate.kind.name;
         if last.replace(name) != Some(name) {
             println!("{name}");
         }

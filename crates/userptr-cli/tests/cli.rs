@@ -74,6 +74,9 @@ fn bad_input_is_refused_with_2_and_a_reason() {
         &["answer", "--explain", "i915-3.16/write/cow/v3_16", "--replay", "@#"],
         &["answer", "--callbacks", "--cost"],
         &["answer", "--ledger", "--check", "/no/such/file"],
+        &["mutate", "no such driver"],
+        &["mutate", "--bound", "many"],
+        &["mutate", "--json", "--all"],
     ] {
         let out = userptr(args);
         assert_eq!(out.status.code(), Some(2), "{args:?}");
@@ -89,6 +92,7 @@ fn help_has_an_example_for_every_command() {
         &["doctor", "--help"],
         &["answer", "--help"],
         &["diff", "--help"],
+        &["mutate", "--help"],
     ] {
         let out = userptr(args);
         assert!(out.status.success());
@@ -269,6 +273,35 @@ fn every_counterexample_of_the_ledger_replays() {
 
 fn can_run_diff() -> bool {
     [Capability::DevKvm, Capability::KvmTracepoint, Capability::Bpf, Capability::Pfn].into_iter().all(require)
+}
+
+#[test]
+fn mutate_tells_what_became_of_everything_it_switched_off() {
+    let out = userptr(&["mutate", "vfio", "--json"]);
+    let document = json(&out);
+    assert_eq!(out.status.code(), Some(0), "{document:#}");
+    let fates = document.as_array().unwrap();
+    let locks = fates.iter().filter(|fate| fate["off"].as_str().unwrap().starts_with("lock in ")).count();
+    assert_eq!((fates.len(), locks), (5, 4));
+    for fate in fates {
+        assert_eq!((&fate["driver"], &fate["noticed"]), (&"vfio-6.13".into(), &true.into()), "{fate}");
+        assert!(fate["by"].is_string() && fate["cell"].is_string() && fate["why"].is_null(), "{fate}");
+        assert!(fate["executions"].as_u64() > Some(0) && fate["cells"].as_u64() > Some(0), "{fate}");
+    }
+    let text = userptr(&["mutate", "vfio", "--all"]);
+    let text = String::from_utf8_lossy(&text.stdout);
+    assert!(text.contains("5 of 5 noticed (100.0 %)") && text.contains("lock in "), "{text}");
+}
+
+/// Where nobody is preempted, much survives that is needed.
+#[test]
+fn mutate_fails_where_too_much_survives() {
+    let out = userptr(&["mutate", "amd-iommu-v2-3.16", "--bound", "0", "--json"]);
+    let document = json(&out);
+    assert_eq!(out.status.code(), Some(1), "{document:#}");
+    let survivors = document.as_array().unwrap().iter().filter(|fate| fate["noticed"] == false);
+    assert!(survivors.clone().count() > 0);
+    assert!(survivors.clone().all(|fate| fate["by"].is_null() && fate["cell"].is_null()), "{document:#}");
 }
 
 #[test]

@@ -74,36 +74,6 @@ fn b6_28_what_the_budget_refuses_is_right_all_the_same() {
     });
 }
 
-/// What it costs to be told is one wake-up of the monitor for each event: nothing where nobody asked to be told, and one
-/// for each stretch of memory that is told of. In time: `userptr bench` and `cargo bench -p userptr`.
-#[test]
-fn b6_39_40_only_what_is_registered_is_told_of_and_each_stretch_once() {
-    if !has_uffd() {
-        return;
-    }
-    let test = "b6_39_40_only_what_is_registered_is_told_of_and_each_stretch_once";
-    testing::in_child(test, DEADLINE, || {
-        let source = UffdSource::open(&uffd::Options::default()).unwrap();
-        let events = || (source.stats().unmaps, source.stats().removes);
-        let cache = cache(AnonymousUffd::new(source.clone()).unwrap(), Options::default());
-        let memory = Memory::stamped(16, 1);
-        // Held, so that what DONTNEED makes out of date is listened to until munmap.
-        let _leases: Vec<_> = islands(&memory).map(|page| get(&cache, page).unwrap()).collect();
-        let (unmaps, removes) = events();
-        for _ in 0..100 {
-            let stranger = Memory::stamped(16, 1);
-            stranger.madvise(stranger.page(3), libc::MADV_DONTNEED).unwrap();
-        }
-        assert_eq!(events(), (unmaps, removes), "of memory that nobody registered");
-        memory.madvise(memory.0, libc::MADV_DONTNEED).unwrap();
-        // The system call returns when its last event is read, and that is counted afterwards.
-        eventually("eight stretches", || events() >= (unmaps, removes + 8));
-        memory.unmap();
-        eventually("munmap tells of all", || events().0 > unmaps);
-        assert_eq!(events(), (unmaps + 1, removes + 8), "and of nothing twice");
-    });
-}
-
 #[test]
 fn b6_29_a_limit_of_locked_memory() {
     if !has_uffd() {

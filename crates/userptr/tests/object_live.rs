@@ -6,14 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hostmm::capability::Capability;
-use hostmm::primary::HostMm;
+use hostmm::primary::{HostMm, Source};
 use hostmm::testing;
 use hostmm::uffd::{self, UffdSource};
 use interleave::{AtomicBool, MaySleep, Ordering, scope, time};
-use mmu_notifier::{Access, GupError, Range};
+use mmu_notifier::{Access, GupError, PrimaryMmu, Range};
 use userptr::device::cpu::Cpu;
-use userptr::device::kvm::{KvmDevice, Polling};
-use userptr::device::{Command, Device, DeviceAddr, DeviceError, Engine, Fence, FenceError, checksum};
+use userptr::device::kvm::{KvmContext, KvmDevice, Polling};
+use userptr::device::{
+    Command, Device, DeviceAddr, DeviceError, Engine, Fence, FenceError, WaitError, checksum,
+};
 use userptr::object::{Driver, Flags, Iommu, Object, ObjectError};
 use userptr::source::{self, AnonymousUffd, AnySource};
 
@@ -43,11 +45,15 @@ fn on_cpu(name: &str, body: impl Body) {
 fn on_kvm(name: &str, body: impl Body) {
     if testing::require(Capability::IoUring) && testing::require(Capability::DevKvm) {
         testing::in_child(name, DEADLINE, || {
-            let device = KvmDevice::open(Polling::default()).unwrap();
-            let iommu = Iommu::remapping(DeviceAddr(0x2000_0000_0000), 1 << 30);
-            body.run(Driver::new(source::open_mm(1).unwrap(), device.context().unwrap(), iommu));
+            body.run(kvm_driver(source::open_mm(1).unwrap()));
         });
     }
+}
+
+fn kvm_driver<S: Source + 'static>(mm: Arc<HostMm<S>>) -> Driver<HostMm<S>, KvmContext> {
+    let device = KvmDevice::open(Polling::default()).unwrap();
+    let iommu = Iommu::remapping(DeviceAddr(0x2000_0000_0000), 1 << 30);
+    Driver::new(mm, device.context().unwrap(), iommu)
 }
 
 /// Pages of the kernel's choice, which only devices and this test's raw accesses use.
@@ -85,13 +91,13 @@ impl Pages {
         unsafe { self.0.wrapping_add(offset).read_volatile() }
     }
 
-    fn object<D: Device<Host> + Engine + 'static>(
+    fn object<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static>(
         &self,
-        driver: &Driver<Host, D>,
+        driver: &Driver<M, D>,
         offset: usize,
         len: usize,
         flags: Flags,
-    ) -> Object<Host, D> {
+    ) -> Object<M, D> {
         // SAFETY: no reference ever points to these pages, and the tests write them when no batch is in flight.
         unsafe { driver.object_at(self.0.wrapping_add(offset).addr(), len, flags) }.unwrap()
     }
@@ -366,4 +372,71 @@ fn the_example_paints_on_cpu() {
 #[test]
 fn the_example_paints_on_kvm() {
     on_kvm("the_example_paints_on_kvm", Example);
+}
+
+/// A command hangs, and a batch behind it. Its owner gives up waiting, by time and by signal, while another thread goes on
+/// waiting; the context is reset, everybody is told, and the next batch runs.
+#[test]
+fn a_wait_for_what_hangs_is_given_up_and_the_reset_is_told() {
+    extern "C" fn nothing(_: i32) {}
+    const SOON: Duration = Duration::from_millis(20);
+    if ![Capability::IoUring, Capability::DevKvm, Capability::Userfaultfd].into_iter().all(testing::require) {
+        return;
+    }
+    testing::in_child("a_wait_for_what_hangs_is_given_up_and_the_reset_is_told", DEADLINE, || {
+        // Told of changes of this process alone: to get pages again is an update of page tables, which would hang as well.
+        let source = AnonymousUffd::new(UffdSource::open(&uffd::Options::default()).unwrap()).unwrap();
+        let driver = kvm_driver(Arc::new(HostMm::new(source, 1).unwrap()));
+        let (semaphore, memory) = (Pages::new(1), Pages::new(1));
+        let (context, space) = (driver.device(), driver.space());
+        let object = memory.object(&driver, 0, PAGE, Flags::default());
+        let dst = space.bind(&object, None).unwrap();
+        let fill = |byte| space.execute(&[&object], &[Command::Fill { dst, len: 1, byte }]).unwrap();
+        let handler: extern "C" fn(i32) = nothing;
+        // SAFETY: the handler does nothing.
+        unsafe { libc::signal(libc::SIGUSR1, handler as libc::sighandler_t) };
+        MaySleep::enter(|cx| {
+            let range = Range::new(semaphore.0.addr() as u64, PAGE as u64).unwrap();
+            let mapping = context.map_range(cx, range, Access::Write, None).unwrap();
+            object.get_pages().unwrap();
+            for round in 1..6 {
+                let hung = context.submit_wait(cx, mapping.address(), 1).unwrap();
+                let behind = fill(100);
+                let done = AtomicBool::new(false);
+                scope(cx, |threads, cx| {
+                    let idler = threads.spawn("idler", |_| object.wait_idle());
+                    let (process, waiter) =
+                        (std::process::id(), rustix::thread::gettid().as_raw_nonzero().get());
+                    let signals = threads.spawn("signals", {
+                        let done = &done;
+                        move |cx| {
+                            while !done.load(Ordering::SeqCst) {
+                                time::sleep(cx, SOON / 4);
+                                // SAFETY: the thread waits for this one, so its id is its own.
+                                unsafe { libc::syscall(libc::SYS_tgkill, process, waiter, libc::SIGUSR1) };
+                            }
+                        }
+                    });
+                    assert_eq!(behind.wait_interruptible(None), Err(WaitError::Interrupted));
+                    done.store(true, Ordering::SeqCst);
+                    signals.join(cx).unwrap();
+                    // The last signal may have come by now, but not two.
+                    let ended = [(); 2].map(|()| behind.wait_interruptible(Some(SOON)));
+                    assert!(ended.contains(&Err(WaitError::TimedOut(SOON))), "{ended:?}");
+                    assert!(!behind.is_done() && object.has_pages());
+                    assert_eq!(memory.get(0), round - 1);
+                    context.kill(cx, "it hangs");
+                    idler.join(cx).unwrap();
+                });
+                assert!(matches!(hung.wait(cx), Err(FenceError::Killed { .. })));
+                assert_eq!(behind.wait_interruptible(None), Ok(()));
+                for _ in 0..2 {
+                    assert!(matches!(behind.wait(), Err(FenceError::Killed { why }) if why == "it hangs"));
+                }
+                fill(round).wait().unwrap();
+                assert_eq!(memory.get(0), round);
+            }
+            context.unmap_range(cx, mapping);
+        });
+    });
 }

@@ -252,7 +252,7 @@ fn who_registers_in_a_full_cache_waits_for_the_batches_of_others() {
 }
 
 #[test]
-fn a_registration_that_fails_leaves_nothing() {
+fn b6_34_a_registration_that_fails_half_way_leaves_nothing() {
     with_mm(|cx, mm| {
         let cache = Cache::new(mm.clone(), Pinned { mappings: 64 }, options(1)).unwrap();
         map(cx, mm, pages(0, 1), 7);

@@ -6,16 +6,19 @@
 //! a mapping after it was taken away meets nothing, and that is a bug that is told.
 
 use drivers::{Binding, DeviceContext, DeviceFault, DeviceOp, DriverBug, Moment, RequestId, refuse};
-use interleave::MaySleep;
 use interleave::explore::Ghost;
+use interleave::{AtomicBool, LockClass, MaySleep, Mutex, Ordering};
 use mmu_notifier::primary::{Pin, PrimaryMmu};
 use mmu_notifier::{Access, PageAddr, Range};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 use userptr::device::model::Model;
 use userptr::device::{
-    Command, Device, DeviceAddr, DeviceError, Fault, Fence, FenceError, Hold, Limits, SubmitError,
+    Command, Device, DeviceAddr, DeviceError, Fault, Fence, FenceError, Hold, Limits, SubmitError, WaitError,
 };
+
+static RUNNING: LockClass = LockClass::new("modelled request");
 
 /// Where the binding is in a bus address.
 const BINDING: u32 = 40;
@@ -172,20 +175,41 @@ pub(super) struct Running {
     dst: Option<u64>,
     at: DeviceAddr,
     access: Access,
+    /// Of whoever was the first to wait.
+    outcome: Mutex<Option<Result<(), Fault>>>,
+    done: AtomicBool,
 }
 
-impl Fence for Running {
-    /// Nobody has waited for it.
-    fn is_signaled(&self) -> bool {
-        false
-    }
-
-    fn wait(self, cx: &mut MaySleep<'_>) -> Result<(), FenceError> {
+impl Running {
+    fn carry_out(&self, cx: &mut MaySleep<'_>) -> Result<(), Fault> {
         let fault = Fault { command: 0, addr: self.at, access: self.access };
         let values = self.hardware.finish(cx, self.request).map_err(|_| fault)?;
         if let (Some(dst), Some(value)) = (self.dst, values.first().copied()) {
             self.hardware.state.update(|state| state.read.insert(dst, value));
         }
+        Ok(())
+    }
+}
+
+impl Fence for Running {
+    /// False if nobody has waited for it.
+    fn is_signaled(&self) -> bool {
+        self.done.load(Ordering::SeqCst)
+    }
+
+    fn wait(&self, cx: &mut MaySleep<'_>) -> Result<(), FenceError> {
+        let mut outcome = self.outcome.lock(cx);
+        let result = match *outcome {
+            Some(result) => result,
+            None => *outcome.insert(MaySleep::enter(|cx| self.carry_out(cx))),
+        };
+        self.done.store(true, Ordering::SeqCst);
+        Ok(result?)
+    }
+
+    /// Whoever waits carries it out: nobody is kept waiting.
+    fn wait_interruptible(&self, cx: &mut MaySleep<'_>, _: Option<Duration>) -> Result<(), WaitError> {
+        let _ = self.wait(cx);
         Ok(())
     }
 }
@@ -203,6 +227,7 @@ impl Model for Hardware {
         };
         let binding = Binding((at.0 >> BINDING) as u32);
         let request = self.start(cx, binding, &[op]);
-        Ok(Running { hardware: self.clone(), request, dst, at, access: op.access() })
+        let (outcome, done) = (Mutex::new(&RUNNING, None), AtomicBool::new(false));
+        Ok(Running { hardware: self.clone(), request, dst, at, access: op.access(), outcome, done })
     }
 }

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Would it be noticed? Each lock, retry check, flush, wait, sequence bump and callback of a driver is switched off, one at
-//! a time, and the driver's cells are explored until one breaks.
+//! a time, and the driver's cells are explored until one breaks. The library's cache and objects are drivers here.
 //!
 //! 1. *Baseline*: every cell of the driver in its own kernel, and which places of the driver's source were run in which cell.
 //!    What breaks here is left out, and said.
 //! 2. *Mutants*: every place and every callback. What "off" means: [`interleave::explore::mutated`] for places, a driver
 //!    that never registered the callback for callbacks.
-//! 3. Each mutant is explored in the cells in which its place was run, the cheap ones first, up to the same bound. The first failure
-//!    of any kind is enough. A mutant that nothing notices has *survived*: either the paths do not put it to the test, or the driver
+//! 3. Each mutant is explored in the cells in which its place was run, the cheap ones first, up to the same bound, and what survives
+//!    that with one preemption more in the scenes, which are short. The first failure of any kind is enough. A mutant that nothing notices has *survived*: either the paths do not put it to the test, or the driver
 //!    does not need it. [`survivors`] says which, as far as anybody has found out.
 //!
 //! Everything is bounded by numbers of executions and never by time, so that the answer is the same on every machine
@@ -18,7 +18,7 @@ pub mod survivors;
 mod users;
 mod young;
 
-pub use users::{GATHER, SHARED, UNBOUND, USERS};
+pub use users::{AGAIN, EXITED, GATHER, GIVEN_UP, SHARED, TOUCHED, UNBOUND, USERS};
 pub use young::YOUNG;
 
 use crate::answer::{Row, rows_of};
@@ -43,43 +43,53 @@ const NO_DRIVER: [&str; 7] =
 /// that is all it has.
 #[derive(Debug, Clone, Copy)]
 pub struct Subject {
-    /// The driver.
-    pub kind: &'static Kind,
+    /// The driver; or the rows of the table that are the same source, over different primary MMUs. A place of it is needed if
+    /// one of them needs it.
+    pub kinds: &'static [&'static Kind],
     /// The kernels.
     pub profiles: &'static [KernelProfile],
-    /// Paths and scenes by name; all, if empty.
+    /// Paths of the mm by name; all, if empty.
     pub paths: &'static [&'static str],
+    /// Scenes beside them.
+    pub scenes: &'static [&'static Path],
 }
 
-const fn subject(kind: &'static Kind, profiles: &'static [KernelProfile]) -> Subject {
-    Subject { kind, profiles, paths: &[] }
+impl Subject {
+    /// The name of the first row.
+    pub fn name(&self) -> &'static str {
+        self.kinds.first().map_or("", |kind| kind.name)
+    }
+}
+
+const fn subject(kinds: &'static [&'static Kind], profiles: &'static [KernelProfile]) -> Subject {
+    Subject { kinds, profiles, paths: &[], scenes: &SCENES }
 }
 
 const V3_16: KernelProfile = KernelProfile::V3_16;
 const V5_10: KernelProfile = KernelProfile::V5_10;
 const V6_18: KernelProfile = KernelProfile::V6_18;
 
-/// The drivers that are meant to be safe; where one is not is found out, and left out.
+/// What is meant to be safe: drivers, the cache and the objects of the library; where one is not is found out, and left out.
 pub static SUBJECTS: &[Subject] = &[
-    subject(&drivers::i915_v5_13::KIND, &[V5_10]),
-    subject(&drivers::kvm_v3_16::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
-    subject(&drivers::kvm_v6_18::KIND, &[V6_18]),
-    subject(&drivers::amd_iommu_v2_3_16::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
-    subject(&drivers::amd_iommu_invalidate_range::KIND_3_19, &[KernelProfile::V3_19]),
-    subject(&drivers::amd_iommu_invalidate_range::KIND, &[V6_18]),
-    subject(&drivers::rdma_odp::KIND, &[V6_18]),
-    subject(&drivers::vfio::KIND, &[V6_18]),
-    subject(&drivers::design_start_with_seq::KIND, &[V3_16]),
-    subject(&drivers::design_atomic_change_pte::KIND, &[V3_16, KernelProfile::UNWRAPPED_A]),
+    subject(&[&drivers::i915_v5_13::KIND], &[V5_10]),
+    subject(&[&drivers::kvm_v3_16::KIND], &[V3_16, KernelProfile::UNWRAPPED_A]),
+    subject(&[&drivers::kvm_v6_18::KIND], &[V6_18]),
+    subject(&[&drivers::amd_iommu_v2_3_16::KIND], &[V3_16, KernelProfile::UNWRAPPED_A]),
+    subject(&[&drivers::amd_iommu_invalidate_range::KIND_3_19], &[KernelProfile::V3_19]),
+    subject(&[&drivers::amd_iommu_invalidate_range::KIND], &[V6_18]),
+    subject(&[&drivers::rdma_odp::KIND], &[V6_18]),
+    subject(&[&drivers::vfio::KIND], &[V6_18]),
+    subject(&[&drivers::design_start_with_seq::KIND], &[V3_16]),
+    subject(&[&drivers::design_atomic_change_pte::KIND], &[V3_16, KernelProfile::UNWRAPPED_A]),
+    Subject { scenes: &OWN_SCENES, ..subject(&[&cache::KIND, &cache::LATE], &[V6_18]) },
+    Subject { scenes: &OWN_SCENES, ..subject(&[&objects::KIND, &objects::EXACT], &[V6_18]) },
 ];
 
-/// What of the library has a row. Apart: most of what they ask is asked again at the next use, so that to switch off one question
-/// costs much to explore and breaks nothing.
-pub static LIBRARY: &[Subject] =
-    &[subject(&cache::KIND, &[V6_18]), subject(&objects::KIND, &[V6_18]), subject(&objects::EXACT, &[V6_18])];
+/// Scenes for every driver.
+static SCENES: [&Path; 4] = [&USERS, &SHARED, &UNBOUND, &GATHER];
 
-/// Scenes that are no paths of the mm.
-const SCENES: [&Path; 4] = [&USERS, &SHARED, &UNBOUND, &GATHER];
+/// Scenes for the library, which finds what is registered by range and must let go of what is given up.
+static OWN_SCENES: [&Path; 8] = [&USERS, &SHARED, &UNBOUND, &GATHER, &EXITED, &AGAIN, &GIVEN_UP, &TOUCHED];
 
 /// How far to go.
 #[derive(Debug, Clone, Copy)]
@@ -141,8 +151,8 @@ impl Noticed {
 /// What became of a mutant.
 #[derive(Debug, Clone)]
 pub struct Fate {
-    /// The driver.
-    pub subject: Subject,
+    /// The driver; of a place in the source of several rows, the first.
+    pub kind: &'static Kind,
     /// What was off.
     pub off: Off,
     /// What gave it away; `None`: it survived.
@@ -158,7 +168,7 @@ pub struct Fate {
 impl Fate {
     /// Why it survived, if anybody knows.
     pub fn why(&self) -> Option<&'static str> {
-        survivors::why(self.subject.kind, self.off)
+        survivors::why(self.kind, self.off)
     }
 }
 
@@ -201,7 +211,7 @@ struct Ground {
 }
 
 struct Task {
-    subject: Subject,
+    kind: &'static Kind,
     off: Off,
     cells: Vec<Cell>,
 }
@@ -258,32 +268,37 @@ fn each<T: Sync, R: Send>(
 }
 
 fn cells(subject: &Subject) -> Vec<Cell> {
-    let Subject { kind, profiles, paths: wanted } = *subject;
-    let ages = kind.callbacks.contains(Callback::ClearFlushYoung);
-    let young = ages.then_some(&YOUNG);
-    let paths = PATHS.iter().chain(MORE).chain(VARIANTS).chain(young).chain(SCENES);
-    let paths = paths.filter(|path| wanted.is_empty() || wanted.contains(&path.name));
-    let rows: Vec<Row> = rows_of(kind).collect();
-    let cell = |row: &Row, path: &'static Path, profile: KernelProfile| {
+    let mut cells = Vec::new();
+    for kind in subject.kinds.iter().copied() {
+        let ages = kind.callbacks.contains(Callback::ClearFlushYoung).then_some(&YOUNG);
+        let paths = PATHS.iter().chain(MORE).chain(VARIANTS);
+        let paths = paths.filter(|path| subject.paths.is_empty() || subject.paths.contains(&path.name));
+        let hears_the_end =
+            [Callback::Release, Callback::Invalidate].iter().any(|&c| kind.callbacks.contains(c));
+        let exits = hears_the_end.then_some(&EXITED);
+        let paths = paths.chain(ages).chain(exits).chain(subject.scenes.iter().copied());
         let callbacks = kind.callbacks;
-        Cell { kind, access: row.access, path, profile, callbacks }
-    };
-    let of = |profile: KernelProfile| {
-        let paths = paths.clone();
-        let row = move |row| paths.clone().map(move |path| cell(row, path, profile));
-        rows.iter().flat_map(row).collect::<Vec<_>>()
-    };
-    profiles.iter().copied().flat_map(of).collect()
+        for profile in subject.profiles.iter().copied() {
+            for Row { access, .. } in rows_of(kind) {
+                cells.extend(paths.clone().map(|path| Cell { kind, access, path, profile, callbacks }));
+            }
+        }
+    }
+    cells
 }
 
 fn search(cell: &Cell, config: Config) -> (Report, Facts) {
     let facts = RefCell::new(Facts::default());
     let report = explore::explore(&config, |cx| match cell.path.name {
-        name if name == YOUNG.name => young::execute(cx, cell),
-        name if name == USERS.name => users::beside(cx, cell),
-        name if name == SHARED.name => users::shared(cx, cell),
-        name if name == GATHER.name => users::gather(cx, cell),
-        name if name == UNBOUND.name => users::unbound(cx, cell),
+        name if name == YOUNG.name => young::execute(cx, cell, &facts),
+        name if name == USERS.name => users::beside(cx, cell, &facts),
+        name if name == SHARED.name => users::shared(cx, cell, &facts),
+        name if name == GATHER.name => users::gather(cx, cell, &facts),
+        name if name == UNBOUND.name => users::unbound(cx, cell, &facts),
+        name if name == AGAIN.name => users::again(cx, cell, &facts),
+        name if name == EXITED.name => users::exited(cx, cell, &facts),
+        name if name == TOUCHED.name => users::touched(cx, cell, &facts),
+        name if name == GIVEN_UP.name => users::given_up(cx, cell, &facts),
         _ => execute(cx, cell, &facts),
     });
     (report, facts.into_inner())
@@ -303,10 +318,8 @@ fn ground(cell: &Cell, limits: &Limits) -> Result<Option<Ground>, Box<LeftOut>> 
         return Ok(None);
     }
     let sites = report.sites.into_iter().filter(of_a_driver).collect();
-    // Nobody counts in the scenes that are no paths.
-    let asks = [&YOUNG, &GATHER].iter().any(|scene| scene.name == cell.path.name);
     let run: Vec<Callback> =
-        cell.callbacks.iter().filter(|&kind| asks || facts.callbacks[kind as usize] > 0).collect();
+        cell.callbacks.iter().filter(|&kind| facts.callbacks[kind as usize] > 0).collect();
     Ok(Some(Ground { cell: *cell, sites, callbacks: Callbacks::of(&run), executions: report.executions }))
 }
 
@@ -321,48 +334,55 @@ fn of_a_driver(mutant: &Mutant) -> bool {
 }
 
 fn tasks(subject: &Subject, grounds: &[Ground]) -> Vec<Task> {
-    let kind = subject.kind;
-    let mut grounds: Vec<&Ground> =
-        grounds.iter().filter(|ground| ground.cell.kind.name == kind.name).collect();
+    let of = |kind: &Kind, ground: &Ground| ground.cell.kind.name == kind.name;
+    let mine = |ground: &&Ground| subject.kinds.iter().any(|kind| of(kind, ground));
+    let mut grounds: Vec<&Ground> = grounds.iter().filter(mine).collect();
     grounds.sort_by_key(|ground| ground.executions);
     let mut sites: Vec<Mutant> = grounds.iter().flat_map(|ground| ground.sites.iter().copied()).collect();
     sites.sort();
     sites.dedup();
-    let task =
-        |off, cells: &mut dyn Iterator<Item = Cell>| Task { subject: *subject, off, cells: cells.collect() };
-    let of_sites = sites.into_iter().map(|site| {
+    let mut tasks = Vec::new();
+    for site in sites {
         let there = grounds.iter().filter(|ground| ground.sites.binary_search(&site).is_ok());
-        task(Off::Site(site), &mut there.map(|ground| ground.cell))
-    });
-    let of_callbacks = kind.callbacks.iter().map(|callback| {
-        let there = grounds.iter().filter(|ground| ground.callbacks.contains(callback));
-        let without = |ground: &&Ground| Cell { callbacks: kind.callbacks.without(callback), ..ground.cell };
-        task(Off::Callback(callback), &mut there.map(without))
-    });
-    of_sites.chain(of_callbacks).filter(|task| !task.cells.is_empty()).collect()
+        let cells = there.map(|ground| ground.cell).collect();
+        tasks.extend(subject.kinds.first().map(|kind| Task { kind, off: Off::Site(site), cells }));
+    }
+    for kind in subject.kinds.iter().copied() {
+        for callback in kind.callbacks.iter() {
+            let there = grounds.iter().filter(|g| of(kind, g) && g.callbacks.contains(callback));
+            let callbacks = kind.callbacks.without(callback);
+            let cells: Vec<Cell> = there.map(|ground| Cell { callbacks, ..ground.cell }).collect();
+            if !cells.is_empty() {
+                tasks.push(Task { kind, off: Off::Callback(callback), cells });
+            }
+        }
+    }
+    tasks
 }
 
 fn fate(task: &Task, limits: &Limits) -> Fate {
-    let Task { subject, off, ref cells } = *task;
-    let mut fate = Fate { subject, off, noticed: None, cells: cells.len(), executions: 0, exhausted: true };
-    for bound in 0..=limits.bound {
-        for cell in cells {
-            let config = config(bound, limits);
-            let (report, _) = search(
-                cell,
-                match off {
-                    Off::Site(mutant) => config.without(mutant),
-                    Off::Callback(_) => config,
-                },
-            );
-            fate.executions += report.executions;
-            fate.exhausted &= report.exhausted;
-            let failure = report.failures.into_iter().next();
-            if let Some(failure) = failure.filter(|f| f.kind != FailureKind::Nondeterminism) {
-                let rule = Rule::of_failure(failure.kind, &failure.message);
-                fate.noticed = Some(Noticed { cell: *cell, rule, failure });
-                return fate;
-            }
+    let Task { kind, off, ref cells } = *task;
+    let mut fate = Fate { kind, off, noticed: None, cells: cells.len(), executions: 0, exhausted: true };
+    let scenes = cells.iter().filter(|cell| OWN_SCENES.iter().any(|scene| scene.name == cell.path.name));
+    let further = Limits { executions: 4 * limits.executions, ..*limits };
+    let once_more = scenes.map(|cell| (limits.bound + 1, cell, &further));
+    let bounded = (0..=limits.bound).flat_map(|bound| cells.iter().map(move |cell| (bound, cell, limits)));
+    for (bound, cell, limits) in bounded.chain(once_more) {
+        let config = config(bound, limits);
+        let (report, _) = search(
+            cell,
+            match off {
+                Off::Site(mutant) => config.without(mutant),
+                Off::Callback(_) => config,
+            },
+        );
+        fate.executions += report.executions;
+        fate.exhausted &= report.exhausted;
+        let failure = report.failures.into_iter().next();
+        if let Some(failure) = failure.filter(|f| f.kind != FailureKind::Nondeterminism) {
+            let rule = Rule::of_failure(failure.kind, &failure.message);
+            fate.noticed = Some(Noticed { cell: *cell, rule, failure });
+            return fate;
         }
     }
     fate

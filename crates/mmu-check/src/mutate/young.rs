@@ -3,11 +3,12 @@
 //! and a page that the device has just used is. A driver that says no keeps nothing safe less; its pages go first.
 
 use crate::path::{Path, Stage, User, X, page, range};
-use crate::scenario::Cell;
+use crate::scenario::{Cell, Facts};
 use drivers::{Callback, Device, DeviceOp, Driver, Observer, Options, WorkMode};
 use interleave::MaySleep;
 use interleave::explore::violation;
 use softmm::{FileKind, Machine};
+use std::cell::RefCell;
 use std::sync::Arc;
 
 /// Stands in a cell for the question, and is none of the paths: one thread asks, after each use by the device.
@@ -57,8 +58,15 @@ pub(super) fn scene(
     Some(Scene { stage, driver })
 }
 
+/// The driver is closed, and then the process ends.
+pub(super) fn end(cx: &mut MaySleep<'_>, stage: &Stage, driver: &dyn Driver, facts: &RefCell<Facts>) {
+    driver.close(cx);
+    facts.borrow_mut().add(&driver.counts());
+    stage.exit(cx);
+}
+
 /// One execution of a cell of [`YOUNG`].
-pub(super) fn execute(cx: &mut MaySleep<'_>, cell: &Cell) {
+pub(super) fn execute(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
     let Some(Scene { stage, driver }) = scene(cx, cell, Arc::new(()), 8) else { return };
     if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
         let mut asked = |what: &str, of: Callback, ask: &dyn Fn(&mut MaySleep<'_>) -> bool| {
@@ -81,6 +89,5 @@ pub(super) fn execute(cx: &mut MaySleep<'_>, cell: &Cell) {
             frame.is_none_or(|(frame, _)| stage.machine.page_idle_clear_refs(cx, frame) != Some(false))
         });
     }
-    driver.close(cx);
-    stage.exit(cx);
+    end(cx, &stage, &*driver, facts);
 }

@@ -64,7 +64,7 @@ impl Facts {
         Callback::ALL.into_iter().filter(dead)
     }
 
-    pub(super) fn add(&mut self, counts: &Counts) {
+    pub(crate) fn add(&mut self, counts: &Counts) {
         for kind in Callback::ALL {
             self.callbacks[kind as usize] += counts.callbacks(kind);
             self.effects[kind as usize] += counts.effects(kind);

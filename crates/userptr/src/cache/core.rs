@@ -108,6 +108,8 @@ pub(super) struct Core<M: PrimaryMmu, D: Device<M>> {
     /// Who needs room sleeps here until somebody has let go of something.
     pub(super) room: WaitQueue,
     pub(super) stop: AtomicBool,
+    /// Callbacks that hold a lease, or have taken an entry out of use and not listed it yet: the end waits for them.
+    pub(super) callbacks: AtomicU64,
     /// A lease of a dead entry has ended.
     pub(super) kicked: AtomicBool,
     pub(super) counters: Counters,
@@ -143,6 +145,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             reaper: WaitQueue::new(&REAPER),
             room: WaitQueue::new(&ROOM),
             stop: AtomicBool::new(false),
+            callbacks: AtomicU64::new(0),
             kicked: AtomicBool::new(false),
             counters: Counters::new(),
             admission: super::admission::Recent::new(),

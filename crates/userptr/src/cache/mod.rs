@@ -337,7 +337,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Drop for RegistrationCache
             std::mem::forget(Arc::clone(&self.core));
             return;
         }
-        self.core.stop.store(true, Ordering::Release);
+        self.core.stop.store(true, Ordering::SeqCst);
         self.core.reaper.wake_all();
         let dropped = MaySleep::try_enter(|cx| {
             if let Some(reaper) = self.reaper.take()
@@ -346,6 +346,8 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Drop for RegistrationCache
                 tracing::error!("the reaper of a registration cache: {panicked}");
             }
             self.core.kill_all(cx, |_| true);
+            // Nobody reaps what a callback lists, or lets go of, after this.
+            self.core.reaper.wait_event(cx, || self.core.callbacks.load(Ordering::SeqCst) == 0);
             self.core.reap(cx);
         });
         if let Err(atomic) = dropped {

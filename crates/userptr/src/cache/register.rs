@@ -161,8 +161,6 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         };
         let mapping = match self.map(cx, want, access) {
             Ok(mapping) => mapping,
-            // What is wrong may be wrong no more: only an error at a sequence that stands is news.
-            Err(_) if subscription.read_retry(seq) => return Ok(Err(Attempt::Changed)),
             Err(error) if is_full(&error) => return Ok(Err(Attempt::NoRoom(error.into()))),
             Err(error) => return Err(error.into()),
         };
@@ -197,6 +195,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
     ) -> Attempt<'_, M, D> {
         let (range, rights) = (registration.range, registration.rights);
         let mut books = self.books.lock(cx);
+        // What was under way when our lookup began has been told of since: our own read_begin has waited for it.
         let other = books
             .ranges
             .overlaps(range)
@@ -206,14 +205,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
             self.unmap(cx, registration.mapping, rights);
             drop(registration.watched);
             self.unreserve(cx, reserved);
-            // Asked as strictly as our own was, by whoever built it, unless it changed since: then once more.
-            let changed = other.body().watched.as_ref().is_none_or(|w| w.subscription.read_retry(w.seq));
-            return if changed {
-                self.counters.in_vain.add(1);
-                Attempt::Changed
-            } else {
-                Attempt::Done(other)
-            };
+            return Attempt::Done(other);
         }
         let index = reserved.index;
         let count = registration.watched.as_ref().and_then(|w| w.subscription.count_at(w.seq));
@@ -325,6 +317,26 @@ fn is_full(error: &DeviceError) -> bool {
     matches!(error, DeviceError::Full { .. } | DeviceError::Pages(GupError::NoMemory { .. }))
 }
 
+/// A callback that may have an entry in its hands. It is counted before it looks whether the entry is alive, so that the end of
+/// the cache, which takes every entry out of use first, waits for it or is seen by it.
+struct Inside<'c, M: PrimaryMmu, D: Device<M>>(&'c Core<M, D>);
+
+impl<'c, M: PrimaryMmu, D: Device<M>> Inside<'c, M, D> {
+    fn new(core: &'c Core<M, D>) -> Self {
+        core.callbacks.fetch_add(1, Ordering::SeqCst);
+        Inside(core)
+    }
+}
+
+impl<M: PrimaryMmu, D: Device<M>> Drop for Inside<'_, M, D> {
+    fn drop(&mut self) {
+        self.0.callbacks.fetch_sub(1, Ordering::SeqCst);
+        if self.0.stop.load(Ordering::SeqCst) {
+            self.0.reaper.wake_all();
+        }
+    }
+}
+
 /// The callback of a registration. It takes no lock and never blocks: whoever changes the memory may hold anything.
 struct Changed<M: PrimaryMmu, D: Device<M>> {
     core: Arc<Core<M, D>>,
@@ -346,6 +358,7 @@ impl<M: PrimaryMmu, D: Device<M>> Invalidate for Changed<M, D> {
         if !state.is_live() || state.generation() != self.generation {
             return Ok(moved);
         }
+        let _inside = Inside::new(core);
         core.counters.in_vain.add(1);
         let Some(held) = core.slab.lease_shared(self.index, state) else { return Ok(moved) };
         // A source that tells late also tells of changes from before the registration.

@@ -9,6 +9,7 @@
 //! ([`Command::check`]), so no engine has to say what such a copy means. Zero bytes are allowed and touch nothing.
 
 use std::fmt;
+use std::time::Duration;
 
 use interleave::MaySleep;
 use mmu_notifier::Access;
@@ -216,8 +217,9 @@ impl Command {
     }
 }
 
-/// A batch that was submitted. Dropping it does not wait.
-pub trait Fence: Send {
+/// A batch that was submitted. Dropping it does not wait. Any number of threads may wait for it, and again, and all get the
+/// same answer.
+pub trait Fence: Send + Sync {
     /// Is it done, well or badly? Never sleeps.
     fn is_signaled(&self) -> bool;
 
@@ -225,7 +227,26 @@ pub trait Fence: Send {
     ///
     /// # Errors
     /// [`FenceError`]: a fault, or the end of the engine.
-    fn wait(self, cx: &mut MaySleep<'_>) -> Result<(), FenceError>;
+    fn wait(&self, cx: &mut MaySleep<'_>) -> Result<(), FenceError>;
+
+    /// Waits until it is done, well or badly, which [`wait`](Fence::wait) tells then; until a signal was handled; or until
+    /// the time is up (`None`: never).
+    ///
+    /// # Errors
+    /// [`WaitError`]: it is not done, and runs on.
+    fn wait_interruptible(&self, cx: &mut MaySleep<'_>, timeout: Option<Duration>) -> Result<(), WaitError>;
+}
+
+/// Why a wait ended before the batch did, which runs on: wait again, or kill it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// A signal was handled (EINTR).
+    #[error("the wait was interrupted by a signal; the batch runs on")]
+    Interrupted,
+    /// The time is up (ETIME).
+    #[error("the batch is not done after {0:?}; it runs on")]
+    TimedOut(Duration),
 }
 
 /// Why a batch did not come to its end.

@@ -21,7 +21,7 @@ use interleave::MaySleep;
 use mmu_notifier::{Access, PrimaryMmu, Range};
 
 pub use command::{
-    Command, CommandError, DeviceAddr, Engine, Fault, Fence, FenceError, SubmitError, checksum,
+    Command, CommandError, DeviceAddr, Engine, Fault, Fence, FenceError, SubmitError, WaitError, checksum,
 };
 pub use error::DeviceError;
 pub use view::View;

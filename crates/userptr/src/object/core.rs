@@ -23,7 +23,7 @@ use super::invalidate::Changed;
 use super::iommu::{Iommu, Remapped};
 use super::job::Job;
 use super::table::Table;
-use crate::device::{Device, DeviceError, Engine};
+use crate::device::{Device, Engine};
 
 static OBJECTS: LockClass = LockClass::new("userptr_objects");
 static LEFT: LockClass = LockClass::new("userptr_objects_left");
@@ -177,7 +177,8 @@ impl<M: PrimaryMmu, D: Device<M> + Engine> Core<M, D> {
     pub(super) fn let_go(&self, cx: &mut MaySleep<'_>, object: u64, (backing, jobs): Detached<M, D>) {
         let _leaving = backing.as_ref().map(|_| Leaving { core: self, object });
         for job in &jobs {
-            job.wait(cx);
+            // How it ended is its owner's to know.
+            let _ = job.wait(cx);
         }
         if let Some(backing) = backing {
             self.put_pages(cx, backing);
@@ -278,19 +279,13 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + Engine + 'static> Core<M, D> {
             Err(Gone::Forked) => return Err(ObjectError::Forked),
             Err(gone) => return Err(gone.into()),
         };
-        // What is wrong may be wrong no more: only an error at a sequence that stands is news.
-        let changed_or = |error: DeviceError| {
-            if subscription.read_retry(seq) { Ok(false) } else { Err(error.into()) }
-        };
-        let pages = match self.device.get_pages(cx, &self.mm, range, access) {
-            Ok(pages) => pages,
-            Err(error) => return changed_or(error),
-        };
+        // An error was true when it was found, during the call: whatever has changed since, it is an answer.
+        let pages = self.device.get_pages(cx, &self.mm, range, access)?;
         let remapped = match self.iommu.map(cx, &self.device, range, pages) {
             Ok(remapped) => remapped,
             Err((error, pages)) => {
                 self.device.put_pages(cx, pages, false);
-                return changed_or(error);
+                return Err(error.into());
             }
         };
         let backing = Backing { remapped, subscription, seq, written: false };

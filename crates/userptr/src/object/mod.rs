@@ -43,6 +43,9 @@
 //! sequence, waits for the batches that are attached to exactly the objects it overlaps, unmaps them and gives the pages
 //! back, dirty if a batch may have written them.
 //!
+//! A wait can end before the batch does: [`Execution::wait_interruptible`] returns when a signal was handled or the time is
+//! up, and changes nothing for the batch, its objects and whoever else waits. What hangs is killed through the device.
+//!
 //! Over a source that tells late (the running kernel) the change does not wait. A batch that was in flight, or handed over
 //! at that moment, has the pages that were the program's when it was submitted, or faults ([`Hold`]).
 //!

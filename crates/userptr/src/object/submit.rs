@@ -15,6 +15,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use interleave::{MaySleep, Ordering};
 use mmu_notifier::Access;
@@ -24,7 +25,7 @@ use super::core::{ATTEMPTS, Backing, Books, Core, JobOf};
 use super::error::ObjectError;
 use super::job::Job;
 use super::{memory, table};
-use crate::device::{Command, Device, DeviceAddr, Engine, Fault, Fence, FenceError};
+use crate::device::{Command, Device, DeviceAddr, Engine, Fault, Fence, FenceError, WaitError};
 
 /// A batch that was submitted. Dropping it does not wait; the objects of its list wait for it where they must.
 #[must_use = "a batch that failed says so only here"]
@@ -51,14 +52,21 @@ impl<D: Engine> Execution<D> {
     /// # Errors
     /// [`FenceError`]; a fault is told in addresses of the space that it was submitted in. What was mapped when the batch
     /// was submitted and then unmapped while it ran is such a fault on devices that hold no pages.
-    pub fn wait(self) -> Result<(), FenceError> {
-        MaySleep::enter(|cx| {
-            self.job.wait(cx);
-            self.job.take_outcome(cx).map_err(|error| match error {
-                FenceError::Fault(fault) => FenceError::Fault(self.here(fault)),
-                other => other,
-            })
+    pub fn wait(&self) -> Result<(), FenceError> {
+        MaySleep::enter(|cx| self.job.wait(cx)).map_err(|error| match error {
+            FenceError::Fault(fault) => FenceError::Fault(self.here(fault)),
+            other => other,
         })
+    }
+
+    /// Waits until it is done, well or badly, which [`wait`](Self::wait) tells then; until a signal was handled; or until
+    /// `timeout` is over (`None`: never). A batch that is not done runs on, its objects wait for it as before, and
+    /// it can be waited for again.
+    ///
+    /// # Errors
+    /// [`WaitError`]: it is not done.
+    pub fn wait_interruptible(&self, timeout: Option<Duration>) -> Result<(), WaitError> {
+        MaySleep::enter(|cx| self.job.wait_interruptible(cx, timeout))
     }
 
     fn here(&self, fault: Fault) -> Fault {

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use interleave::{LockClass, MaySleep, Mutex, WaitQueue};
 use mmu_notifier::primary::{Pin, PrimaryMmu};
@@ -11,6 +12,7 @@ use mmu_notifier::{Access, PAGE_SIZE, Range};
 use softmm::{FrameId, Machine};
 use userptr::device::{
     Command, Device, DeviceAddr, DeviceError, Engine, Fault, Fence, FenceError, Hold, Limits, SubmitError,
+    WaitError,
 };
 
 static STATE: LockClass = LockClass::new("soft_device");
@@ -263,13 +265,28 @@ impl Fence for SoftFence {
         MaySleep::enter(|cx| self.device.shared.state.lock(cx).done > self.ticket)
     }
 
-    fn wait(self, cx: &mut MaySleep<'_>) -> Result<(), FenceError> {
+    fn wait(&self, cx: &mut MaySleep<'_>) -> Result<(), FenceError> {
         let shared = &self.device.shared;
         let mut state = shared.state.lock(cx);
         while state.done <= self.ticket {
             state = shared.changed.wait(cx, state);
         }
-        state.faults.remove(&self.ticket).map_or(Ok(()), |fault| Err(fault.into()))
+        state.faults.get(&self.ticket).map_or(Ok(()), |fault| Err((*fault).into()))
+    }
+
+    /// Patience begins anew whenever something happens.
+    fn wait_interruptible(&self, cx: &mut MaySleep<'_>, timeout: Option<Duration>) -> Result<(), WaitError> {
+        let timeout = timeout.unwrap_or(Duration::MAX);
+        let shared = &self.device.shared;
+        let mut state = shared.state.lock(cx);
+        while state.done <= self.ticket {
+            let (after, woken) = shared.changed.wait_timeout(cx, state, timeout);
+            if !woken && after.done <= self.ticket {
+                return Err(WaitError::TimedOut(timeout));
+            }
+            state = after;
+        }
+        Ok(())
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use interleave::explore::{Config, Report, Strategy, explore};
 use interleave::{AtomicU64, MaySleep, Ordering, scope};
 use softmm::{Machine, MmUser};
-use userptr::device::Command;
+use userptr::device::{Command, WaitError};
 use userptr::object::{Driver, Flags, Iommu};
 
 use super::device::{Holds, SoftDevice, When};
@@ -95,6 +95,37 @@ fn unmap_beside_close(cx: &mut MaySleep<'_>, holds: Holds, how: How) {
     finish(cx, &machine, user, &device);
 }
 
+/// A batch is in flight when its memory is unmapped; its owner waits for a while, looks again, and then waits to the end.
+fn unmap_beside_a_wait_that_ends_early(cx: &mut MaySleep<'_>, holds: Holds, how: How) {
+    let machine = small_machine();
+    let user = machine.new_mm().unwrap();
+    let device = SoftDevice::new(&machine, holds, When::Told);
+    let told = Told::new(cx, &user, how);
+    let driver = Driver::new(Arc::clone(&told), device.clone(), Iommu::passthrough());
+    let memory = pages(0, 1);
+    map(cx, &user, memory, 1);
+    let target = object(&driver, memory, Flags::default());
+    let space = driver.space();
+    let dst = space.bind(&target, None).unwrap();
+    let execution = space.execute(&[&target], &[Command::Fill { dst, len: 8, byte: 0 }]).unwrap();
+    scope(cx, |threads, cx| {
+        told.start(threads);
+        threads.spawn("device", |cx| device.run(cx));
+        let unmapper = threads.spawn("unmapper", |cx| told.munmap(cx, memory));
+        match execution.wait_interruptible(Some(Duration::from_millis(1))) {
+            Ok(()) => assert!(execution.is_done()),
+            Err(ended) => assert!(matches!(ended, WaitError::TimedOut(_))),
+        }
+        execution.wait().unwrap();
+        assert!(execution.is_done());
+        device.stop(cx);
+        unmapper.join(cx).unwrap();
+        told.stop();
+    });
+    drop((target, space, driver, told));
+    finish(cx, &machine, user, &device);
+}
+
 fn finish(cx: &mut MaySleep<'_>, machine: &Machine, user: MmUser, device: &SoftDevice) {
     assert_eq!(device.mapped(cx), 0, "a mapping was leaked");
     user.mmput(cx);
@@ -143,6 +174,13 @@ fn no_order_of_a_batch_and_a_replacement_uses_a_page_that_is_gone() {
 fn no_order_of_an_unmap_and_a_close_lets_the_device_go_on() {
     for (holds, how) in SOURCES {
         explored(unmap_beside_close, holds, how).assert_ok();
+    }
+}
+
+#[test]
+fn no_order_of_an_unmap_and_a_wait_that_ends_early_loses_the_batch() {
+    for (holds, how) in SOURCES {
+        explored(unmap_beside_a_wait_that_ends_early, holds, how).assert_ok();
     }
 }
 

@@ -8,6 +8,7 @@ mod explored;
 mod modelled;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use device::{Holds, SoftDevice, When};
 use interleave::{AtomicBool, MaySleep, Ordering, scope};
@@ -15,7 +16,7 @@ use mmu_notifier::primary::PrimaryMmu;
 use mmu_notifier::{Access, GupError, PAGE_SIZE, Range};
 use modelled::{map, pages};
 use softmm::{FileKind, Machine, MapKind, Mm, Placement, Prot};
-use userptr::device::{Command, DeviceAddr, DeviceError};
+use userptr::device::{Command, DeviceAddr, DeviceError, WaitError};
 use userptr::object::{Driver, Flags, Iommu, Object, ObjectError};
 
 const READ_ONLY: Flags = Flags { read_only: true, probe: false };
@@ -298,5 +299,31 @@ fn an_object_that_is_busy_is_closed_when_the_device_is_through() {
         });
         assert!(execution.is_done());
         assert_eq!(mm.machine().cpus()[0].load(cx, mm, pages(1, 1).start() + 8).unwrap(), 1);
+    });
+}
+
+#[test]
+fn a_wait_that_is_given_up_leaves_the_batch_in_flight() {
+    with_mm(Holds::Nothing, When::Told, |cx, mm, driver, device| {
+        map(cx, mm, pages(0, 1), 1);
+        let target = object(driver, pages(0, 1), Flags::default());
+        let space = driver.space();
+        let dst = space.bind(&target, None).unwrap();
+        let execution = space.execute(&[&target], &[Command::Fill { dst, len: 8, byte: 2 }]).unwrap();
+        let soon = Duration::from_millis(5);
+        for _ in 0..3 {
+            assert_eq!(execution.wait_interruptible(Some(soon)), Err(WaitError::TimedOut(soon)));
+        }
+        assert!(!execution.is_done() && target.has_pages());
+        scope(cx, |threads, cx| {
+            let closer = threads.spawn("closer", |_| drop(target));
+            let runner = threads.spawn("device", |cx| device.run(cx));
+            closer.join(cx).unwrap();
+            assert_eq!(execution.wait_interruptible(None), Ok(()));
+            device.stop(cx);
+            runner.join(cx).unwrap();
+        });
+        execution.wait().unwrap();
+        assert_eq!(load(cx, mm, pages(0, 1)), 0x0202_0202_0202_0202);
     });
 }

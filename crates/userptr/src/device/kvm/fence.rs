@@ -10,7 +10,7 @@ use super::Inner;
 use super::error::KvmError;
 use super::job::{Batch, Failure};
 use super::queue::Waited;
-use crate::device::{Fence, FenceError};
+use crate::device::{Fence, FenceError, WaitError};
 
 /// A batch that was submitted to the kvm device. Dropped, it lets the batch run on.
 #[derive(Debug)]
@@ -21,38 +21,7 @@ pub struct KvmFence {
     pub(super) end: u64,
 }
 
-/// Why [`KvmFence::wait_interruptible`] returned.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum WaitError {
-    /// A signal was handled. The batch runs on; wait again.
-    #[error("the wait was interrupted by a signal; the batch runs on")]
-    Interrupted,
-    /// The time is up. The batch runs on; wait again, or kill it.
-    #[error("the batch is not done after {0:?}; it runs on")]
-    TimedOut(Duration),
-    /// It is done, badly.
-    #[error(transparent)]
-    Failed(#[from] FenceError),
-}
-
 impl KvmFence {
-    /// Waits until the batch is done, a signal was handled, or the time is up (`None`: never).
-    ///
-    /// # Errors
-    /// [`WaitError`].
-    pub fn wait_interruptible(
-        &self,
-        cx: &mut MaySleep<'_>,
-        timeout: Option<Duration>,
-    ) -> Result<(), WaitError> {
-        match self.device.shared.queue.wait(cx, self.end, timeout, true) {
-            Waited::Reached => Ok(self.outcome(cx)?),
-            Waited::Interrupted => Err(WaitError::Interrupted),
-            Waited::TimedOut => Err(WaitError::TimedOut(timeout.unwrap_or_default())),
-        }
-    }
-
     /// Stops the batch: the command that runs is left where it is, and the rest is not begun. Batches of others go on.
     /// Does not wait. A batch that is done stays done.
     pub fn kill(&self, cx: &mut MaySleep<'_>, why: &str) {
@@ -82,8 +51,16 @@ impl Fence for KvmFence {
         shared.queue.position() >= self.end || shared.tid.load(interleave::Ordering::SeqCst) == 0
     }
 
-    fn wait(self, cx: &mut MaySleep<'_>) -> Result<(), FenceError> {
+    fn wait(&self, cx: &mut MaySleep<'_>) -> Result<(), FenceError> {
         self.device.shared.queue.wait(cx, self.end, None, false);
         self.outcome(cx)
+    }
+
+    fn wait_interruptible(&self, cx: &mut MaySleep<'_>, timeout: Option<Duration>) -> Result<(), WaitError> {
+        match self.device.shared.queue.wait(cx, self.end, timeout, true) {
+            Waited::Reached => Ok(()),
+            Waited::Interrupted => Err(WaitError::Interrupted),
+            Waited::TimedOut => Err(WaitError::TimedOut(timeout.unwrap_or_default())),
+        }
     }
 }

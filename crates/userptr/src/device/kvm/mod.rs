@@ -70,7 +70,7 @@ use window::Windows;
 pub use borrow::{BatchError, KvmBatch};
 pub use context::{KvmContext, KvmMapping, KvmPages};
 pub use error::KvmError;
-pub use fence::{KvmFence, WaitError};
+pub use fence::KvmFence;
 
 static POOL: LockClass = LockClass::new("kvm_device_pool");
 

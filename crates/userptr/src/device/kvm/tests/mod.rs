@@ -14,7 +14,7 @@ use interleave::MaySleep;
 use mmu_notifier::{Access, Range};
 
 use super::*;
-use crate::device::{Command, DeviceAddr, Engine, Fault, Fence, FenceError, checksum};
+use crate::device::{Command, DeviceAddr, Engine, Fault, Fence, FenceError, WaitError, checksum};
 
 const PAGE: usize = 4096;
 
