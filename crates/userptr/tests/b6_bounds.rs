@@ -69,7 +69,8 @@ fn b6_28_what_the_budget_refuses_is_right_all_the_same() {
             memory.fill(round);
             assert!(islands(&memory).all(|page| see(&cache, &get(&cache, page).unwrap()) == round));
             assert!(!get(&cache, memory.page(58)).unwrap().is_cached());
-            assert!(cache.device().pinned_bytes() <= 10 * PAGE_SIZE, "what is not cached is let go at once");
+            // The reaper may have it in its hands.
+            eventually("what is not cached is let go", || cache.device().pinned_bytes() <= 10 * PAGE_SIZE);
         }
     });
 }
