@@ -307,7 +307,8 @@ where
         change()?
     };
     let happened = change == Change::Happened;
-    let report = ears.as_ref().filter(|_| happened).map(|ears| Heard {
+    // Where the pin has made the change, before anybody listened, the event finds nothing left to announce.
+    let report = ears.as_ref().filter(|_| happened && !moved_by_mapping).map(|ears| Heard {
         reported: ears.heard(),
         before_return: at_return.get(),
         before_visible: visible.then(|| at_sight.load(Ordering::Acquire)),
