@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use interleave::time;
+use interleave::{time, yield_now};
 use rustix::process::Signal;
 
 use crate::capability::{self, Capability, State};
@@ -168,6 +168,7 @@ pub fn until<T>(mut once: impl FnMut() -> Option<T>) -> Option<T> {
         if got.is_some() || start.elapsed() > PATIENCE {
             return got;
         }
+        yield_now();
     }
 }
 

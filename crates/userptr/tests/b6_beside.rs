@@ -91,11 +91,6 @@ fn b6_39_memory_that_nobody_registered_is_nobodys_business() {
     over_both(test, || body(kvm_source()), || body(uffd_source()));
 }
 
-/// Pages of which no two touch.
-fn islands(memory: &Memory) -> impl Iterator<Item = Range> {
-    memory.0.iter_pages().step_by(2).map(Range::page)
-}
-
 /// What it costs to be told is one wake-up of the monitor for each event: nothing where nobody asked to be told, and one
 /// for each stretch of memory that is told of. In time: `userptr bench` and `cargo bench -p userptr`.
 #[test]
@@ -110,7 +105,7 @@ fn b6_39_40_only_what_is_registered_is_told_of_and_each_stretch_once() {
         let cache = cache(AnonymousUffd::new(source.clone()).unwrap(), Options::default());
         let memory = Memory::stamped(16, 1);
         // Held, so that what DONTNEED makes out of date is listened to until munmap.
-        let _leases: Vec<_> = islands(&memory).map(|page| get(&cache, page).unwrap()).collect();
+        let _leases: Vec<_> = memory.islands().map(|page| get(&cache, page).unwrap()).collect();
         let (unmaps, removes) = events();
         for _ in 0..100 {
             let stranger = Memory::stamped(16, 1);
@@ -133,10 +128,10 @@ fn b6_40_madvise_over_many_stretches() {
         let cache = cache(source, Options::default());
         let memory = Memory::stamped(64, 1);
         for round in 2..10 {
-            islands(&memory).for_each(|page| drop(get(&cache, page).unwrap()));
+            memory.islands().for_each(|page| drop(get(&cache, page).unwrap()));
             memory.madvise(memory.0, libc::MADV_DONTNEED).unwrap();
             memory.fill(round);
-            assert!(islands(&memory).all(|page| see(&cache, &get(&cache, page).unwrap()) == round));
+            assert!(memory.islands().all(|page| see(&cache, &get(&cache, page).unwrap()) == round));
         }
     }
     over_both("b6_40_madvise_over_many_stretches", || body(kvm_source()), || body(uffd_source()));

@@ -21,11 +21,6 @@ fn mappings() -> usize {
     std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
 }
 
-/// Pages of which no two touch: each that userfaultfd is told of takes two mappings more.
-fn islands(memory: &Memory) -> impl Iterator<Item = Range> {
-    memory.0.iter_pages().step_by(2).map(Range::page)
-}
-
 #[test]
 fn b6_28_more_regions_than_there_may_be_mappings() {
     if !has_uffd() {
@@ -41,7 +36,7 @@ fn b6_28_more_regions_than_there_may_be_mappings() {
         let cache = RegistrationCache::new(mm, Cpu::new(), options).unwrap();
         let cached = |page: Range| cache.get(page.start() as usize, 1, Access::Read).unwrap().is_cached();
         assert!(
-            islands(&memory).map(cached).filter(|cached| !cached).count() > 0,
+            memory.islands().map(cached).filter(|cached| !cached).count() > 0,
             "{max} mappings were enough"
         );
         let stats = cache.stats().unwrap();
@@ -50,7 +45,7 @@ fn b6_28_more_regions_than_there_may_be_mappings() {
         assert!(cache.warning().unwrap().unwrap().contains("VMAs"));
         cache.invalidate(memory.0.start() as usize, memory.0.len() as usize).unwrap();
         eventually("the mappings are one again", || mappings() < before + 100);
-        assert!(islands(&memory).take(100).all(cached), "there is room again");
+        assert!(memory.islands().take(100).all(cached), "there is room again");
     });
 }
 
@@ -67,7 +62,7 @@ fn b6_28_what_the_budget_refuses_is_right_all_the_same() {
         for round in 1..4 {
             memory.madvise(memory.0, libc::MADV_DONTNEED).unwrap();
             memory.fill(round);
-            assert!(islands(&memory).all(|page| see(&cache, &get(&cache, page).unwrap()) == round));
+            assert!(memory.islands().all(|page| see(&cache, &get(&cache, page).unwrap()) == round));
             assert!(!get(&cache, memory.page(58)).unwrap().is_cached());
             // The reaper may have it in its hands.
             eventually("what is not cached is let go", || cache.device().pinned_bytes() <= 10 * PAGE_SIZE);

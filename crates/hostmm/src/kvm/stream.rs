@@ -138,9 +138,8 @@ impl Stream {
     fn verify(&mut self) -> Result<(), OpenError> {
         let path = Path::new("/dev/kvm");
         let kvm = vm::open(path).map_err(|e| error::kvm(path, e))?;
-        // Before the VM: to make a canary is a change at its address too.
-        let canary = Canary::reserve().map_err(error::system("reserving the canary page"))?;
         let _vm = Later::new(vm::create(kvm.as_fd()).map_err(|e| error::kvm(path, e))?);
+        let canary = Canary::reserve().map_err(error::system("reserving the canary page"))?;
         let range = canary.range();
         canary.poke();
         let mut heard = Vec::new();

@@ -10,7 +10,8 @@
 use super::facts::read;
 use super::inject::InjectError;
 use super::ptrace::Tid;
-use std::fs::{self, File, OpenOptions};
+use crate::page::{Maps, PidOrSelf};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
@@ -30,16 +31,14 @@ pub(super) struct Room {
 impl Room {
     /// Looks for `len` bytes in our own. `None`: no vDSO (vdso=0), or too full a one.
     pub(super) fn find(len: usize) -> Option<Room> {
-        let maps = fs::read_to_string("/proc/self/maps").ok()?;
-        let (range, _) = maps.lines().find(|line| line.ends_with("[vdso]"))?.split_once(' ')?;
-        let (start, end) = range.split_once('-')?;
-        let (start, end) = (u64::from_str_radix(start, 16).ok()?, u64::from_str_radix(end, 16).ok()?);
-        let mut image = vec![0; usize::try_from(end - start).ok()?];
-        File::open("/proc/self/mem").ok()?.read_exact_at(&mut image, start).ok()?;
+        let maps = Maps::open(PidOrSelf::Myself).ok()?.in_range(mmu_notifier::Range::ALL).ok()?;
+        let vdso = maps.iter().find(|vma| vma.name.as_ref().is_some_and(|name| name == "[vdso]"))?.range;
+        let mut image = vec![0; usize::try_from(vdso.len()).ok()?];
+        File::open("/proc/self/mem").ok()?.read_exact_at(&mut image, vdso.start()).ok()?;
         let free = |at: &usize| image[*at..*at + len].iter().all(|byte| *byte == 0);
         let last = image.len().checked_sub(len)? / ALIGN * ALIGN;
         let offset = (0..=last).rev().step_by(ALIGN).find(free)?;
-        Some(Room { offset: offset as u64, len, image_len: end - start })
+        Some(Room { offset: offset as u64, len, image_len: vdso.len() })
     }
 }
 

@@ -89,7 +89,7 @@ pub static SUBJECTS: &[Subject] = &[
 static SCENES: [&Path; 4] = [&USERS, &SHARED, &UNBOUND, &GATHER];
 
 /// Scenes for the library, which finds what is registered by range and must let go of what is given up.
-static OWN_SCENES: [&Path; 8] = [&USERS, &SHARED, &UNBOUND, &GATHER, &EXITED, &AGAIN, &GIVEN_UP, &TOUCHED];
+static OWN_SCENES: [&Path; 7] = [&USERS, &SHARED, &UNBOUND, &GATHER, &AGAIN, &GIVEN_UP, &TOUCHED];
 
 /// How far to go.
 #[derive(Debug, Clone, Copy)]
@@ -363,7 +363,8 @@ fn tasks(subject: &Subject, grounds: &[Ground]) -> Vec<Task> {
 fn fate(task: &Task, limits: &Limits) -> Fate {
     let Task { kind, off, ref cells } = *task;
     let mut fate = Fate { kind, off, noticed: None, cells: cells.len(), executions: 0, exhausted: true };
-    let scenes = cells.iter().filter(|cell| OWN_SCENES.iter().any(|scene| scene.name == cell.path.name));
+    let is_scene = |cell: &&Cell| OWN_SCENES.iter().chain([&&EXITED]).any(|s| s.name == cell.path.name);
+    let scenes = cells.iter().filter(is_scene);
     let further = Limits { executions: 4 * limits.executions, ..*limits };
     let once_more = scenes.map(|cell| (limits.bound + 1, cell, &further));
     let bounded = (0..=limits.bound).flat_map(|bound| cells.iter().map(move |cell| (bound, cell, limits)));

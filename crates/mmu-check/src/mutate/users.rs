@@ -7,7 +7,7 @@ use super::young::{Scene, end, scene};
 use crate::oracle::{Oracle, mapped};
 use crate::path::{Path, Stage, X, Y, page, range};
 use crate::scenario::{Cell, Facts};
-use drivers::{DeviceOp, Driver};
+use drivers::{Binding, DeviceOp, Driver};
 use interleave::explore::violation;
 use interleave::{MaySleep, scope};
 use std::cell::RefCell;
@@ -42,11 +42,15 @@ pub static TOUCHED: Path = Path { name: "touched", kernel: "madvise beside fault
 /// Where nothing is mapped.
 const HOLE: u64 = Y + 2;
 
+/// The device reads a page. Whether it finds it is the path's business: it may be closed, or gone, by now.
+fn read(cx: &mut MaySleep<'_>, driver: &dyn Driver, binding: Binding, page: u64) {
+    let _ = driver.access(cx, binding, DeviceOp::Read(page << 12));
+}
+
 /// Binds a page, uses it, takes it away.
 fn turn(cx: &mut MaySleep<'_>, cell: &Cell, driver: &dyn Driver, page: u64) {
     let Ok(binding) = driver.bind(cx, range(page), cell.access) else { return };
-    // It may be closed by now.
-    let _ = driver.access(cx, binding, DeviceOp::Read(page << 12));
+    read(cx, driver, binding, page);
     let _ = driver.unbind(cx, binding);
 }
 
@@ -67,9 +71,7 @@ pub(super) fn shared(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>)
     if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
         scope(cx, |s, _| {
             for name in ["first", "second"] {
-                s.spawn(name, |cx| {
-                    let _ = driver.access(cx, binding, DeviceOp::Read(X << 12));
-                });
+                s.spawn(name, |cx| read(cx, &*driver, binding, X));
             }
         });
     }
@@ -81,9 +83,7 @@ pub(super) fn gather(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>)
     let oracle = Arc::new(Oracle::new(cell.kind.holds, cell.path.explicit, false));
     let Some(Scene { stage, driver }) = scene(cx, cell, oracle, 1) else { return };
     if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
-        let read = |cx: &mut MaySleep<'_>| {
-            let _ = driver.access(cx, binding, DeviceOp::Read(X << 12));
-        };
+        let read = |cx: &mut MaySleep<'_>| read(cx, &*driver, binding, X);
         read(cx);
         scope(cx, |s, _| {
             s.spawn("mm", |cx| stage.dontneed(cx, range(X)));
@@ -108,9 +108,7 @@ pub(super) fn unbound(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>
 pub(super) fn again(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
     let Some(Scene { stage, driver }) = scene(cx, cell, Arc::new(()), 8) else { return };
     if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
-        let read = |cx: &mut MaySleep<'_>| {
-            let _ = driver.access(cx, binding, DeviceOp::Read(X << 12));
-        };
+        let read = |cx: &mut MaySleep<'_>| read(cx, &*driver, binding, X);
         read(cx);
         scope(cx, |s, _| {
             s.spawn("first", |cx| {
@@ -141,7 +139,7 @@ fn judge_held(cx: &mut MaySleep<'_>, stage: &Stage, driver: &dyn Driver) {
 pub(super) fn exited(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
     let Some(Scene { stage, driver }) = scene(cx, cell, Arc::new(()), 8) else { return };
     if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
-        let _ = driver.access(cx, binding, DeviceOp::Read(X << 12));
+        read(cx, &*driver, binding, X);
         stage.exit(cx);
         judge_held(cx, &stage, &*driver);
     }
@@ -152,9 +150,7 @@ pub(super) fn exited(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>)
 pub(super) fn given_up(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>) {
     let Some(Scene { stage, driver }) = scene(cx, cell, Arc::new(()), 8) else { return };
     if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
-        let read = |cx: &mut MaySleep<'_>| {
-            let _ = driver.access(cx, binding, DeviceOp::Read(X << 12));
-        };
+        let read = |cx: &mut MaySleep<'_>| read(cx, &*driver, binding, X);
         scope(cx, |s, _| {
             s.spawn("mm", |cx| stage.dontneed(cx, range(X)));
             s.spawn("device", read);
@@ -169,9 +165,7 @@ pub(super) fn touched(cx: &mut MaySleep<'_>, cell: &Cell, facts: &RefCell<Facts>
     let oracle = Arc::new(Oracle::new(cell.kind.holds, cell.path.explicit, false));
     let Some(Scene { stage, driver }) = scene(cx, cell, oracle, 8) else { return };
     if let Ok(binding) = driver.bind(cx, range(X), cell.access) {
-        let read = |cx: &mut MaySleep<'_>| {
-            let _ = driver.access(cx, binding, DeviceOp::Read(X << 12));
-        };
+        let read = |cx: &mut MaySleep<'_>| read(cx, &*driver, binding, X);
         scope(cx, |s, _| {
             s.spawn("mm", |cx| stage.dontneed(cx, range(X)));
             s.spawn("first", read);

@@ -37,6 +37,11 @@ impl Memory {
         Range::new(self.0.start() + n * PAGE_SIZE, PAGE_SIZE).unwrap()
     }
 
+    /// Pages of which no two touch: each that userfaultfd is told of takes two mappings more.
+    pub(crate) fn islands(&self) -> impl Iterator<Item = Range> {
+        self.0.iter_pages().step_by(2).map(Range::page)
+    }
+
     /// The first word of every page.
     pub(crate) fn fill(&self, value: u64) {
         for page in self.0.iter_pages() {

@@ -6,7 +6,7 @@ pub(crate) mod memory;
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hostmm::capability::Capability;
 use hostmm::kvm::{self, KvmSource};
@@ -130,9 +130,5 @@ impl<S: Source + 'static> Subject for Raced<S> {
 
 /// Waits for what another thread of ours does by itself.
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < Duration::from_secs(60), "never: {what}");
-        std::thread::yield_now();
-    }
+    assert!(testing::until(|| holds().then_some(())).is_some(), "never: {what}");
 }

@@ -8,11 +8,11 @@ use interleave::explore::{Config, Report, Strategy, explore};
 use interleave::{AtomicU64, MaySleep, Ordering, scope};
 use softmm::{Machine, MmUser};
 use userptr::device::{Command, WaitError};
-use userptr::object::{Driver, Flags, Iommu};
+use userptr::object::{Driver, Execution, Flags, Iommu};
 
 use super::device::{Holds, SoftDevice, When};
 use super::modelled::{How, Told, map, pages, small_machine};
-use super::{READ_ONLY, copy, load, object};
+use super::{READ_ONLY, SoftObject, copy, load, object};
 
 /// One thread replaces the memory, while another has the device copy it. The device must never show what was there before
 /// a replacement that was complete when the batch was submitted, nor touch a page that is freed.
@@ -67,8 +67,15 @@ fn replace_beside_submit_again(cx: &mut MaySleep<'_>, holds: Holds, how: How) {
     replace(cx, holds, how, true);
 }
 
-/// A batch is in flight when its memory is unmapped and its object closed.
-fn unmap_beside_close(cx: &mut MaySleep<'_>, holds: Holds, how: How) {
+/// A batch of some fills is in flight when its memory is unmapped; its owner waits for it as `wait` does, which may keep the
+/// object or close it.
+fn unmap_beside(
+    cx: &mut MaySleep<'_>,
+    holds: Holds,
+    how: How,
+    fills: usize,
+    wait: fn(SoftObject<Told>, &Execution<SoftDevice>) -> Option<SoftObject<Told>>,
+) {
     let machine = small_machine();
     let user = machine.new_mm().unwrap();
     let device = SoftDevice::new(&machine, holds, When::Told);
@@ -79,51 +86,42 @@ fn unmap_beside_close(cx: &mut MaySleep<'_>, holds: Holds, how: How) {
     let target = object(&driver, memory, Flags::default());
     let space = driver.space();
     let dst = space.bind(&target, None).unwrap();
-    let fill = Command::Fill { dst, len: 8, byte: 0 };
-    let execution = space.execute(&[&target], &[fill, fill]).unwrap();
-    scope(cx, |threads, cx| {
+    let fills = vec![Command::Fill { dst, len: 8, byte: 0 }; fills];
+    let execution = space.execute(&[&target], &fills).unwrap();
+    let kept = scope(cx, |threads, cx| {
         told.start(threads);
         threads.spawn("device", |cx| device.run(cx));
         let unmapper = threads.spawn("unmapper", |cx| told.munmap(cx, memory));
-        drop(target);
-        execution.wait().unwrap();
+        let kept = wait(target, &execution);
         device.stop(cx);
         unmapper.join(cx).unwrap();
         told.stop();
+        kept
     });
-    drop((space, driver, told));
+    drop((kept, space, driver, told));
     finish(cx, &machine, user, &device);
 }
 
-/// A batch is in flight when its memory is unmapped; its owner waits for a while, looks again, and then waits to the end.
+/// The object is closed meanwhile.
+fn unmap_beside_close(cx: &mut MaySleep<'_>, holds: Holds, how: How) {
+    unmap_beside(cx, holds, how, 2, |target, execution| {
+        drop(target);
+        execution.wait().unwrap();
+        None
+    });
+}
+
+/// The owner waits for a while, looks again, and then waits to the end.
 fn unmap_beside_a_wait_that_ends_early(cx: &mut MaySleep<'_>, holds: Holds, how: How) {
-    let machine = small_machine();
-    let user = machine.new_mm().unwrap();
-    let device = SoftDevice::new(&machine, holds, When::Told);
-    let told = Told::new(cx, &user, how);
-    let driver = Driver::new(Arc::clone(&told), device.clone(), Iommu::passthrough());
-    let memory = pages(0, 1);
-    map(cx, &user, memory, 1);
-    let target = object(&driver, memory, Flags::default());
-    let space = driver.space();
-    let dst = space.bind(&target, None).unwrap();
-    let execution = space.execute(&[&target], &[Command::Fill { dst, len: 8, byte: 0 }]).unwrap();
-    scope(cx, |threads, cx| {
-        told.start(threads);
-        threads.spawn("device", |cx| device.run(cx));
-        let unmapper = threads.spawn("unmapper", |cx| told.munmap(cx, memory));
+    unmap_beside(cx, holds, how, 1, |target, execution| {
         match execution.wait_interruptible(Some(Duration::from_millis(1))) {
             Ok(()) => assert!(execution.is_done()),
             Err(ended) => assert!(matches!(ended, WaitError::TimedOut(_))),
         }
         execution.wait().unwrap();
         assert!(execution.is_done());
-        device.stop(cx);
-        unmapper.join(cx).unwrap();
-        told.stop();
+        Some(target)
     });
-    drop((target, space, driver, told));
-    finish(cx, &machine, user, &device);
 }
 
 fn finish(cx: &mut MaySleep<'_>, machine: &Machine, user: MmUser, device: &SoftDevice) {

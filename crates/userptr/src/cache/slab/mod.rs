@@ -217,10 +217,13 @@ impl<T> Slab<T> {
     #[cold]
     #[inline(never)]
     fn another_slot(&self, index: u32) -> &AtomicU64 {
-        let here = Here::ask();
-        let value = u64::from(index) + 1;
+        self.any_slot(Here::ask(), u64::from(index) + 1).unwrap_or_else(|| self.no_slot(index))
+    }
+
+    /// One of the caller's own if it has some, else one of those that all share.
+    fn any_slot(&self, here: Here, value: u64) -> Option<&AtomicU64> {
         let own = here.thread().and_then(|thread| self.own_slot(here, thread, value));
-        own.or_else(|| self.shared_slot(value)).unwrap_or_else(|| self.no_slot(index))
+        own.or_else(|| self.shared_slot(value))
     }
 
     fn shared_slot(&self, value: u64) -> Option<&AtomicU64> {

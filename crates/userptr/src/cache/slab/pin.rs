@@ -30,8 +30,7 @@ impl<T> Slab<T> {
         let here = Here::ask();
         // Acquire: what was dead when the epoch began is seen dead.
         let value = PINNED | self.epoch.load_here(here, Ordering::Acquire);
-        let own = here.thread().and_then(|thread| self.own_slot(here, thread, value));
-        let slot = own.or_else(|| self.shared_slot(value)).unwrap_or_else(|| {
+        let slot = self.any_slot(here, value).unwrap_or_else(|| {
             self.pins.fetch_add(1, Ordering::AcqRel);
             self.shared.given.fetch_add(1, Ordering::Relaxed);
             &self.counted
