@@ -27,6 +27,10 @@ struct Line(#[expect(dead_code, reason = "reached by address")] [Quad; LINE / QU
 pub struct AtomicWords {
     lines: Box<[Line]>,
     len: usize,
+    /// As many as there are whole.
+    quads: usize,
+    /// One less than there are, if that is a power of two; 0 otherwise.
+    mask: usize,
     /// What a change of any word changes; kept under exploration only.
     hash: plain::AtomicU64,
     birth: Birth,
@@ -39,8 +43,10 @@ impl AtomicWords {
         let quad = || Quad(std::array::from_fn(|_| plain::AtomicU64::new(value)));
         let line = || Line([quad(), quad()]);
         AtomicWords {
-            lines: (0..count.div_ceil(LINE)).map(|_| line()).collect(),
+            lines: (0..count.div_ceil(LINE).max(1)).map(|_| line()).collect(),
             len: count,
+            quads: count / QUAD,
+            mask: if count.is_power_of_two() { count - 1 } else { 0 },
             hash: plain::AtomicU64::new(0),
             birth: Birth::here(ObjectKind::Atomic, None, Location::caller(), || Some(0)),
         }
@@ -68,17 +74,34 @@ impl AtomicWords {
         AtomicWord { all: self, word }
     }
 
+    /// One of as many as a power of two says, counted around; of any other number the first.
+    #[inline(always)]
+    pub fn around(&self, index: usize) -> AtomicWord<'_> {
+        debug_assert!(self.len.is_power_of_two());
+        // SAFETY: `mask` is less than `len`, or 0, where `new` made a line too; none is ever taken away.
+        let word = unsafe { &*self.lines.as_ptr().cast::<plain::AtomicU64>().add(index & self.mask) };
+        AtomicWord { all: self, word }
+    }
+
+    /// The four from `4 * n` on, if there are as many.
+    #[inline(always)]
+    pub fn get_quad(&self, n: usize) -> Option<AtomicQuad<'_>> {
+        if n >= self.quads {
+            return None;
+        }
+        // SAFETY: `new` made as many lines as `len` words need, which are quads one after the other, and none is ever taken
+        // away.
+        let quad = unsafe { &*self.lines.as_ptr().cast::<Quad>().add(n) };
+        Some(AtomicQuad { all: self, quad })
+    }
+
     /// The four from `4 * n` on.
     ///
     /// # Panics
     /// If there are not as many.
     #[inline(always)]
     pub fn quad(&self, n: usize) -> AtomicQuad<'_> {
-        assert!(n < self.len / QUAD);
-        // SAFETY: `new` made as many lines as `len` words need, which are quads one after the other, and none is ever taken
-        // away.
-        let quad = unsafe { &*self.lines.as_ptr().cast::<Quad>().add(n) };
-        AtomicQuad { all: self, quad }
+        self.get_quad(n).unwrap_or_else(|| panic!("{n} of {} fours", self.quads))
     }
 }
 

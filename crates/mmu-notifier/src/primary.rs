@@ -247,7 +247,7 @@ pub trait PrimaryMmu: Send + Sync {
     ///
     /// The promise: if `e = era()` was loaded, and *then* `read_retry(seq)` was false, and later `era()` is `e` again,
     /// then `read_retry(seq)` would still be false. So whoever keeps `e` beside a translation need not look at its
-    /// subscription until it moves. Never `u64::MAX`. `None`: there is no such number, or the source is gone, or this is a
+    /// subscription until it moves. Less than `i64::MAX`. `None`: there is no such number, or the source is gone, or this is a
     /// forked child; ask the subscription.
     fn era(&self) -> Option<u64> {
         None

@@ -148,6 +148,10 @@ mod sync {
             &self.0[n]
         }
 
+        pub(crate) fn get_quad(&self, n: usize) -> Option<AtomicQuad<'_>> {
+            self.0.get(4 * n..4 * n + 4).map(AtomicQuad)
+        }
+
         pub(crate) fn quad(&self, n: usize) -> AtomicQuad<'_> {
             AtomicQuad(&self.0[4 * n..][..4])
         }
@@ -213,7 +217,7 @@ fn take(slab: &Bodies) -> bool {
 fn glance(slab: &Bodies) -> Option<u64> {
     let here = Here::ask();
     let pin = slab.pin();
-    let seen = pin.see(here, 0);
+    let seen = pin.see(here, 0)?;
     let word = slab.words(0).word(USERS).load_here(here, Ordering::Acquire);
     let body = **seen.body()?;
     assert_eq!(word, body, "the words are another life's");
@@ -262,7 +266,7 @@ fn a_pin_of_a_later_epoch_keeps_nothing() {
         let mut dead = Vec::new();
         slab.count_dead(std::iter::once(0), &mut dead);
         let pin = slab.pin();
-        assert!(pin.see(Here::ask(), 0).body().is_none(), "it was dead before");
+        assert!(pin.see(Here::ask(), 0).is_some_and(|seen| seen.body().is_none()), "it was dead before");
         let kept = slab.take(&mut dead, |_, body| drop(body)).expect("there is a fence");
         assert!(dead.is_empty() && !kept.by_pins);
     });

@@ -152,6 +152,63 @@ fn bounds_hold_and_what_is_used_stays() {
     });
 }
 
+/// Neighbours lie in places that a lookup guesses: 64 entries or more.
+#[test]
+fn what_is_for_one_lease_is_found_by_nobody_else() {
+    with_mm(|cx, mm| {
+        let mut options = options(128);
+        options.admit = Admit::SecondUse { or_bytes: 4 * PAGE_SIZE };
+        let cache = Cache::new(mm.clone(), Pinned { mappings: 128 }, options).unwrap();
+        map(cx, mm, pages(0, 16), 7);
+        (0..2).for_each(|_| drop(get(&cache, pages(5, 1), Access::Write).unwrap()));
+        cache.reap().unwrap();
+        let once = get(&cache, pages(3, 1), Access::Write).unwrap();
+        assert!(!once.is_cached());
+        let addr = pages(3, 1).start() as usize;
+        assert!(cache.lookup(addr, 1, Access::Read).is_none());
+        assert!(cache.batch().unwrap().lookup(addr, 1, Access::Read).is_none());
+        let stats = cache.stats().unwrap();
+        assert_eq!((stats.entries, stats.stale, stats.hits), (2, 0, 0), "it is left alone");
+        let cached = get(&cache, pages(3, 1), Access::Write).unwrap();
+        assert!(cached.is_cached());
+        drop(once);
+        assert_eq!(cache.stats().unwrap().entries, 2);
+        assert!(cache.lookup(addr, 1, Access::Read).is_some(), "its place was taken");
+    });
+}
+
+#[test]
+fn a_batch_over_many_registrations_finds_all_of_them() {
+    // More than a CPU has in its nearest caches, of one page and of four.
+    const MANY: u64 = 9000;
+    let config = softmm::Config { frames: MANY as u32 + 64, ..softmm::Config::default() };
+    let machine = Machine::new(config);
+    MaySleep::enter(|cx| {
+        let mm = machine.new_mm().unwrap();
+        let cache =
+            Cache::new(mm.clone(), Pinned { mappings: u32::MAX }, options(2 * MANY as usize)).unwrap();
+        map(cx, &mm, pages(0, MANY + 4), 7);
+        (0..MANY).for_each(|n| drop(get(&cache, pages(n, 1), Access::Write).unwrap()));
+        drop(get(&cache, pages(MANY, 4), Access::Write).unwrap());
+        let all = (0..MANY + 6).map(|n| (pages(n, 1).start() as usize, 8));
+        let batch = cache.batch().unwrap();
+        let mut found = Vec::new();
+        batch.lookup_all(all, Access::Read, |n, it| found.push((n as u64, it.map(|it| it.registered()))));
+        for (n, registered) in found {
+            let expected = match n {
+                0..MANY => Some(pages(n, 1)),
+                _ if n < MANY + 4 => Some(pages(MANY, 4)),
+                _ => None,
+            };
+            assert_eq!(registered, expected, "page {n}");
+        }
+        drop(batch);
+        assert_eq!(cache.stats().unwrap().hits, MANY + 4);
+        drop(cache);
+        mm.mmput(cx);
+    });
+}
+
 #[test]
 fn what_is_used_once_is_not_admitted() {
     with_mm(|cx, mm| {

@@ -64,12 +64,14 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     pub(super) fn audited_mut(&self, bytes: &mut [u8]) -> Result<Lease<'_, M, D>, CacheError> {
         let (addr, len) = (bytes.as_mut_ptr().expose_provenance(), bytes.len());
         let want = Range::enclosing(addr as u64, len as u64)?;
-        let Some(held) = self.core.hit(want, Access::Write, Check::Strict) else {
-            let held = self.register(want, Access::Write).map_err(|error| *error)?;
-            return Ok(Lease::of_new(&self.core, held, addr as u64, len as u64));
+        let found = self.core.hit(want, Access::Write, Check::Strict);
+        let is_hit = found.is_some();
+        let claim = match found {
+            Some(claim) => claim,
+            None => self.register(want, Access::Write).map_err(|error| *error)?,
         };
-        let lease = Lease::of_hit(&self.core, held, addr as u64, len as u64);
-        if !self.core.audit.is_due() {
+        let lease = Lease::of_hit(&self.core, self.core.hit_of(claim), addr as u64, len as u64);
+        if !is_hit || !self.core.audit.is_due() {
             return Ok(lease);
         }
         stamp(bytes);

@@ -7,13 +7,13 @@ use interleave::Here;
 use mmu_notifier::primary::PrimaryMmu;
 use mmu_notifier::{Access, Range};
 
-use super::core::{Core, Glance, Pinned, Registration};
+use super::core::{Check, Core, Glance, Pinned, Registration};
 use super::head::WRITE;
 use super::{CacheError, RegistrationCache};
 use crate::device::{Device, DeviceAddr};
 
 /// Entries whose lines are waited for together: about as many as a CPU fetches at a time.
-const TOGETHER: usize = 32;
+const TOGETHER: usize = 16;
 /// No entry.
 const NOBODY: u32 = u32::MAX;
 
@@ -23,7 +23,7 @@ struct Wanted {
     addr: u64,
     /// Means something if there is an entry.
     want: Range,
-    /// The first that could contain it.
+    /// One that could contain it.
     index: u32,
 }
 
@@ -76,8 +76,8 @@ impl<'c, M: PrimaryMmu + 'static, D: Device<M> + 'static> Batch<'c, M, D> {
     ) {
         let here = Here::ask();
         // Apart, so that the one that is fast does not ask again and again.
-        if here.is_plain() {
-            self.look_up(here, ranges.into_iter(), access, each);
+        if here.is_plain() && !self.cache.core.audit.is_on() {
+            self.look_up(here, ranges.into_iter(), access, |_, _| true, each);
         } else {
             self.look_up_explored(ranges.into_iter(), access, each);
         }
@@ -91,7 +91,9 @@ impl<'c, M: PrimaryMmu + 'static, D: Device<M> + 'static> Batch<'c, M, D> {
         access: Access,
         each: impl FnMut(usize, Option<Registered<'b, M, D>>),
     ) {
-        self.look_up(Here::ask(), ranges, access, each);
+        let audits = self.cache.core.audit.is_on();
+        let sound = |want, access| !audits || self.is_sound(want, access);
+        self.look_up(Here::ask(), ranges, access, sound, each);
     }
 
     #[inline(always)]
@@ -100,40 +102,87 @@ impl<'c, M: PrimaryMmu + 'static, D: Device<M> + 'static> Batch<'c, M, D> {
         here: Here,
         mut ranges: impl Iterator<Item = (usize, usize)>,
         access: Access,
+        is_sound: impl Fn(Range, Access) -> bool,
         mut each: impl FnMut(usize, Option<Registered<'b, M, D>>),
     ) {
         let core: &'b Core<M, D> = &self.cache.core;
-        let audits = core.audit.is_on();
         // One for all: what changes later was there when the call began.
-        let era = core.mm.era_ordered();
-        let mut wanted = [Wanted { addr: 0, want: Range::ALL, index: NOBODY }; TOGETHER];
+        let era = core.era(Check::Ordered);
         let (mut asked, mut found) = (0, 0);
-        loop {
-            let mut count = 0;
-            // No step waits for what the one before has asked the memory for.
-            for (wanted, (addr, len)) in wanted.iter_mut().zip(&mut ranges) {
-                (wanted.addr, wanted.index) = (addr as u64, NOBODY);
-                if let Ok(want) = Range::enclosing(wanted.addr, len as u64)
-                    && let Some(index) = core.table.candidate(here, want)
-                {
-                    core.slab.words(index).prefetch();
-                    (wanted.want, wanted.index) = (want, index);
+        if core.table.has_many(here) {
+            let mut wanted = [Wanted { addr: 0, want: Range::ALL, index: NOBODY }; TOGETHER];
+            loop {
+                let mut count = 0;
+                // No step waits for what the one before has asked the memory for.
+                for (wanted, (addr, len)) in wanted.iter_mut().zip(&mut ranges) {
+                    *wanted = self.ask(here, addr as u64, len as u64);
+                    if let Some(words) = core.slab.get_words(wanted.index) {
+                        words.prefetch();
+                    }
+                    count += 1;
                 }
-                count += 1;
+                for wanted in &wanted[..count] {
+                    let each = |it| each(asked, it);
+                    found += u64::from(self.answer(here, *wanted, access, era, &is_sound, each));
+                    asked += 1;
+                }
+                if count < TOGETHER {
+                    break;
+                }
             }
-            let wanted = &wanted[..count];
-            for &Wanted { addr, want, index } in wanted {
-                let sound = index != NOBODY && (!audits || self.is_sound(want, access));
-                let seen = if sound { core.look(here, &self.pin, index, want, access, era) } else { None };
-                found += u64::from(seen.is_some());
-                each(asked, seen.map(|seen| Registered { device: &core.device, seen, addr }));
+        } else {
+            for (addr, len) in ranges {
+                let wanted = self.ask(here, addr as u64, len as u64);
+                let each = |it| each(asked, it);
+                found += u64::from(self.answer(here, wanted, access, era, &is_sound, each));
                 asked += 1;
-            }
-            if count < TOGETHER {
-                break;
             }
         }
         self.found.set(self.found.get() + found);
+    }
+
+    /// Tells `each` what it is, in each branch, so that the fast one knows what it tells. Is it something?
+    #[inline(always)]
+    fn answer<'b>(
+        &'b self,
+        here: Here,
+        Wanted { addr, want, index }: Wanted,
+        access: Access,
+        era: u64,
+        is_sound: impl Fn(Range, Access) -> bool,
+        mut each: impl FnMut(Option<Registered<'b, M, D>>),
+    ) -> bool {
+        let core: &'b Core<M, D> = &self.cache.core;
+        if is_sound(want, access) {
+            if let Some(seen) = core.look(here, &self.pin, index, want, access, era) {
+                each(Some(Registered { device: &core.device, seen, addr }));
+                return true;
+            }
+            if let Some(seen) = self.look_again(index, want, access) {
+                each(Some(Registered { device: &core.device, seen, addr }));
+                return true;
+            }
+        }
+        each(None);
+        false
+    }
+
+    /// Which entry it could be.
+    #[inline(always)]
+    fn ask(&self, here: Here, addr: u64, len: u64) -> Wanted {
+        if let Ok(want) = Range::enclosing(addr, len)
+            && let Some(index) = self.cache.core.table.candidate(here, want)
+        {
+            return Wanted { addr, want, index };
+        }
+        Wanted { addr, want: Range::ALL, index: NOBODY }
+    }
+
+    /// Where something could contain it.
+    #[cold]
+    #[inline(never)]
+    fn look_again(&self, index: u32, want: Range, access: Access) -> Option<Glance<'_, M, D>> {
+        if index == NOBODY { None } else { self.cache.core.look_again(&self.pin, want, access) }
     }
 
     #[cold]

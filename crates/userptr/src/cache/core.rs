@@ -16,7 +16,7 @@ use mmu_notifier::{Access, IntervalIndex, Key, Range};
 
 use super::Options;
 use super::audit::Audit;
-use super::head::{Head, NEVER, NO_STAMP, WRITE};
+use super::head::{Head, NO_ERA, ONCE, WRITE};
 use super::slab::{Claim, Dead, Held, Phase, Pin, Seen, Slab, State};
 use super::stats::Counters;
 use super::table::{Listed, Table};
@@ -59,6 +59,26 @@ pub(super) type Entries<M, D> = Slab<Registration<M, D>>;
 pub(super) type Leased<'c, M, D> = Held<'c, Registration<M, D>>;
 pub(super) type Pinned<'c, M, D> = Pin<'c, Registration<M, D>>;
 pub(super) type Glance<'p, M, D> = Seen<'p, Registration<M, D>>;
+
+/// A lease of what was found.
+#[must_use]
+pub(super) struct Hit<'c> {
+    pub(super) claim: Claim<'c>,
+    pub(super) words: AtomicQuad<'c>,
+    /// What the entry was when it was leased: its marks stay.
+    pub(super) state: State,
+}
+
+/// What an entry says of a registration with these rights.
+pub(super) fn marks(rights: Access) -> u64 {
+    if rights == Access::Write { WRITE } else { 0 }
+}
+
+/// May it be shared by whoever wants that access?
+#[inline(always)]
+fn serves(state: State, access: Access) -> bool {
+    state.is_live() && !state.has(ONCE) && (access == Access::Read || state.has(WRITE))
+}
 
 /// Which changes a lookup may not miss.
 #[derive(Clone, Copy)]
@@ -165,25 +185,39 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         Head(self.slab.words(index))
     }
 
-    /// A lease of a registration that contains `want`, allows `access`, and has not changed.
+    /// A lease of a registration that contains `want`, allows `access`, and has not changed, if it is the first that is
+    /// looked at. Outside exploration only.
     #[inline(always)]
-    pub(super) fn hit(&self, want: Range, access: Access, check: Check) -> Option<Claim<'_>> {
+    pub(super) fn hit_at_once(&self, want: Range, access: Access, check: Check) -> Option<Hit<'_>> {
         let here = Here::ask();
         if !here.is_plain() {
-            return self.hit_among(want, access, check);
+            return None;
         }
-        // Once more from the beginning if it is another: so that nothing must be kept for that.
         let index = self.table.candidate(here, want)?;
-        let found = self.try_claim(here, index, want, access, check);
-        if found.is_some() { found } else { self.hit_among(want, access, check) }
+        self.try_claim(here, index, want, access, check)
     }
 
+    /// The same of all. From the beginning: so that nothing must be kept for that.
     #[cold]
     #[inline(never)]
-    fn hit_among(&self, want: Range, access: Access, check: Check) -> Option<Claim<'_>> {
+    pub(super) fn hit(&self, want: Range, access: Access, check: Check) -> Option<Claim<'_>> {
         let here = Here::ask();
         let mut candidates = self.table.candidates(here, want);
-        candidates.find_map(|index| self.try_claim(here, index, want, access, check))
+        candidates.find_map(|index| self.try_claim(here, index, want, access, check)).map(|hit| hit.claim)
+    }
+
+    /// What was leased, as a hit.
+    #[inline(always)]
+    pub(super) fn hit_of<'c>(&'c self, claim: Claim<'c>) -> Hit<'c> {
+        Hit { words: self.slab.words(claim.index()), state: self.state_of(&claim), claim }
+    }
+
+    /// As it was when it was leased, for the marks.
+    #[cold]
+    #[inline(never)]
+    fn state_of(&self, claim: &Claim<'_>) -> State {
+        let registration = self.slab.body(claim);
+        State::live(marks(registration.rights) | if registration.watched.is_some() { 0 } else { ONCE })
     }
 
     /// A lease of this very entry.
@@ -194,11 +228,11 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         access: Access,
         check: Check,
     ) -> Option<Leased<'_, M, D>> {
-        self.try_claim(Here::ask(), index, want, access, check).map(|claim| self.slab.keep(claim))
+        self.try_claim(Here::ask(), index, want, access, check).map(|hit| self.slab.keep(hit.claim))
     }
 
-    /// As [`hit`](Self::hit), of what is pinned, with the first entry that could contain `want`, as of when `era` was the
-    /// [ordered era](PrimaryMmu::era_ordered).
+    /// As [`hit_at_once`](Self::hit_at_once), of what is pinned, with an entry that could contain `want`, as of when `era`
+    /// was the [ordered era](PrimaryMmu::era_ordered).
     #[inline(always)]
     pub(super) fn look<'p>(
         &'p self,
@@ -207,32 +241,30 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         index: u32,
         want: Range,
         access: Access,
-        era: Option<u64>,
+        era: u64,
     ) -> Option<Glance<'p, M, D>> {
-        let seen = pin.see(here, index);
-        let (state, head) = (seen.state(), Head(seen.words()));
-        if state.is_live()
-            && head.pages(here).contain(want)
-            && (access == Access::Read || state.has(WRITE))
-            && self.stands(here, head, || era)
-        {
-            head.touch(here);
-            return Some(seen);
-        }
-        let seen = pin.see(here, self.look_again(want, access)?);
-        seen.state().is_live().then_some(seen)
+        let seen = pin.see(here, index)?;
+        let head = Head(seen.words());
+        let stands =
+            serves(seen.state(), access) && head.pages(here).contain(want) && self.stands(here, head, || era);
+        stands.then_some(seen)
     }
 
-    /// The entry that a lookup hits.
+    /// The same of all.
     #[cold]
     #[inline(never)]
-    fn look_again(&self, want: Range, access: Access) -> Option<u32> {
+    pub(super) fn look_again<'p>(
+        &'p self,
+        pin: &'p Pinned<'_, M, D>,
+        want: Range,
+        access: Access,
+    ) -> Option<Glance<'p, M, D>> {
         let found = self.hit(want, access, Check::Ordered)?;
         self.counters.in_vain.add(1);
         let (here, index) = (Here::ask(), found.index());
         self.slab.end(here, found);
         self.ended(here, self.slab.words(index));
-        Some(index)
+        pin.see(here, index).filter(|seen| seen.state().is_live())
     }
 
     #[inline(always)]
@@ -243,25 +275,21 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         want: Range,
         access: Access,
         check: Check,
-    ) -> Option<Claim<'_>> {
+    ) -> Option<Hit<'_>> {
         let words = self.slab.words(index);
         let (state, head) = (State::of(here, words), Head(words));
-        if !head.pages(here).contain(want) || !state.is_live() {
-            return None;
-        }
-        if access == Access::Write && !state.has(WRITE) {
+        if !head.pages(here).contain(want) || !serves(state, access) {
             return None;
         }
         // The state is looked at once more, so that the pages were this life's.
-        let Some(found) = self.slab.claim(here, index, words, state) else {
+        let Some(claim) = self.slab.claim(here, index, words, state) else {
             self.in_vain();
             return None;
         };
         if self.stands(here, head, || self.era(check)) {
-            head.touch(here);
-            return Some(found);
+            return Some(Hit { claim, words, state });
         }
-        self.doubted(found, state, check)
+        self.doubted(claim, state, check).map(|claim| Hit { claim, words, state })
     }
 
     /// A lease was taken and is no hit.
@@ -274,23 +302,29 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     /// Has an entry that is leased not changed, as far as can be said without its registration? As long as the mm counts
     /// of the range what it counted when that was registered. Where it does not count so, as long as nothing at all has
     /// changed since the range was last found in order, which must be written down in the entry, whose line threads
-    /// share, after every change anywhere.
+    /// share, after every change anywhere. What stands is used.
     #[inline(always)]
-    fn stands(&self, here: Here, head: Head<'_>, era: impl FnOnce() -> Option<u64>) -> bool {
+    fn stands(&self, here: Here, head: Head<'_>, era: impl FnOnce() -> u64) -> bool {
         let key = head.key(here);
         let stamp = head.stamp(here);
-        if key != NEVER {
-            return self.mm.count(key) == Some(stamp);
+        let stands = match key.get() {
+            Some(key) => self.mm.count(key) == Some(stamp),
+            None => era() == stamp,
+        };
+        if stands {
+            head.touch(here, key);
         }
-        stamp != NO_STAMP && era() == Some(stamp)
+        stands
     }
 
+    /// [`NO_ERA`] if the mm has none.
     #[inline(always)]
-    fn era(&self, check: Check) -> Option<u64> {
-        match check {
+    pub(super) fn era(&self, check: Check) -> u64 {
+        let era = match check {
             Check::Strict => self.mm.era(),
             Check::Ordered => self.mm.era_ordered(),
-        }
+        };
+        era.unwrap_or(NO_ERA)
     }
 
     /// The source's own check, of an entry that is leased.
@@ -309,12 +343,11 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         }
         let head = self.head(index);
         // The era was read before the sequence, as the mm wants it. The lease keeps the entry from being another.
-        if let Some(era) = era
-            && head.key(Here::ask()) == NEVER
-        {
+        let key = head.key(Here::ask());
+        if era != NO_ERA && key.get().is_none() {
             head.set_stamp(era);
         }
-        head.touch(Here::ask());
+        head.touch(Here::ask(), key);
         Some(found)
     }
 

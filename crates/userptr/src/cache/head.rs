@@ -14,6 +14,8 @@ use super::slab::USERS;
 
 /// The mark of an entry that the device may write.
 pub(super) const WRITE: u64 = 1;
+/// The mark of an entry for one lease and no more.
+pub(super) const ONCE: u64 = 2;
 
 /// The words of an entry that anybody may read at any time.
 #[derive(Clone, Copy)]
@@ -29,9 +31,23 @@ const STAMP: usize = 2;
 /// Leased since the clock's hand passed.
 const USED: u64 = 1 << 63;
 /// No key.
-pub(super) const NEVER: u64 = USED - 1;
-/// No era.
-pub(super) const NO_STAMP: u64 = u64::MAX;
+const NEVER: u64 = USED - 1;
+/// No era, in an entry.
+const NO_STAMP: u64 = u64::MAX;
+/// No era, of an mm: unlike that of any entry.
+pub(super) const NO_ERA: u64 = u64::MAX - 1;
+
+/// Where the mm counts, as it is found.
+#[derive(Clone, Copy)]
+pub(super) struct Key(u64);
+
+impl Key {
+    /// `None`: it does not count.
+    #[inline(always)]
+    pub(super) fn get(self) -> Option<u64> {
+        if self.0 & NEVER == NEVER { None } else { Some(self.0 & NEVER) }
+    }
+}
 
 /// Pages of user space, in a word: the first above, how many below. More than 2 TiB count as so much, and are found by what
 /// is asked of these.
@@ -84,8 +100,8 @@ impl<'c> Head<'c> {
     }
 
     #[inline(always)]
-    pub(super) fn key(&self, here: Here) -> u64 {
-        self.word(KEY).load_here(here, Ordering::Relaxed) & !USED
+    pub(super) fn key(&self, here: Here) -> Key {
+        Key(self.word(KEY).load_here(here, Ordering::Relaxed))
     }
 
     #[inline(always)]
@@ -100,10 +116,9 @@ impl<'c> Head<'c> {
 
     /// Of a leased entry, whose key nobody changes. Written only if it changes: threads that use one entry share the line.
     #[inline(always)]
-    pub(super) fn touch(&self, here: Here) {
-        let key = self.word(KEY).load_here(here, Ordering::Relaxed);
-        if key & USED == 0 {
-            self.word(KEY).store_here(here, key | USED, Ordering::Relaxed);
+    pub(super) fn touch(&self, here: Here, key: Key) {
+        if key.0 & USED == 0 {
+            self.word(KEY).store_here(here, key.0 | USED, Ordering::Relaxed);
         }
     }
 

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 //! Leases: the right to use a registration until they are dropped.
 
-use interleave::{AtomicQuad, Here};
+use interleave::Here;
 use mmu_notifier::Access;
 use mmu_notifier::primary::PrimaryMmu;
 
-use super::core::{Core, Leased, Registration};
-use super::head::WRITE;
-use super::slab::{Claim, State};
+use super::core::{Core, Hit, Registration};
+use super::head::{ONCE, WRITE};
+use super::slab::Claim;
 use crate::device::{Device, DeviceAddr};
 
 /// A registration that contains the bytes asked for, until it is dropped. May be sent to and dropped in any thread.
@@ -17,61 +17,34 @@ use crate::device::{Device, DeviceAddr};
 #[must_use]
 pub struct Lease<'c, M: PrimaryMmu, D: Device<M>> {
     core: &'c Core<M, D>,
-    /// The words of the entry.
-    words: AtomicQuad<'c>,
     /// `None` once it has ended.
-    claim: Option<Claim<'c>>,
+    hit: Option<Hit<'c>>,
     addr: u64,
     len: u64,
-    until: Until,
-}
-
-/// How long a registration stays. (A whole word, for the reason that the claim is made of such.)
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(usize)]
-enum Until {
-    /// Something changes, or its place is wanted.
-    Changed,
-    /// This lease ends.
-    Lease,
 }
 
 impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     /// Of something that was found.
     #[inline(always)]
-    pub(super) fn of_hit(core: &'c Core<M, D>, found: Claim<'c>, addr: u64, len: u64) -> Self {
-        Lease {
-            core,
-            words: core.slab.words(found.index()),
-            claim: Some(found),
-            addr,
-            len,
-            until: Until::Changed,
-        }
-    }
-
-    /// Of something that may be for this lease only.
-    pub(super) fn of_new(core: &'c Core<M, D>, held: Leased<'c, M, D>, addr: u64, len: u64) -> Self {
-        let until = if held.body().watched.is_some() { Until::Changed } else { Until::Lease };
-        let mut lease = Lease::of_hit(core, held.claim(), addr, len);
-        lease.until = until;
-        lease
+    pub(super) fn of_hit(core: &'c Core<M, D>, hit: Hit<'c>, addr: u64, len: u64) -> Self {
+        Lease { core, hit: Some(hit), addr, len }
     }
 
     fn registration(&self) -> &Registration<M, D> {
-        self.core.slab.body(self.claim())
+        self.core.slab.body(&self.hit().claim)
     }
 
-    fn claim(&self) -> &Claim<'c> {
-        self.claim.as_ref().unwrap_or_else(|| unreachable!("it ends when it is dropped"))
+    #[inline(always)]
+    fn hit(&self) -> &Hit<'c> {
+        self.hit.as_ref().unwrap_or_else(|| unreachable!("it ends when it is dropped"))
     }
 
     pub(super) fn into_claim(mut self) -> Claim<'c> {
-        self.claim.take().unwrap_or_else(|| unreachable!("it ends when it is dropped"))
+        self.hit.take().unwrap_or_else(|| unreachable!("it ends when it is dropped")).claim
     }
 
     pub(super) fn index(&self) -> u32 {
-        self.claim().index()
+        self.hit().claim.index()
     }
 
     /// The first byte asked for.
@@ -89,8 +62,7 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
     #[inline]
     pub fn rights(&self) -> Access {
         // A hit need not have looked at the registration; the mark says the same.
-        let write = State::of(Here::ask(), self.words).has(WRITE);
-        if write { Access::Write } else { Access::Read }
+        if self.hit().state.has(WRITE) { Access::Write } else { Access::Read }
     }
 
     /// What the device has mapped, which may be more than was asked for.
@@ -121,20 +93,21 @@ impl<'c, M: PrimaryMmu, D: Device<M>> Lease<'c, M, D> {
 
 impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     #[inline(always)]
-    fn end(&self, here: Here, words: AtomicQuad<'_>, claim: Claim<'_>, until: Until) {
-        let index = claim.index();
-        self.slab.end(here, claim);
-        match until {
+    fn end(&self, here: Here, hit: Hit<'_>) {
+        let index = hit.claim.index();
+        self.slab.end(here, hit.claim);
+        if hit.state.has(ONCE) {
+            self.end_one_shot(index);
+        } else {
             // After the end: a reaper that was faster than it must look again.
-            Until::Changed => self.ended(here, words),
-            Until::Lease => self.end_one_shot(index),
+            self.ended(here, hit.words);
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn end_explored(&self, words: AtomicQuad<'_>, claim: Claim<'_>, until: Until) {
-        self.end(Here::ask(), words, claim, until);
+    fn end_explored(&self, hit: Hit<'_>) {
+        self.end(Here::ask(), hit);
     }
 }
 
@@ -142,12 +115,12 @@ impl<M: PrimaryMmu, D: Device<M>> Drop for Lease<'_, M, D> {
     /// Parts are given on, never `self`: what nobody has the address of need not be in memory.
     #[inline(always)]
     fn drop(&mut self) {
-        let Some(claim) = self.claim.take() else { return };
+        let Some(hit) = self.hit.take() else { return };
         let here = Here::ask();
         if here.is_plain() {
-            self.core.end(here, self.words, claim, self.until);
+            self.core.end(here, hit);
         } else {
-            self.core.end_explored(self.words, claim, self.until);
+            self.core.end_explored(hit);
         }
     }
 }

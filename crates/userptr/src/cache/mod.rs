@@ -170,11 +170,14 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
     #[inline(always)]
     pub fn lookup(&self, addr: usize, len: usize, access: Access) -> Option<Lease<'_, M, D>> {
         let want = Range::enclosing(addr as u64, len as u64).ok()?;
-        let mut found = self.core.hit(want, access, Check::Strict)?;
-        if self.core.audit.is_on() {
-            found = self.audited_claim(found, addr as u64, len as u64).ok()?;
-        }
-        Some(Lease::of_hit(&self.core, found, addr as u64, len as u64))
+        let hit = match self.core.hit_at_once(want, access, Check::Strict) {
+            Some(hit) if !self.core.audit.is_on() => hit,
+            found => {
+                let found = found.map(|hit| hit.claim);
+                self.core.hit_of(self.hit_after_all(found, want, access, Check::Strict, addr, len).ok()??)
+            }
+        };
+        Some(Lease::of_hit(&self.core, hit, addr as u64, len as u64))
     }
 
     #[inline(always)]
@@ -186,42 +189,62 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> RegistrationCache<M, D> {
         check: Check,
     ) -> Result<Lease<'_, M, D>, CacheError> {
         let want = Range::enclosing(addr as u64, len as u64)?;
-        match self.core.hit(want, access, check) {
-            Some(found) if !self.core.audit.is_on() => {
-                Ok(Lease::of_hit(&self.core, found, addr as u64, len as u64))
+        let hit = match self.core.hit_at_once(want, access, check) {
+            Some(hit) if !self.core.audit.is_on() => hit,
+            found => {
+                let found = found.map(|hit| hit.claim);
+                match self.get_after_all(found, want, access, check, addr, len) {
+                    Ok(claim) => self.core.hit_of(claim),
+                    Err(error) => return Err(*error),
+                }
             }
-            Some(found) => match self.audited_claim(found, addr as u64, len as u64) {
-                Ok(found) => Ok(Lease::of_hit(&self.core, found, addr as u64, len as u64)),
-                Err(error) => Err(*error),
-            },
-            None => match self.register(want, access) {
-                Ok(held) => Ok(Lease::of_new(&self.core, held, addr as u64, len as u64)),
-                Err(error) => Err(*error),
-            },
-        }
+        };
+        Ok(Lease::of_hit(&self.core, hit, addr as u64, len as u64))
     }
 
-    /// As below: neither returns nor gets what the caller returns, so that a hit has that in registers.
+    /// What was found, audited, or what is registered now. As those below: neither returns nor gets what the caller returns,
+    /// so that a hit has that in registers.
     #[cold]
     #[inline(never)]
-    fn register(&self, want: Range, access: Access) -> Result<core::Leased<'_, M, D>, Box<CacheError>> {
-        match MaySleep::try_enter(|cx| self.core.register(cx, want, access)) {
-            Ok(registered) => registered.map_err(Box::new),
-            Err(atomic) => Err(Box::new(atomic.into())),
-        }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn audited_claim<'c>(
+    fn get_after_all<'c>(
         &'c self,
-        found: slab::Claim<'c>,
-        addr: u64,
-        len: u64,
+        found: Option<slab::Claim<'c>>,
+        want: Range,
+        access: Access,
+        check: Check,
+        addr: usize,
+        len: usize,
     ) -> Result<slab::Claim<'c>, Box<CacheError>> {
-        match self.audited(Lease::of_hit(&self.core, found, addr, len)) {
-            Ok(lease) => Ok(lease.into_claim()),
-            Err(error) => Err(Box::new(error)),
+        match self.hit_after_all(found, want, access, check, addr, len)? {
+            Some(claim) => Ok(claim),
+            None => self.register(want, access),
+        }
+    }
+
+    /// What was found, or what is found if all is looked at, audited.
+    #[cold]
+    #[inline(never)]
+    fn hit_after_all<'c>(
+        &'c self,
+        found: Option<slab::Claim<'c>>,
+        want: Range,
+        access: Access,
+        check: Check,
+        addr: usize,
+        len: usize,
+    ) -> Result<Option<slab::Claim<'c>>, Box<CacheError>> {
+        let Some(found) = found.or_else(|| self.core.hit(want, access, check)) else { return Ok(None) };
+        if !self.core.audit.is_on() {
+            return Ok(Some(found));
+        }
+        let lease = Lease::of_hit(&self.core, self.core.hit_of(found), addr as u64, len as u64);
+        Ok(Some(self.audited(lease)?.into_claim()))
+    }
+
+    fn register(&self, want: Range, access: Access) -> Result<slab::Claim<'_>, Box<CacheError>> {
+        match MaySleep::try_enter(|cx| self.core.register(cx, want, access)) {
+            Ok(registered) => Ok(registered?.claim()),
+            Err(atomic) => Err(Box::new(atomic.into())),
         }
     }
 

@@ -68,17 +68,15 @@ impl Name {
     }
 }
 
-#[inline(always)]
 fn number(word: u64) -> u32 {
     (word as u32 & ((1 << NUMBER_BITS) - 1)) - 1
 }
 
 /// Numbers under names; a name may have several.
 pub(super) struct NameMap {
+    /// As many as a power of two says.
     words: AtomicWords,
-    /// One less than there are words, a power of two.
-    mask: usize,
-    /// Leaves as many bits of a hash as the mask has.
+    /// Leaves as many bits of a hash as there are words.
     shift: u32,
 }
 
@@ -86,45 +84,31 @@ impl NameMap {
     /// Of at least `words` words.
     pub(super) fn new(words: usize) -> NameMap {
         let words = (words + 1).next_power_of_two();
-        NameMap {
-            words: AtomicWords::new(words, 0),
-            mask: words - 1,
-            shift: (u64::BITS - words.trailing_zeros()).min(63),
-        }
+        NameMap { words: AtomicWords::new(words, 0), shift: (u64::BITS - words.trailing_zeros()).min(63) }
     }
 
+    fn mask(&self) -> usize {
+        self.words.len() - 1
+    }
+
+    /// Counted around.
     #[inline(always)]
     fn home(&self, name: Name) -> usize {
-        (name.hash() >> self.shift ^ name.0 & ((1 << TOGETHER) - 1)) as usize & self.mask
+        (name.hash() >> self.shift ^ name.0 & ((1 << TOGETHER) - 1)) as usize
     }
 
-    /// The first number under `name`.
+    /// The number of a name that lies where it is asked for, as most do.
     #[inline(always)]
-    pub(super) fn first(&self, here: Here, name: Name) -> Option<u32> {
-        let home = self.home(name);
-        let found = self.words.word(home).load_here(here, Ordering::Acquire);
-        if found == 0 {
-            return None;
-        }
-        if Name::of_word(found) == name { Some(number(found)) } else { self.behind(here, name, home) }
+    pub(super) fn at_home(&self, here: Here, name: Name) -> Option<u32> {
+        let found = self.words.around(self.home(name)).load_here(here, Ordering::Acquire);
+        let number = found.wrapping_sub(name.word(0));
+        if number < 1 << NUMBER_BITS { Some(number as u32) } else { None }
     }
 
-    /// The first number of a name whose home is another's.
-    #[inline(never)]
-    fn behind(&self, here: Here, name: Name, home: usize) -> Option<u32> {
-        self.from(here, name, home + 1).next()
-    }
-
-    /// All numbers under `name`.
-    #[inline(always)]
+    /// All numbers under `name`. Looks at the whole table once at most, whatever writers do.
     pub(super) fn all(&self, here: Here, name: Name) -> impl Iterator<Item = u32> {
-        self.from(here, name, self.home(name))
-    }
-
-    /// Looks at the whole table once at most, whatever writers do.
-    #[inline(always)]
-    fn from(&self, here: Here, name: Name, at: usize) -> impl Iterator<Item = u32> {
-        let words = (at..=at + self.mask).map(|at| self.words.word(at & self.mask));
+        let home = self.home(name);
+        let words = (home..=home + self.mask()).map(|at| self.words.around(at));
         let used =
             words.map(move |word| word.load_here(here, Ordering::Acquire)).take_while(|found| *found != 0);
         used.filter(move |found| Name::of_word(*found) == name).map(number)
@@ -133,28 +117,28 @@ impl NameMap {
     /// The caller holds the books, here and below.
     pub(super) fn insert(&self, name: Name, number: u32) {
         let mut at = self.home(name);
-        while self.words.word(at).load(Ordering::Relaxed) != 0 {
-            at = (at + 1) & self.mask;
+        while self.words.around(at).load(Ordering::Relaxed) != 0 {
+            at += 1;
         }
-        self.words.word(at).store(name.word(number), Ordering::Release);
+        self.words.around(at).store(name.word(number), Ordering::Release);
     }
 
     /// Of what was inserted.
     pub(super) fn remove(&self, name: Name, number: u32) {
         let mut at = self.home(name);
-        while self.words.word(at).load(Ordering::Relaxed) != name.word(number) {
-            at = (at + 1) & self.mask;
+        while self.words.around(at).load(Ordering::Relaxed) != name.word(number) {
+            at += 1;
         }
         self.close_gap(at);
     }
 
     /// Frees the word at `gap`, moving up those behind it that a probe would no longer reach.
     fn close_gap(&self, mut gap: usize) {
-        let mask = self.mask;
+        let mask = self.mask();
         let mut at = gap;
         loop {
-            at = (at + 1) & mask;
-            let found = self.words.word(at).load(Ordering::Relaxed);
+            at += 1;
+            let found = self.words.around(at).load(Ordering::Relaxed);
             if found == 0 {
                 break;
             }
@@ -162,15 +146,15 @@ impl NameMap {
             // It may move if its home is not behind the gap.
             if at.wrapping_sub(home) & mask >= at.wrapping_sub(gap) & mask {
                 // First here, then no longer there: a reader sees it at least once, or misses it.
-                self.words.word(gap).store(found, Ordering::Release);
+                self.words.around(gap).store(found, Ordering::Release);
                 gap = at;
             }
         }
-        self.words.word(gap).store(0, Ordering::Release);
+        self.words.around(gap).store(0, Ordering::Release);
     }
 
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
-        (0..self.words.len()).all(|n| self.words.word(n).load(Ordering::Relaxed) == 0)
+        (0..self.words.len()).all(|n| self.words.around(n).load(Ordering::Relaxed) == 0)
     }
 }

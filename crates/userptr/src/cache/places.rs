@@ -78,7 +78,7 @@ impl Places {
 
     /// The window of `owner`, which gets one if there is one.
     fn window_of(&mut self, listed: &NameMap, owner: Name) -> Option<u32> {
-        let window = if self.owned > 0 { listed.first(Here::ask(), owner) } else { None };
+        let window = if self.owned > 0 { listed.all(Here::ask(), owner).next() } else { None };
         if window.is_some() {
             return window;
         }
@@ -160,7 +160,7 @@ mod tests {
             }
             assert_eq!(places.open.iter().filter(|open| **open == n).count(), usize::from(window.is_open));
             if let Some(owner) = window.owner {
-                assert_eq!(listed.first(Here::ask(), owner), Some(n));
+                assert_eq!(listed.all(Here::ask(), owner).next(), Some(n));
             }
         }
         assert_eq!(places.owned, places.windows.iter().filter(|window| window.owner.is_some()).count());

@@ -22,9 +22,9 @@ use mmu_notifier::primary::{Invalidate, PrimaryMmu, SeqMoved, SetSeq, Subscripti
 use mmu_notifier::{Access, Gone, Invalidation, Range, WouldBlock};
 
 use super::Reaper;
-use super::core::{Check, Core, Leased, Registration, Watched};
+use super::core::{Check, Core, Leased, Registration, Watched, marks};
 use super::error::CacheError;
-use super::head::WRITE;
+use super::head::{ONCE, WRITE};
 use crate::device::{Device, DeviceError};
 
 /// Changes that are followed before the range is registered for one lease: somebody changes it all the time, or others'
@@ -258,7 +258,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
                         let registration = Registration { range: want, rights, mapping, watched: None };
                         self.slab.build(reserved.index);
                         self.head(reserved.index).set(want, None);
-                        let marks = marks(rights);
+                        let marks = marks(rights) | ONCE;
                         let state = self.slab.publish(reserved.index, registration, marks);
                         self.counters.one_shot.add(1);
                         self.counters.fresh.add(1);
@@ -305,10 +305,6 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         books.bytes -= reserved.range.len();
         self.table.give(&mut books.listed, reserved.index);
     }
-}
-
-fn marks(rights: Access) -> u64 {
-    if rights == Access::Write { WRITE } else { 0 }
 }
 
 /// Would it help to let other registrations go?

@@ -28,15 +28,22 @@ pub(crate) const MAX_ENTRIES: usize = (1 << NUMBER_BITS) - 2;
 pub(crate) struct Table {
     entries: NameMap,
     windows: NameMap,
-    /// A bit for each level in use.
+    /// A bit for each level in use, and [`MANY_BIT`].
     levels: AtomicU64,
 }
+
+/// Entries whose words together are more than a CPU has in its nearest caches.
+const MANY: usize = 8192;
+/// Of the levels' word: that many are listed.
+const MANY_BIT: u64 = 1 << 32;
 
 /// What writers must know; part of the books.
 #[derive(Debug)]
 pub(crate) struct Listed {
     /// Entries on each level.
     levels: [u32; LEVELS],
+    /// On all of them.
+    entries: usize,
     places: Places,
 }
 
@@ -49,13 +56,13 @@ impl Table {
             windows: NameMap::new(8 * capacity / WINDOW),
             levels: AtomicU64::new(0),
         };
-        (table, Listed { levels: [0; LEVELS], places: Places::new(capacity) })
+        (table, Listed { levels: [0; LEVELS], entries: 0, places: Places::new(capacity) })
     }
 
     /// Those that a range may be on.
     #[inline(always)]
     fn levels(&self, here: Here, range: Range) -> Levels {
-        let levels = self.levels.load_here(here, Ordering::Acquire);
+        let levels = self.levels.load_here(here, Ordering::Acquire) as u32;
         // What contains a page may be on any.
         if range.len() <= PAGE_SIZE {
             return Levels(levels);
@@ -64,8 +71,12 @@ impl Table {
         Levels(levels >> first << first)
     }
 
+    /// Are there so many entries that a lookup mostly waits for memory?
+    pub(crate) fn has_many(&self, here: Here) -> bool {
+        self.levels.load_here(here, Ordering::Relaxed) & MANY_BIT != 0
+    }
+
     /// The entries that could contain `range`, and some that do not.
-    #[inline(always)]
     pub(crate) fn candidates(&self, here: Here, range: Range) -> impl Iterator<Item = u32> {
         let page = range.start() >> PAGE_SHIFT;
         self.levels(here, range).flat_map(move |level| self.entries.all(here, Name::new(page, level)))
@@ -75,19 +86,27 @@ impl Table {
     /// [candidates](Self::candidates).
     #[inline(always)]
     pub(crate) fn candidate(&self, here: Here, range: Range) -> Option<u32> {
-        let page = range.start() >> PAGE_SHIFT;
-        for level in self.levels(here, range) {
-            let name = Name::new(page, level);
-            let (window, place) = name.split(WINDOW_BITS);
-            if let Some(window) = self.windows.first(here, window) {
-                return Some(window << WINDOW_BITS | place);
-            }
-            let found = self.entries.first(here, name);
-            if found.is_some() {
-                return found;
-            }
+        let name = Name::new(range.start() >> PAGE_SHIFT, self.levels(here, range).next()?);
+        let (window, place) = name.split(WINDOW_BITS);
+        if let Some(window) = self.windows.at_home(here, window) {
+            return Some(window << WINDOW_BITS | place);
         }
-        None
+        self.further_candidate(here, range, name)
+    }
+
+    /// As [`candidate`](Self::candidate): `name` has no window where it is asked for.
+    #[inline(never)]
+    fn further_candidate(&self, here: Here, range: Range, name: Name) -> Option<u32> {
+        if let Some(found) = self.entries.at_home(here, name) {
+            return Some(found);
+        }
+        self.levels(here, range).find_map(|level| {
+            let name = Name::new(range.start() >> PAGE_SHIFT, level);
+            let (window, place) = name.split(WINDOW_BITS);
+            let window = self.windows.all(here, window).next();
+            let found = window.map(|window| window << WINDOW_BITS | place);
+            found.or_else(|| self.entries.all(here, name).next())
+        })
     }
 
     /// A free entry for `range`, which is free no longer. The caller holds the books, here and below.
@@ -105,7 +124,9 @@ impl Table {
         Name::of(range).for_each(|name| self.entries.insert(name, index));
         let level = level(range);
         listed.levels[level as usize] += 1;
-        self.levels.fetch_or(1 << level, Ordering::Release);
+        listed.entries += 1;
+        let many = if listed.entries >= MANY { MANY_BIT } else { 0 };
+        self.levels.fetch_or(1 << level | many, Ordering::Release);
     }
 
     /// Strikes `index` off.
@@ -113,8 +134,11 @@ impl Table {
         Name::of(range).for_each(|name| self.entries.remove(name, index));
         let level = level(range);
         listed.levels[level as usize] -= 1;
-        if listed.levels[level as usize] == 0 {
-            self.levels.fetch_and(!(1 << level), Ordering::Release);
+        listed.entries -= 1;
+        let unused = if listed.levels[level as usize] == 0 { 1 << level } else { 0 };
+        let few = if listed.entries == MANY - 1 { MANY_BIT } else { 0 };
+        if unused | few != 0 {
+            self.levels.fetch_and(!(unused | few), Ordering::Release);
         }
     }
 }
@@ -127,7 +151,7 @@ impl Listed {
 }
 
 /// Some levels, the lowest first.
-struct Levels(u64);
+struct Levels(u32);
 
 impl Iterator for Levels {
     type Item = u32;
@@ -136,7 +160,7 @@ impl Iterator for Levels {
     fn next(&mut self) -> Option<u32> {
         let level = self.0.trailing_zeros();
         self.0 &= self.0.wrapping_sub(1);
-        (level < u64::BITS).then_some(level)
+        (level < u32::BITS).then_some(level)
     }
 }
 

@@ -141,6 +141,12 @@ impl<T> Slab<T> {
         self.words.quad(index as usize)
     }
 
+    /// As [`words`](Self::words), if there is such an entry.
+    #[inline(always)]
+    pub(crate) fn get_words(&self, index: u32) -> Option<AtomicQuad<'_>> {
+        self.words.get_quad(index as usize)
+    }
+
     fn state_word(&self, index: u32) -> AtomicWord<'_> {
         self.words(index).word(STATE)
     }

@@ -50,11 +50,11 @@ impl<T> Slab<T> {
 }
 
 impl<T> Pin<'_, T> {
-    /// What the entry is now.
+    /// What the entry is now, if there is one of this number.
     #[inline(always)]
-    pub(crate) fn see(&self, here: Here, index: u32) -> Seen<'_, T> {
-        let words = self.slab.words(index);
-        Seen { slab: self.slab, index, words, state: State::of(here, words) }
+    pub(crate) fn see(&self, here: Here, index: u32) -> Option<Seen<'_, T>> {
+        let words = self.slab.get_words(index)?;
+        Some(Seen { slab: self.slab, index, words, state: State::of(here, words) })
     }
 }
 

@@ -26,6 +26,11 @@ pub(crate) struct State(pub(super) u64);
 impl State {
     const PHASES: [Phase; 4] = [Phase::Free, Phase::Building, Phase::Live, Phase::Dead];
 
+    /// Alive, with these marks, in some life.
+    pub(crate) fn live(marks: u64) -> State {
+        State(0).with(Phase::Live, marks)
+    }
+
     /// Of the entry with these words.
     #[inline(always)]
     pub(crate) fn of(here: Here, words: AtomicQuad<'_>) -> State {
