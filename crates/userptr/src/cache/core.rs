@@ -19,7 +19,7 @@ use super::audit::Audit;
 use super::head::{Head, NEVER, NO_STAMP, WRITE};
 use super::slab::{Claim, Dead, Held, Phase, Pin, Seen, Slab, State};
 use super::stats::Counters;
-use super::table::{Levels, Table};
+use super::table::{Listed, Table};
 use crate::device::{Device, DeviceAddr};
 
 pub(super) static BOOKS: LockClass = LockClass::new("userptr_books");
@@ -76,8 +76,7 @@ pub(super) struct Books {
     pub(super) ranges: IntervalIndex<u32>,
     /// Their names there, by entry.
     pub(super) keys: Box<[Option<(Key, Range)>]>,
-    pub(super) levels: Levels,
-    pub(super) free: Vec<u32>,
+    pub(super) listed: Listed,
     /// Dead entries that somebody leases.
     pub(super) leased: Vec<Dead>,
     /// Of these at least one is kept by nothing but batches.
@@ -122,11 +121,11 @@ pub(super) struct Core<M: PrimaryMmu, D: Device<M>> {
 impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
     pub(super) fn new(mm: Arc<M>, device: D, options: Options) -> Core<M, D> {
         let entries = options.entries;
+        let (table, listed) = Table::new(entries);
         let books = Books {
             ranges: IntervalIndex::new(),
             keys: vec![None; entries].into(),
-            levels: Levels::default(),
-            free: (0..entries as u32).rev().collect(),
+            listed,
             leased: Vec::with_capacity(entries),
             batched: false,
             bytes: 0,
@@ -138,7 +137,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
             mm,
             device,
             slab: Slab::new(entries, options.threads),
-            table: Table::new(entries),
+            table,
             books: Mutex::new(&BOOKS, books),
             dead: AtomicU64::new(0),
             next_dead: AtomicWords::new(entries, 0),

@@ -33,10 +33,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         for index in leased.iter().map(|dead| dead.index) {
             // Struck off first: a lookup that finds it later finds it dead.
             if let Some((key, range)) = books.keys[index as usize].take() {
-                let books = &mut *books;
-                self.table.remove(&mut books.levels, range, index, |i| {
-                    books.keys[i as usize].map_or(range, |(_, range)| range)
-                });
+                self.table.remove(&mut books.listed, range, index);
                 books.ranges.remove(key);
             }
         }
@@ -63,7 +60,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         self.slab.free(index);
         let mut books = self.books.lock(cx);
         books.bytes -= range.len();
-        books.free.push(index);
+        self.table.give(&mut books.listed, index);
         books.going -= 1;
         self.counters.released.add(1);
         drop(books);

@@ -223,7 +223,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         }
         let key = books.ranges.insert(range, index);
         books.keys[index as usize] = Some((key, range));
-        self.table.insert(&mut books.levels, range, index);
+        self.table.insert(&mut books.listed, range, index);
         drop(books);
         self.counters.registered.add(1);
         let Some(held) = self.slab.lease(index, state) else {
@@ -290,10 +290,10 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         let mut books = self.books.lock(cx);
         let limit = self.options.bytes;
         let fits = books.bytes.checked_add(range.len()).is_some_and(|bytes| bytes <= limit);
-        let index = if fits { books.free.pop() } else { None };
+        let index = if fits { self.table.take(&mut books.listed, range) } else { None };
         let Some(index) = index else {
             let (bytes, max) = (books.bytes, self.options.entries);
-            return Err(CacheError::Full { range, bytes, limit, entries: max - books.free.len(), max });
+            return Err(CacheError::Full { range, bytes, limit, entries: max - books.listed.free(), max });
         };
         books.bytes += range.len();
         Ok(Reserved { index, range })
@@ -303,7 +303,7 @@ impl<M: PrimaryMmu + 'static, D: Device<M> + 'static> Core<M, D> {
         self.slab.free(reserved.index);
         let mut books = self.books.lock(cx);
         books.bytes -= reserved.range.len();
-        books.free.push(reserved.index);
+        self.table.give(&mut books.listed, reserved.index);
     }
 }
 

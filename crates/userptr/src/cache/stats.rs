@@ -112,7 +112,7 @@ impl<M: PrimaryMmu, D: Device<M>> Core<M, D> {
         let books = self.books.lock(cx);
         let dead = |dead: &Dead| self.head(dead.index).bytes();
         let leased_dead_bytes = books.leased.iter().map(dead).sum();
-        let entries = (self.slab.len() - books.free.len()) as u64;
+        let entries = (self.slab.len() - books.listed.free()) as u64;
         let bytes = books.bytes;
         drop(books);
         let leases = self.slab.leases_given().saturating_sub(counters.in_vain.get() + counters.fresh.get());
