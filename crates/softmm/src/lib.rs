@@ -41,6 +41,8 @@
 //!                 disk              also taken with no i_pages
 //!               uprobes_treelock, anon_vma_rcu, ksm_stable_node   leaves
 //! ```
+//! [`told`] hears an mm as the live sources hear the kernel; its locks are in its own words.
+//!
 //! Frames, page-table entries and reference counts are atomics and have no lock. No callback runs under `cpu_irq`,
 //! `page_table_lock` or `swap_lock`.
 
@@ -78,6 +80,7 @@ pub mod rmap_file;
 pub mod swap;
 pub mod swap_fault;
 pub mod tlb;
+pub mod told;
 pub mod truncate;
 pub mod uprobes;
 pub mod vma;

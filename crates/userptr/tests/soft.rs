@@ -11,7 +11,8 @@ use interleave::explore::{Config, Report, Strategy, explore};
 use interleave::{AtomicU64, MaySleep, Ordering, scope};
 use mmu_notifier::primary::Pin;
 use mmu_notifier::{Access, PAGE_SIZE, PageAddr, Range};
-use modelled::{How, Told, map, pages, small_machine};
+use modelled::{Told, map, pages, small_machine};
+use softmm::told::{Fault, How};
 use softmm::{Machine, Mm, MmPin, Placement, Prot};
 use userptr::cache::{Admit, Options, Reaper, RegistrationCache, Verdict};
 use userptr::device::pinned::Pinned;
@@ -324,9 +325,9 @@ fn b6_34_a_registration_that_fails_half_way_leaves_nothing() {
 
 #[test]
 fn an_audit_finds_what_nobody_told_of_and_nothing_else() {
-    for (how, stale) in [(How::Blocks, false), (How::Kvm, false), (How::Never, true)] {
+    for (how, stale) in [(How::WAITS, false), (How::KVM, false), (How::DEAF, true)] {
         with_mm(|cx, mm| {
-            let told = Told::new(cx, mm, how);
+            let told = Told::listening(cx, mm, how).unwrap();
             let options = Options { audit: NonZeroU32::new(3), ..options(8) };
             let cache = RegistrationCache::new(told, Pinned { mappings: 8 }, options).unwrap();
             map(cx, mm, pages(0, 2), 1);
@@ -348,11 +349,11 @@ fn an_audit_finds_what_nobody_told_of_and_nothing_else() {
 
 #[test]
 fn a_batch_is_audited_too() {
-    for (how, stale) in [(How::Kvm, 0), (How::Never, 1)] {
+    for (how, stale) in [(How::KVM, 0), (How::DEAF, 1)] {
         with_mm(|cx, mm| {
             let options = Options { audit: NonZeroU32::new(1), ..options(8) };
-            let cache =
-                RegistrationCache::new(Told::new(cx, mm, how), Pinned { mappings: 8 }, options).unwrap();
+            let told = Told::listening(cx, mm, how).unwrap();
+            let cache = RegistrationCache::new(told, Pinned { mappings: 8 }, options).unwrap();
             map(cx, mm, pages(0, 1), 1);
             let (addr, len) = (pages(0, 1).start() as usize, PAGE_SIZE as usize);
             drop(cache.get(addr, len, Access::Write).unwrap());
@@ -402,7 +403,7 @@ fn with_cache(
 ) {
     let machine = small_machine();
     let user = machine.new_mm().unwrap();
-    let told = Told::new(cx, &user, how);
+    let told = Told::listening(cx, &user, how).unwrap();
     let cache = RegistrationCache::new(Arc::clone(&told), Pinned { mappings: 4 }, options(2)).unwrap();
     let look = |look: Look| look(&cache, &machine);
     map(cx, &user, pages(0, 1), 1);
@@ -484,7 +485,7 @@ fn holds(seconds: u64, scenario: impl Fn(&mut MaySleep<'_>)) {
 
 #[test]
 fn no_order_of_lookup_and_replacement_shows_the_past() {
-    for how in [How::Blocks, How::Kvm, How::KvmEras, How::Uffd] {
+    for how in [How::WAITS, How::KVM, How::KVM.uncounted(), How::UFFD] {
         for (before, by) in [(true, strict as Look), (true, ordered), (true, batched), (false, strict)] {
             holds(2, |cx| lookups_beside_a_replacement(cx, how, before, by));
         }
@@ -493,7 +494,7 @@ fn no_order_of_lookup_and_replacement_shows_the_past() {
 
 #[test]
 fn no_order_of_late_callbacks_shows_the_past() {
-    for how in [How::KvmCalls, How::UffdCalls] {
+    for how in [How::KVM.calling(), How::UFFD.calling()] {
         for before in [true, false] {
             holds(2, |cx| lookups_beside_a_replacement(cx, how, before, strict));
         }
@@ -502,7 +503,7 @@ fn no_order_of_late_callbacks_shows_the_past() {
 
 #[test]
 fn no_order_of_unmapping_and_mapping_by_two_threads_shows_the_past() {
-    for how in [How::Blocks, How::Kvm, How::KvmEras, How::Uffd] {
+    for how in [How::WAITS, How::KVM, How::KVM.uncounted(), How::UFFD] {
         for by in [strict as Look, batched] {
             holds(2, |cx| a_lookup_of_memory_that_another_thread_is_giving_back(cx, how, by));
         }
@@ -519,26 +520,27 @@ fn replacement_fails(how: How, registered_before: bool, by: Look) {
 #[test]
 fn without_a_notifier_an_order_shows_the_past() {
     for before in [true, false] {
-        replacement_fails(How::Never, before, strict);
+        replacement_fails(How::DEAF, before, strict);
     }
 }
 
 #[test]
 fn a_total_that_moves_before_its_bucket_is_found() {
-    replacement_fails(How::KvmTotalFirst, true, strict);
+    replacement_fails(How::KVM.uncounted().with(Fault::TotalFirst), true, strict);
 }
 
 #[test]
 fn a_monitor_that_reads_before_it_says_so_is_found() {
-    replacement_fails(How::UffdReadsFirst, true, strict);
-    replacement_fails(How::UffdReadsFirst, true, ordered);
+    replacement_fails(How::UFFD.with(Fault::ReadsFirst), true, strict);
+    replacement_fails(How::UFFD.with(Fault::ReadsFirst), true, ordered);
 }
 
 #[test]
 fn a_strict_lookup_that_does_not_probe_is_found() {
     for by in [strict as Look, batched] {
         let report = explored(60, |cx| {
-            a_lookup_of_memory_that_another_thread_is_giving_back(cx, How::UffdNoProbe, by);
+            let how = How::UFFD.with(Fault::NoProbe);
+            a_lookup_of_memory_that_another_thread_is_giving_back(cx, how, by);
         });
         let failure = report.failures.first().expect("the missing probe was not found");
         assert!(failure.message.contains("given back"), "{failure}");

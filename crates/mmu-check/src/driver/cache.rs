@@ -9,19 +9,20 @@
 //! the kernel does of its own accord must not part the device from the process even under a lease: that is what the
 //! pins are for, in a kernel in which they hold (5.19).
 //!
-//! Lock order: that of the cache, and of the modelled source (source.rs).
+//! Lock order: that of the cache, and of the modelled source ([`softmm::told`]).
 
 use super::consumer::{self, Consumer, Embedded};
 use super::fault;
 use super::hardware::Hardware;
-use super::source::{Heard, InTime, Late, Timing};
 use drivers::{
     BindError, Device, DeviceContext, DeviceFault, DeviceOp, Driver, Holds, Kind, OpenError, Options,
     SubmitError,
 };
 use interleave::MaySleep;
+use mmu_notifier::primary::{After, CountedBefore, Delivery};
 use mmu_notifier::{Access, Range};
 use softmm::Mm;
+use softmm::told::Told;
 use std::sync::Arc;
 use userptr::cache::{self, Reaper};
 use userptr::{CacheError, RegistrationCache};
@@ -34,7 +35,7 @@ pub static KIND: Kind = Kind {
     holds: Holds::Pages,
     callbacks: consumer::IN_TIME,
     reads: true,
-    open: |cx, mm, device, options| open::<InTime>(cx, mm, device, &KIND, options),
+    open: |cx, mm, device, options| open::<CountedBefore>(cx, mm, device, &KIND, options),
 };
 
 /// Over a source that counts after it, as userfaultfd.
@@ -42,11 +43,11 @@ pub static LATE: Kind = Kind {
     name: "userptr-cache-late",
     summary: "our registration cache, told late",
     callbacks: consumer::LATE,
-    open: |cx, mm, device, options| open::<Late>(cx, mm, device, &LATE, options),
+    open: |cx, mm, device, options| open::<After>(cx, mm, device, &LATE, options),
     ..KIND
 };
 
-fn open<T: Timing>(
+fn open<D: Delivery + 'static>(
     cx: &mut MaySleep<'_>,
     mm: &Arc<Mm>,
     device: &Arc<Device>,
@@ -55,18 +56,18 @@ fn open<T: Timing>(
 ) -> Result<Arc<dyn Driver>, OpenError> {
     let context = Arc::new(DeviceContext::new(cx, device, mm, kind.name));
     let hardware = Hardware::new(context.clone(), false);
-    let heard = Heard::<T>::new(mm);
-    let events = heard.events.clone();
+    let told = Told::<D>::fed(mm);
+    let events = told.events().clone();
     let small =
         cache::Options { entries: 2, threads: 1, reaper: Reaper::Manual, ..cache::Options::default() };
     // Refused for no entries and no bytes alone.
-    let cache = RegistrationCache::new(Arc::new(heard), hardware.clone(), small).ok();
+    let cache = RegistrationCache::new(Arc::new(told), hardware.clone(), small).ok();
     let cached = cache.map(|cache| Cached { cache, hardware });
     Ok(Embedded::open(cx, kind, context, Some(events), cached, options)?)
 }
 
-struct Cached<T: Timing> {
-    cache: RegistrationCache<Heard<T>, Hardware>,
+struct Cached<D: Delivery + 'static> {
+    cache: RegistrationCache<Told<D>, Hardware>,
     hardware: Hardware,
 }
 
@@ -78,7 +79,7 @@ fn refused(error: CacheError) -> SubmitError {
     }
 }
 
-impl<T: Timing> Consumer for Cached<T> {
+impl<D: Delivery + 'static> Consumer for Cached<D> {
     type Bound = ();
 
     fn bind(&self, _: Range, _: Access) -> Result<(), BindError> {

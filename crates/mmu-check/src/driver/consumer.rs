@@ -2,7 +2,6 @@
 //! A consumer of the library between the table and the models: it is bound, used and closed as any driver, and hears
 //! the mm as its source would.
 
-use super::source::Events;
 use drivers::{
     BindError, Binding, Callback, Callbacks, DeviceContext, DeviceFault, DeviceOp, Driver, Kind, OpenError,
     Options, Registered, RequestId, SubmitError, check_ops,
@@ -10,6 +9,7 @@ use drivers::{
 use interleave::explore::Ghost;
 use interleave::{Atomic, MaySleep, PageContext, Sleep};
 use mmu_notifier::{Access, Invalidation, MmuNotifier, Ops, PageAddr, Pte, Range, WouldBlock};
+use softmm::told::Events;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -171,7 +171,7 @@ impl<C: Consumer> Drop for Embedded<C> {
 impl<C: Consumer> MmuNotifier for Embedded<C> {
     fn ops(&self) -> Ops {
         let heard = Ops::START | Ops::PAGE | Ops::CHANGE_PTE | Ops::RELEASE;
-        if self.events.as_ref().is_some_and(|events| events.late) { heard | Ops::END } else { heard }
+        if self.events.as_ref().is_some_and(|events| events.is_late()) { heard | Ops::END } else { heard }
     }
 
     fn invalidate_range_start(&self, cx: Sleep<'_, '_>, inv: &Invalidation) -> Result<(), WouldBlock> {

@@ -2,13 +2,12 @@
 //! The library's own consumers of notifications as drivers of the table: what people embed, judged as what the kernel has.
 //!
 //! The code that runs is that of the crate `userptr`, which runs live; what is modelled is what is around it: the source
-//! (source.rs) and the device (hardware.rs).
+//! ([`softmm::told`]) and the device (hardware.rs).
 
 pub mod cache;
 mod consumer;
 mod hardware;
 pub mod objects;
-mod source;
 
 use drivers::{Kind, SubmitError};
 use mmu_notifier::GupError;

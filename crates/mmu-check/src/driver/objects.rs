@@ -8,21 +8,22 @@
 //! parted from the process. Over a source that tells in time and is not waited for (kvm), that a batch has the pages
 //! that were the program's when it was submitted, or later; what the program does to the address meanwhile leaves it there.
 //!
-//! Lock order: that of the objects, and of the modelled source (source.rs).
+//! Lock order: that of the objects, and of the modelled source ([`softmm::told`]).
 
 use super::consumer::{Consumer, Embedded, IN_TIME};
 use super::fault;
 use super::hardware::{Hardware, status};
-use super::source::{Heard, InTime};
 use drivers::{
     BindError, Callback, Callbacks, DeviceContext, DeviceFault, DeviceOp, Holds, Kind, SubmitError,
 };
 use interleave::explore::Ghost;
 use interleave::{MaySleep, Sleep};
 use mmu_notifier::primary::{
-    GupError, IdentityError, Invalidate, PageIdentity, PrimaryMmu, SeqMoved, SetSeq, SubscribeError, Unheard,
+    CountedBefore, GupError, IdentityError, Invalidate, PageIdentity, PrimaryMmu, SeqMoved, SetSeq,
+    SubscribeError, Unheard,
 };
 use mmu_notifier::{Access, Invalidation, PAGE_SIZE, PageAddr, Range, WouldBlock};
+use softmm::told::Told;
 use softmm::{Mm, MmPin};
 use std::sync::Arc;
 use userptr::device::{Command, DeviceAddr};
@@ -38,9 +39,9 @@ pub static KIND: Kind = Kind {
     reads: true,
     open: |cx, mm, device, options| {
         let context = Arc::new(DeviceContext::new(cx, device, mm, KIND.name));
-        let (heard, hardware) = (Heard::<InTime>::new(mm), Hardware::new(context.clone(), false));
-        let events = heard.events.clone();
-        let gpu = Gpu::new(heard, hardware).ok();
+        let (told, hardware) = (Told::<CountedBefore>::fed(mm), Hardware::new(context.clone(), false));
+        let events = told.events().clone();
+        let gpu = Gpu::new(told, hardware).ok();
         Ok(Embedded::open(cx, &KIND, context, Some(events), gpu, options)?)
     },
 };

@@ -6,12 +6,13 @@ use std::time::Duration;
 
 use interleave::explore::{Config, Report, Strategy, explore};
 use interleave::{AtomicU64, MaySleep, Ordering, scope};
+use softmm::told::{Fault, How};
 use softmm::{Machine, MmUser};
 use userptr::device::{Command, WaitError};
 use userptr::object::{Driver, Execution, Flags, Iommu};
 
 use super::device::{Holds, SoftDevice, When};
-use super::modelled::{How, Told, map, pages, small_machine};
+use super::modelled::{Told, map, pages, small_machine};
 use super::{READ_ONLY, SoftObject, copy, load, object};
 
 /// One thread replaces the memory, while another has the device copy it. The device must never show what was there before
@@ -22,7 +23,7 @@ fn replace(cx: &mut MaySleep<'_>, holds: Holds, how: How, got_before: bool) {
     let machine = small_machine();
     let user = machine.new_mm().unwrap();
     let device = SoftDevice::new(&machine, holds, When::AtOnce);
-    let told = Told::new(cx, &user, how);
+    let told = Told::listening(cx, &user, how).unwrap();
     let driver = Driver::new(Arc::clone(&told), device.clone(), Iommu::passthrough());
     let (memory, out) = (pages(0, 1), pages(8, 1));
     map(cx, &user, memory, 1);
@@ -79,7 +80,7 @@ fn unmap_beside(
     let machine = small_machine();
     let user = machine.new_mm().unwrap();
     let device = SoftDevice::new(&machine, holds, When::Told);
-    let told = Told::new(cx, &user, how);
+    let told = Told::listening(cx, &user, how).unwrap();
     let driver = Driver::new(Arc::clone(&told), device.clone(), Iommu::passthrough());
     let memory = pages(0, 1);
     map(cx, &user, memory, 1);
@@ -140,7 +141,7 @@ fn explored(scenario: Scenario, holds: Holds, how: How) -> Report {
         explore(&config.minimise(50), |cx| scenario(cx, holds, how))
     };
     if how.has_monitor() {
-        return run(Strategy::CachedPreemptions(2), if how == How::UffdReadsFirst { 60 } else { 2 });
+        return run(Strategy::CachedPreemptions(2), if how.fault.is_some() { 60 } else { 2 });
     }
     let first = run(Strategy::Preemptions(1), 300);
     if first.failures.is_empty() {
@@ -152,12 +153,12 @@ fn explored(scenario: Scenario, holds: Holds, how: How) -> Report {
 
 /// What holds nothing lives by callbacks that the change waits for.
 const SOURCES: [(Holds, How); 6] = [
-    (Holds::Nothing, How::Blocks),
-    (Holds::Pins, How::Blocks),
-    (Holds::Pins, How::Kvm),
-    (Holds::Pins, How::KvmCalls),
-    (Holds::Pins, How::Uffd),
-    (Holds::Pins, How::UffdCalls),
+    (Holds::Nothing, How::WAITS),
+    (Holds::Pins, How::WAITS),
+    (Holds::Pins, How::KVM),
+    (Holds::Pins, How::KVM.calling()),
+    (Holds::Pins, How::UFFD),
+    (Holds::Pins, How::UFFD.calling()),
 ];
 
 #[test]
@@ -190,15 +191,16 @@ fn is_found(scenario: Scenario, holds: Holds, how: How, word: &str) {
 
 #[test]
 fn without_the_check_of_the_sequence_a_page_that_is_gone_is_used() {
-    is_found(replace_beside_submit, Holds::Nothing, How::Unasked, "freed");
+    is_found(replace_beside_submit, Holds::Nothing, How::WAITS.with(Fault::Unasked), "freed");
 }
 
 #[test]
 fn without_news_a_batch_shows_the_past() {
-    is_found(replace_beside_submit_again, Holds::Pins, How::Never, "was complete");
+    is_found(replace_beside_submit_again, Holds::Pins, How::DEAF, "was complete");
 }
 
 #[test]
 fn a_monitor_that_reads_before_it_says_so_is_found() {
-    is_found(replace_beside_submit_again, Holds::Pins, How::UffdReadsFirst, "was complete");
+    let how = How::UFFD.with(Fault::ReadsFirst);
+    is_found(replace_beside_submit_again, Holds::Pins, how, "was complete");
 }
