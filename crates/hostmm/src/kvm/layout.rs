@@ -79,8 +79,6 @@ pub enum Kind {
 
 pub(crate) const LOST: u32 = 128;
 const TABLE: u32 = 4096;
-/// A [`super::Watch`] over more buckets than this goes by the global counter alone.
-pub(crate) const SUM_MAX: u64 = 32;
 
 impl Layout {
     pub(crate) fn check(self) -> Result<Layout, OpenError> {
@@ -119,15 +117,19 @@ impl Layout {
         self.table(kind) + self.buckets.map_or(0, |b| table_len(b.count))
     }
 
+    /// The first and the last granule that `range` touches; `None` where it touches more than there are buckets, so that only
+    /// the global counter can tell.
+    pub(crate) fn granules(self, range: Range) -> Option<(u64, u64)> {
+        let b = self.buckets?;
+        let (first, last) = (range.start() >> b.granule_shift, (range.end() - 1) >> b.granule_shift);
+        (last - first < u64::from(b.count)).then_some((first, last))
+    }
+
     /// Offsets of the words that move when something in `range` does, those of wide granules first; `None` where only
     /// the global counter can tell.
     pub(crate) fn words(self, kind: Kind, range: Range) -> Option<impl Iterator<Item = u32>> {
         let b = self.buckets?;
-        let first = range.start() >> b.granule_shift;
-        let last = (range.end() - 1) >> b.granule_shift;
-        if last - first >= SUM_MAX.min(u64::from(b.count)) {
-            return None;
-        }
+        let (first, last) = self.granules(range)?;
         let (table, wide_table) = (self.table(kind), self.wide_table(kind));
         let bucket = move |granule: u64| table + 8 * (granule & u64::from(b.count - 1)) as u32;
         let wide = move |granule: u64| wide_table + 8 * (granule & u64::from(Buckets::WIDE_COUNT - 1)) as u32;

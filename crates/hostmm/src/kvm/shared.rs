@@ -35,11 +35,12 @@ pub(crate) enum Counters {
 
 /// Granules of which a key may speak. With more of them a look at the one word that counts everything is cheaper.
 const KEY_GRANULES: u64 = 4;
-/// Of a key, those that say which granule is the first. Granules are at least pages, so that there is room.
-const KEY_BITS: u32 = 52;
+/// Of a key, those that say which granule is the first. Granules are at least pages, and not more than 2^16 of them are added
+/// up, so that there is room.
+const KEY_BITS: u32 = 47;
 
 /// Where the counts of ranges are, without a look at the layout. Whoever has it keeps the [`Shared`] that it is of.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Near {
     buckets: WordRing,
     wide: WordRing,
@@ -48,7 +49,8 @@ pub(super) struct Near {
 }
 
 impl Near {
-    /// The sum of the words that a [key](Shared::key) names.
+    /// The sum of the words that a [key](Shared::sum_key) names. Each only grows, so it moves if and only if one of them
+    /// does.
     #[inline]
     pub(super) fn count(&self, key: u64) -> u64 {
         // A bucket's number is counted around, whatever is above it.
@@ -165,11 +167,14 @@ impl Shared {
 
     /// Which words [`Shared::local`] names, for [`Near::count`]; `None` where they are many.
     pub(super) fn key(&self, range: Range) -> Option<u64> {
+        self.sum_key(range).filter(|key| key >> KEY_BITS < KEY_GRANULES)
+    }
+
+    /// The same, however many they are; `None` where only the heads can tell.
+    pub(super) fn sum_key(&self, range: Range) -> Option<u64> {
         let Counters::Bpf { layout, .. } = &*self.counters else { return None };
-        let shift = layout.buckets?.granule_shift;
-        let (first, last) = (range.start() >> shift, (range.end() - 1) >> shift);
-        let more = last - first;
-        (more < KEY_GRANULES).then_some(more << KEY_BITS | first)
+        let (first, last) = layout.granules(range)?;
+        Some((last - first) << KEY_BITS | first)
     }
 
     /// The words whose sum moves when something in `range` does; empty where only the heads can tell.

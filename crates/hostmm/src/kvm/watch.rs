@@ -26,7 +26,7 @@
 
 use super::error::Gone;
 use super::layout::Kind;
-use super::shared::{ALIVE, Shared};
+use super::shared::{ALIVE, Near, Shared};
 use crate::sys::map::Word;
 use mmu_notifier::Range;
 use mmu_notifier::primary::Count;
@@ -46,11 +46,18 @@ struct Words {
     /// Moves with anything at all: the program's global counter, the case to be fast in. With perf rings the head of
     /// the first, which is never asked alone.
     first: Word,
-    /// The words that decide if `first` has moved: the buckets of the range, wide ones included, or the heads of all perf
-    /// rings; empty where `first` decides alone.
-    rest: Box<[Word]>,
-    /// Several words stand for "anything", so that `first` says nothing by itself.
-    rings: bool,
+    rest: Rest,
+}
+
+/// What decides if the first word has moved.
+#[derive(Clone, Debug)]
+enum Rest {
+    /// Nothing: it decides alone.
+    Nothing,
+    /// The buckets of the range, wide ones included.
+    Near(Near, u64),
+    /// The heads of all perf rings: all of them stand for "anything", so that the first says nothing by itself.
+    Heads(Box<[Word]>),
 }
 
 /// What no counter reaches: a look at `first` never finds it, so that `rest` always decides.
@@ -58,16 +65,18 @@ const NEVER: u64 = u64::MAX;
 
 impl Words {
     /// `None` where there is nothing to look at.
-    fn new(heads: Vec<Word>, local: Vec<Word>) -> Option<Words> {
+    fn new(shared: &Shared, kind: Kind, range: Range) -> Option<Words> {
+        let heads = shared.heads(kind);
         let first = *heads.first()?;
-        let rings = heads.len() > 1;
-        Some(Words { first, rest: if rings { heads } else { local }.into(), rings })
+        let near = || Some(Rest::Near(shared.near(kind)?, shared.sum_key(range)?));
+        let rest = if heads.len() > 1 { Rest::Heads(heads.into()) } else { near().unwrap_or(Rest::Nothing) };
+        Some(Words { first, rest })
     }
 
     #[inline]
     fn snapshot(&self) -> Seq {
         // The global count before the buckets; see above.
-        let global = if self.rings { NEVER } else { self.first.load() };
+        let global = if matches!(self.rest, Rest::Heads(_)) { NEVER } else { self.first.load() };
         Seq { global, local: self.sum() }
     }
 
@@ -78,17 +87,24 @@ impl Words {
 
     #[cold]
     fn rest_moved(&self, seq: Seq) -> bool {
-        self.rest.is_empty() || self.sum() != seq.local
+        matches!(self.rest, Rest::Nothing) || self.sum() != seq.local
     }
 
     /// Each word only grows, so the sum moves if and only if one of them does.
     #[inline(never)]
     fn sum(&self) -> u64 {
-        self.rest.iter().fold(0, |n, w| n.wrapping_add(w.load()))
+        match &self.rest {
+            Rest::Nothing => 0,
+            Rest::Near(near, key) => near.count(*key),
+            Rest::Heads(heads) => heads.iter().fold(0, |n, w| n.wrapping_add(w.load())),
+        }
     }
 }
 
 /// The changes of one range of this process's memory. Cheap to make; share it or make one per thread.
+///
+/// A look costs two loads while nothing at all changes, and after a change anywhere one for each granule of the range (64 KiB
+/// by default). A range of more granules than there are buckets (512 MiB by default) has changed as soon as anything has.
 ///
 /// May be used from any thread and context: no system call, no lock, no allocation once it is made.
 #[derive(Clone, Debug)]
@@ -105,7 +121,7 @@ pub struct Watch {
 impl Watch {
     pub(crate) fn new(shared: &Arc<Shared>, range: Range, need: u64, age: bool) -> Result<Watch, Gone> {
         // Empty only where there is no CPU or no map, and then no source was opened.
-        let words = |kind| Words::new(shared.heads(kind), shared.local(kind, range)).ok_or(Gone::Closed);
+        let words = |kind| Words::new(shared, kind, range).ok_or(Gone::Closed);
         Ok(Watch {
             state: shared.state_word(need),
             need: need | ALIVE,
@@ -148,9 +164,7 @@ impl Watch {
     /// What [`KvmSource::count`](super::KvmSource::count) answers for as long as nothing has changed since `seq`. `None`
     /// where that is not counted, or in many words.
     pub fn count_at(&self, seq: Seq) -> Option<Count> {
-        if self.unmap.rings || self.unmap.rest.is_empty() {
-            return None;
-        }
+        let Rest::Near(..) = self.unmap.rest else { return None };
         Some(Count { key: self.shared.key(self.range)?, value: seq.local })
     }
 
