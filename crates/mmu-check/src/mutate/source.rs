@@ -15,6 +15,7 @@ macro_rules! sources {
 /// The library's.
 static LIBRARY: &[(&str, &str)] = sources![
     "cache/core.rs",
+    "cache/hit.rs",
     "cache/mod.rs",
     "cache/reap.rs",
     "cache/register.rs",

@@ -67,7 +67,7 @@ pub static SURVIVORS: &[Entry] = &[
               two, and changed before its owner asked for the last time, gets here, which takes four preemptions",
     },
     Entry {
-        what: What::Site("cache/core.rs", "doubted", SiteKind::Retry),
+        what: What::Site("cache/hit.rs", "doubted", SiteKind::Retry),
         why: "of the two questions, the one that follows changes in order is for registrations that others have listed \
               meanwhile: they are out of date only before their owner asks for the last time, which takes three preemptions",
     },

@@ -11,7 +11,7 @@ use interleave::{AtomicContext, AtomicU64, MaySleep, Ordering};
 use mmu_notifier::primary::PrimaryMmu;
 use mmu_notifier::{Access, PAGE_SIZE, Range};
 
-use super::core::Check;
+use super::hit::Check;
 use super::{CacheError, Lease, RegistrationCache};
 use crate::device::{Device, View};
 

@@ -7,8 +7,9 @@ use interleave::Here;
 use mmu_notifier::primary::PrimaryMmu;
 use mmu_notifier::{Access, Range};
 
-use super::core::{Check, Core, Glance, Pinned, Registration};
+use super::core::{Core, Glance, Pinned, Registration};
 use super::head::WRITE;
+use super::hit::Check;
 use super::{CacheError, RegistrationCache};
 use crate::device::{Device, DeviceAddr};
 

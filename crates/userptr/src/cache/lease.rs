@@ -5,8 +5,9 @@ use interleave::Here;
 use mmu_notifier::Access;
 use mmu_notifier::primary::PrimaryMmu;
 
-use super::core::{Core, Hit, Registration};
+use super::core::{Core, Registration};
 use super::head::{ONCE, WRITE};
+use super::hit::Hit;
 use super::slab::Claim;
 use crate::device::{Device, DeviceAddr};
 

@@ -34,6 +34,7 @@ mod core;
 mod error;
 mod explain;
 mod head;
+mod hit;
 mod lease;
 mod names;
 mod owned;
@@ -52,7 +53,8 @@ use interleave::{JoinHandle, MaySleep, Ordering};
 use mmu_notifier::primary::{Gone, PrimaryMmu};
 use mmu_notifier::{Access, PAGE_SIZE, Range};
 
-use self::core::{Check, Core};
+use self::core::Core;
+use self::hit::Check;
 use crate::device::Device;
 
 pub use admission::Admit;

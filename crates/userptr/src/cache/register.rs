@@ -22,9 +22,10 @@ use mmu_notifier::primary::{Invalidate, PrimaryMmu, SeqMoved, SetSeq, Subscripti
 use mmu_notifier::{Access, Gone, Invalidation, Range, WouldBlock};
 
 use super::Reaper;
-use super::core::{Check, Core, Leased, Registration, Watched, marks};
+use super::core::{Core, Leased, Registration, Watched, marks};
 use super::error::CacheError;
 use super::head::{ONCE, WRITE};
+use super::hit::Check;
 use crate::device::{Device, DeviceError};
 
 /// Changes that are followed before the range is registered for one lease: somebody changes it all the time, or others'
