@@ -33,7 +33,7 @@ pub(crate) enum Counters {
     Perf { rings: Vec<Ring>, cpus: Vec<u32> },
 }
 
-/// Granules of which a key may speak. With more of them a look at the one word that counts everything is cheaper.
+/// Granules that are added up without a look at the one word that counts everything first. With more that is cheaper.
 const KEY_GRANULES: u64 = 4;
 /// Of a key, those that say which granule is the first. Granules are at least pages, and not more than 2^16 of them are added
 /// up, so that there is room.
@@ -48,8 +48,13 @@ pub(super) struct Near {
     wide_shift: u32,
 }
 
+/// Does a [key](Shared::key) name so few words that they are asked for themselves?
+pub(super) fn is_short(key: u64) -> bool {
+    key >> KEY_BITS < KEY_GRANULES
+}
+
 impl Near {
-    /// The sum of the words that a [key](Shared::sum_key) names. Each only grows, so it moves if and only if one of them
+    /// The sum of the words that a [key](Shared::key) names. Each only grows, so it moves if and only if one of them
     /// does.
     #[inline]
     pub(super) fn count(&self, key: u64) -> u64 {
@@ -165,13 +170,8 @@ impl Shared {
         })
     }
 
-    /// Which words [`Shared::local`] names, for [`Near::count`]; `None` where they are many.
+    /// Which words [`Shared::local`] names, for [`Near::count`]; `None` where only the heads can tell.
     pub(super) fn key(&self, range: Range) -> Option<u64> {
-        self.sum_key(range).filter(|key| key >> KEY_BITS < KEY_GRANULES)
-    }
-
-    /// The same, however many they are; `None` where only the heads can tell.
-    pub(super) fn sum_key(&self, range: Range) -> Option<u64> {
         let Counters::Bpf { layout, .. } = &*self.counters else { return None };
         let (first, last) = layout.granules(range)?;
         Some((last - first) << KEY_BITS | first)

@@ -26,7 +26,7 @@
 
 use super::error::Gone;
 use super::layout::Kind;
-use super::shared::{ALIVE, Near, Shared};
+use super::shared::{ALIVE, Near, Shared, is_short};
 use crate::sys::map::Word;
 use mmu_notifier::Range;
 use mmu_notifier::primary::Count;
@@ -68,7 +68,7 @@ impl Words {
     fn new(shared: &Shared, kind: Kind, range: Range) -> Option<Words> {
         let heads = shared.heads(kind);
         let first = *heads.first()?;
-        let near = || Some(Rest::Near(shared.near(kind)?, shared.sum_key(range)?));
+        let near = || Some(Rest::Near(shared.near(kind)?, shared.key(range)?));
         let rest = if heads.len() > 1 { Rest::Heads(heads.into()) } else { near().unwrap_or(Rest::Nothing) };
         Some(Words { first, rest })
     }
@@ -164,8 +164,10 @@ impl Watch {
     /// What [`KvmSource::count`](super::KvmSource::count) answers for as long as nothing has changed since `seq`. `None`
     /// where that is not counted, or in many words.
     pub fn count_at(&self, seq: Seq) -> Option<Count> {
-        let Rest::Near(..) = self.unmap.rest else { return None };
-        Some(Count { key: self.shared.key(self.range)?, value: seq.local })
+        match self.unmap.rest {
+            Rest::Near(_, key) if is_short(key) => Some(Count { key, value: seq.local }),
+            _ => None,
+        }
     }
 
     /// As [`Watch::snapshot`], of the ageing of the range; `Ok(None)` if the source was opened without ageing.

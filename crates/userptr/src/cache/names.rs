@@ -63,13 +63,16 @@ impl Name {
         self.0 << NUMBER_BITS | (u64::from(number) + 1)
     }
 
+    /// What a word says, if it is under this name.
+    #[inline(always)]
+    fn number(self, word: u64) -> Option<u32> {
+        let number = word.wrapping_sub(self.word(0));
+        if number < 1 << NUMBER_BITS { Some(number as u32) } else { None }
+    }
+
     fn of_word(word: u64) -> Name {
         Name(word >> NUMBER_BITS)
     }
-}
-
-fn number(word: u64) -> u32 {
-    (word as u32 & ((1 << NUMBER_BITS) - 1)) - 1
 }
 
 /// Numbers under names; a name may have several.
@@ -100,9 +103,7 @@ impl NameMap {
     /// The number of a name that lies where it is asked for, as most do.
     #[inline(always)]
     pub(super) fn at_home(&self, here: Here, name: Name) -> Option<u32> {
-        let found = self.words.around(self.home(name)).load_here(here, Ordering::Acquire);
-        let number = found.wrapping_sub(name.word(0));
-        if number < 1 << NUMBER_BITS { Some(number as u32) } else { None }
+        name.number(self.words.around(self.home(name)).load_here(here, Ordering::Acquire))
     }
 
     /// All numbers under `name`. Looks at the whole table once at most, whatever writers do.
@@ -111,7 +112,7 @@ impl NameMap {
         let words = (home..=home + self.mask()).map(|at| self.words.around(at));
         let used =
             words.map(move |word| word.load_here(here, Ordering::Acquire)).take_while(|found| *found != 0);
-        used.filter(move |found| Name::of_word(*found) == name).map(number)
+        used.filter_map(move |found| name.number(found))
     }
 
     /// The caller holds the books, here and below.

@@ -36,7 +36,7 @@ pub(super) struct Places {
     /// Once they were partly free.
     open: Vec<u32>,
     spare: Option<u32>,
-    /// Windows that have owners.
+    /// Windows that have owners: in a cache of few entries none, and nobody looks for one.
     owned: usize,
     free: usize,
 }

@@ -33,7 +33,7 @@ pub(crate) struct Table {
 }
 
 /// Entries whose words together are more than a CPU has in its nearest caches.
-const MANY: usize = 8192;
+const MANY: u32 = 8192;
 /// Of the levels' word: that many are listed.
 const MANY_BIT: u64 = 1 << 32;
 
@@ -42,8 +42,6 @@ const MANY_BIT: u64 = 1 << 32;
 pub(crate) struct Listed {
     /// Entries on each level.
     levels: [u32; LEVELS],
-    /// On all of them.
-    entries: usize,
     places: Places,
 }
 
@@ -56,7 +54,7 @@ impl Table {
             windows: NameMap::new(8 * capacity / WINDOW),
             levels: AtomicU64::new(0),
         };
-        (table, Listed { levels: [0; LEVELS], entries: 0, places: Places::new(capacity) })
+        (table, Listed { levels: [0; LEVELS], places: Places::new(capacity) })
     }
 
     /// Those that a range may be on.
@@ -124,8 +122,7 @@ impl Table {
         Name::of(range).for_each(|name| self.entries.insert(name, index));
         let level = level(range);
         listed.levels[level as usize] += 1;
-        listed.entries += 1;
-        let many = if listed.entries >= MANY { MANY_BIT } else { 0 };
+        let many = if listed.entries() >= MANY { MANY_BIT } else { 0 };
         self.levels.fetch_or(1 << level | many, Ordering::Release);
     }
 
@@ -134,9 +131,8 @@ impl Table {
         Name::of(range).for_each(|name| self.entries.remove(name, index));
         let level = level(range);
         listed.levels[level as usize] -= 1;
-        listed.entries -= 1;
         let unused = if listed.levels[level as usize] == 0 { 1 << level } else { 0 };
-        let few = if listed.entries == MANY - 1 { MANY_BIT } else { 0 };
+        let few = if listed.entries() == MANY - 1 { MANY_BIT } else { 0 };
         if unused | few != 0 {
             self.levels.fetch_and(!(unused | few), Ordering::Release);
         }
@@ -144,6 +140,11 @@ impl Table {
 }
 
 impl Listed {
+    /// On all levels.
+    fn entries(&self) -> u32 {
+        self.levels.iter().sum()
+    }
+
     /// Entries that are free.
     pub(crate) fn free(&self) -> usize {
         self.places.free()

@@ -51,7 +51,7 @@ impl Source {
         let local = self.shared.local(Kind::Unmap, range);
         assert!(!local.is_empty(), "{range:?} is looked at");
         let sum = local.iter().map(|word| word.load()).sum();
-        if let Some(key) = self.shared.sum_key(range) {
+        if let Some(key) = self.shared.key(range) {
             assert_eq!(self.shared.near(Kind::Unmap).unwrap().count(key), sum, "{range:?}");
         }
         sum
